@@ -1,0 +1,8 @@
+"""Presets by name: each a function that returns a whole config."""
+
+from configs import pretrain
+
+PRESETS = {
+    preset.__name__: preset
+    for preset in (pretrain.nano, pretrain.v2_lite, pretrain.v2, pretrain.dense_67b, pretrain.tiny)
+}

