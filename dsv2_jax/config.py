@@ -206,7 +206,7 @@ class Batch:
         if self.ramp_from:
             check(
                 0 < self.ramp_from <= self.size and self.ramp_from % micro == 0,
-                f"batch.ramp_from ({self.ramp_from}) must be a multiple of batch.micro_size ({micro}), at most batch.size",
+                f"batch.ramp_from ({self.ramp_from}) must be a multiple of batch.micro_size ({micro}), at most the size",
             )
             check(self.ramp_tokens > 0, "batch.ramp_tokens must be positive when batch.ramp_from is given")
 
@@ -302,7 +302,7 @@ def from_json(kind: type[T], text: str) -> T:
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         check(isinstance(value, dict), f"{where} must be an object")
         unknown = sorted(set(value) - set(hints))
