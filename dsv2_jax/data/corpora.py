@@ -1,5 +1,6 @@
 """Text in: local files or the built-in bilingual corpus become a TFDS dataset of documents with a held-out split."""
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -46,10 +47,11 @@ class Corpus:
 def prepare(data: Data) -> Corpus:
     """Builds the corpus of `data` under `data.folder/corpora`, or opens it when it is already there.
 
-    A document is a file, a JSONL line, or in the built-in corpus a source file, a help topic, a scene or a chapter. It
-    goes to the held-out split when a hash of its content falls below `data.held_out_fraction`, whatever comes before
-    or after it; scenes and chapters of one book can thus be on either side. A corpus with none below keeps the lowest,
-    and one that is a single document keeps that document's end, cut at the nearest line.
+    A document is a file, a JSONL line, or in the built-in corpus a source file, a help topic, a scene or a chapter. Of
+    each kind (in a folder: of each folder at its top) `data.held_out_fraction` of the bytes is held out, whole
+    documents in the order of a hash of their content, those that do not fit passed over; so the split does not depend
+    on the order of files, and scenes or chapters of one book can be on either side. When none fits, the smallest
+    document is held out; when there is only one, its end is, cut at the nearest line.
 
     Local files are read on every call, which is how a changed one is noticed. Raises ValueError for a missing path,
     text that is not UTF-8, a broken JSONL line, and a corpus without text.
@@ -87,8 +89,8 @@ def _open(folder: Path) -> Corpus:
     builder = tfds.builder_from_directory(folder / facts["documents"])
     return Corpus(
         folder=folder,
-        train=builder.as_data_source(split="train"),
-        held_out=builder.as_data_source(split="held_out"),
+        train=builder.as_data_source("train"),
+        held_out=builder.as_data_source("held_out"),
         digest=facts["digest"],
     )
 
@@ -144,40 +146,40 @@ class _Plan(NamedTuple):
     """What the first pass over the documents decides."""
 
     digest: str
-    held_out: Callable[[str], bool]  # of a document's text
+    held_out: frozenset[bytes]  # hashes of the documents kept for evaluation
     cut: int  # of a corpus of one document: where its held-out end begins; else 0
 
 
-def _fate(text: str) -> float:
-    """A number from 0 to 1 that depends on nothing but the text."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, person=b"held_out").digest()) / 2**64
+def _hash(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def _plan(documents: Callable[[], Iterable[Document]], data: Data) -> _Plan:
-    fates, contents, only = set(), [], ""
-    for _, text in documents():
+    sizes: dict[str, dict[bytes, int]] = collections.defaultdict(dict)  # by the first part of the name, then by hash
+    only = ""
+    for name, text in documents():
         if text.strip():
-            fates.add(_fate(text))
-            contents.append(hashlib.blake2b(text.encode(), digest_size=16).digest())
+            sizes[name.partition("/")[0] if "/" in name else ""][_hash(text)] = len(text.encode())
             only = text
-    check(bool(fates), f"data.source {data.source} holds no text: the corpus is empty")
-    digest = hashlib.blake2b(repr(data.held_out_fraction).encode() + b"".join(sorted(contents)), digest_size=8)
-    lowest, highest = min(fates), max(fates)
-    threshold = data.held_out_fraction
-
-    def held_out(text: str) -> bool:
-        fate = _fate(text)
-        return fate == lowest or (fate < threshold and fate != highest)
-
-    cut = 0
-    if len(fates) == 1:
-        aim = int(len(only) * (1 - threshold))
+    check(bool(sizes), f"data.source {data.source} holds no text: the corpus is empty")
+    every = {key: size for group in sizes.values() for key, size in group.items()}
+    digest = hashlib.blake2b(repr(data.held_out_fraction).encode() + b"".join(sorted(every)), digest_size=8).hexdigest()
+    if len(every) == 1:
+        aim = int(len(only) * (1 - data.held_out_fraction))
         cut = only.rfind("\n", 0, aim) + 1 or aim
         check(
             bool(only[:cut].strip() and only[cut:].strip()),
             f"data.source {data.source} is too short to keep a part of it for evaluation",
         )
-    return _Plan(digest.hexdigest(), held_out, cut)
+        return _Plan(digest, frozenset(), cut)
+    held_out = set()
+    for group in sizes.values():
+        left = sum(group.values()) * data.held_out_fraction
+        for key in sorted(group):
+            if group[key] <= left:
+                held_out.add(key)
+                left -= group[key]
+    return _Plan(digest, frozenset(held_out) or frozenset({min(every, key=lambda k: (every[k], k))}), 0)
 
 
 class _Builder(tfds.core.GeneratorBasedBuilder):
@@ -204,7 +206,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder):
                 continue
             if plan.cut:
                 part = text[plan.cut :] if held_out else text[: plan.cut]
-            elif plan.held_out(text) == held_out:
+            elif (_hash(text) in plan.held_out) == held_out:
                 part = text
             else:
                 continue
@@ -226,30 +228,34 @@ def _build(
     plan: _Plan,
     notices: dict[str, str],
 ) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".incoming-", dir=folder.parent))
-    try:
+    with published(folder) as scratch:
         builder = kind(documents, plan, data_dir=scratch, file_format="array_record")
         tfds.disable_progress_bar()
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download, and there is none
             builder.download_and_prepare()
-        shutil.rmtree(scratch / "downloads", ignore_errors=True)
+        shutil.rmtree(scratch / "downloads")
+        (scratch / "notices").mkdir()
         for name, text in notices.items():
-            (scratch / "notices").mkdir(exist_ok=True)
             (scratch / "notices" / name).write_text(text)
         facts = {"digest": plan.digest, "documents": Path(builder.data_dir).relative_to(scratch).as_posix()}
         (scratch / "corpus.json").write_text(json.dumps(facts, indent=2))
-        with contextlib.suppress(FileExistsError):
-            scratch.chmod(0o755)
-            _rename(scratch, folder)
+
+
+@contextlib.contextmanager
+def published(folder: Path) -> Iterator[Path]:
+    """Gives an empty folder to write into, which gets its name at the end, when all of it is there.
+
+    Of two processes that write the same, the first wins.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".incoming-", dir=folder.parent))
+    scratch.chmod(0o755)  # mkdtemp's own mode would shut others out
+    try:
+        yield scratch
+        try:
+            os.rename(scratch, folder)
+        except OSError:
+            if not folder.exists():
+                raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _rename(scratch: Path, folder: Path) -> None:
-    """Gives a finished folder its name. Of two processes that built the same, the first wins."""
-    try:
-        os.rename(scratch, folder)
-    except OSError:
-        if not folder.exists():
-            raise
