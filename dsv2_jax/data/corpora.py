@@ -86,11 +86,11 @@ def _builtin_name(data: Data, packages: Iterable[builtin.Package]) -> str:
 
 def _open(folder: Path) -> Corpus:
     facts = json.loads((folder / "corpus.json").read_text())
-    builder = tfds.builder_from_directory(folder / facts["documents"])
+    builder: Any = tfds.builder_from_directory(folder / facts["documents"])
     return Corpus(
         folder=folder,
-        train=builder.as_data_source("train"),
-        held_out=builder.as_data_source("held_out"),
+        train=builder.as_data_source(split="train"),
+        held_out=builder.as_data_source(split="held_out"),
         digest=facts["digest"],
     )
 
@@ -234,8 +234,8 @@ def _build(
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download, and there is none
             builder.download_and_prepare()
         shutil.rmtree(scratch / "downloads")
-        (scratch / "notices").mkdir()
         for name, text in notices.items():
+            (scratch / "notices").mkdir(exist_ok=True)
             (scratch / "notices" / name).write_text(text)
         facts = {"digest": plan.digest, "documents": Path(builder.data_dir).relative_to(scratch).as_posix()}
         (scratch / "corpus.json").write_text(json.dumps(facts, indent=2))
