@@ -1,5 +1,6 @@
 """Trains a preset: python train.py PRESET [--section.field VALUE ...]."""
 
+import inspect
 import sys
 
 from configs import PRESETS
@@ -8,7 +9,9 @@ from dsv2_jax import cli
 
 def main() -> int:
     """Reads the command line, trains, and says where everything is."""
-    name, *flags = sys.argv[1:] or ["--help"]
+    if not sys.argv[1:]:
+        cli.fail(f"name a preset: {', '.join(PRESETS)}; --help says what they are")
+    name, *flags = sys.argv[1:]
     if name in ("-h", "--help"):
         print(usage())
         return 0
@@ -36,7 +39,7 @@ def main() -> int:
 def usage() -> str:
     """How to call this, and the presets with what each is."""
     width = max(map(len, PRESETS))
-    presets = "\n".join(f"  {name:{width}}  {f.__doc__.splitlines()[0]}" for name, f in PRESETS.items())
+    presets = "\n".join(f"  {name:{width}}  {(inspect.getdoc(f) or '').splitlines()[0]}" for name, f in PRESETS.items())
     return (
         "usage: python train.py PRESET [--section.field VALUE ...]\n\n"
         f"presets:\n{presets}\n\n"

@@ -40,7 +40,7 @@ def main(function: Callable[[], int | None]) -> NoReturn:
         if isinstance(error, ValueError) and not _is_ours(error):
             raise
         fail(_sentence(error))
-    sys.exit(code)
+    sys.exit(code or 0)
 
 
 def fail(message: str) -> NoReturn:
@@ -79,7 +79,7 @@ def keep_compiled_programs() -> None:
     """
     import jax
 
-    if not jax.config.jax_compilation_cache_dir:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "dsv2_jax"))
 
 
@@ -124,7 +124,8 @@ def _sentence(error: BaseException) -> str:
 def _first_statement(box: str) -> str:
     """What a box of tyro's says above its first rule, without the frame."""
     rows = [re.sub(r"\x1b\[[0-9;]*m", "", row).strip("│| ") for row in box.splitlines()]
-    rows = [row for row in rows if row and not row.startswith(("╭", "╰", "+"))]
+    rows = [row for row in rows if row and row[0] not in "╭╰"]
+    rows = rows if "╭" in box else rows[2:]  # an output without UTF-8 has the title and a rule in the frame's place
     rule = next((i for i, row in enumerate(rows) if set(row) <= {"─", "-"}), len(rows))
     text = " ".join(rows[:rule])
     checked = re.match(r"Error parsing (?!-)\S+: (.*)", text)  # a dataclass's own check: its sentence says it all

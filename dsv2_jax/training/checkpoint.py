@@ -70,7 +70,7 @@ class Checkpoints:
         )
 
     def restore(self, initial: Callable[[], State], batches: grain.DatasetIterator) -> tuple[State, Progress]:
-        """The newest checkpoint, and `batches` moved to where it was then; without one, `initial()` at the beginning."""
+        """The newest checkpoint, and `batches` moved to where it was then; without one, `initial()`."""
         step = self._manager.latest_step()
         if step is None:
             return initial(), Progress()
@@ -85,7 +85,7 @@ class Checkpoints:
                 progress=ocp.args.JsonRestore(),
             ),
         )
-        return State(items.params, items.optimizer, jnp.int32(step)), Progress(**items.progress)
+        return State(items["params"], items["optimizer"], jnp.int32(step)), Progress(**items["progress"])
 
 
 def latest_step(run: Path) -> int:
@@ -108,7 +108,7 @@ def read_config(run: Path) -> Config:
 def restore_params(run: Path, step: int | None = None) -> tuple[Config, dict]:
     """The config and the float32 parameters of a run: the tree of `parameters.tree`, from the newest or a given step.
 
-    Raises FileNotFoundError if the run or the step is missing, ValueError if the checkpoint is not what the config says.
+    Raises FileNotFoundError if run or step is missing, ValueError if the checkpoint is not what the config says.
     """
     config = read_config(run)
     step = latest_step(run) if step is None else step

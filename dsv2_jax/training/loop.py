@@ -53,7 +53,7 @@ def train(config: Config) -> Outcome:
         return create(transformer.init(config.model, jax.random.key(config.seed)), config)
 
     with Checkpoints(run, config.cadence.keep) as checkpoints, Stop() as stop:
-        state, progress = checkpoints.restore(initial_state, batches)
+        state, progress = checkpoints.restore(jax.jit(initial_state), batches)
         with metrics.Log(config, words.bytes_per_token, progress) as log:
             if progress.step:
                 log.say(f"going on from step {progress.step:,} in {run}")

@@ -9,10 +9,12 @@ matplotlib.use("Agg")  # draws without a screen
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.ticker import MaxNLocator
 
 from dsv2_jax.training import metrics
 
-_INK, _TRAIN, _HELD_OUT, _RATE = "#333333", "#9bb8d3", "#c0392b", "#7f8c8d"
+_INK, _TRAIN, _MEAN, _HELD_OUT = "#333333", "#a9c4de", "#2c6fab", "#c0392b"
 
 
 def draw(run: Path) -> list[Path]:
@@ -33,54 +35,49 @@ def draw(run: Path) -> list[Path]:
 
 
 def _loss(train: list[dict[str, Any]], held_out: list[dict[str, Any]], path: Path) -> Path:
-    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    figure, (loss, rate) = plt.subplots(2, 1, figsize=(9, 6), sharex=True, height_ratios=[4, 1], layout="constrained")
     tokens, nll = (np.array([line[name] for line in train], float) for name in ("tokens", "nll"))
-    axes.plot(tokens, nll, color=_TRAIN, linewidth=1, label="training, single steps")
-    window = max(1, len(nll) // 50)
+    loss.plot(tokens, nll, color=_TRAIN, linewidth=1, label="training, single steps")
+    window = len(nll) // 50
     if window > 1:
-        axes.plot(tokens[window - 1 :], np.convolve(nll, np.ones(window) / window, "valid"), color="#2c6fab",
-                  label=f"training, mean of {window} lines")  # fmt: skip
+        mean = np.convolve(nll, np.ones(window) / window, "valid")
+        loss.plot(tokens[window // 2 :][: len(mean)], mean, color=_MEAN, label=f"training, mean of {window} lines")
     if held_out:
-        axes.plot(
-            [line["tokens"] for line in held_out],
-            [line["held_out_nll"] for line in held_out],
-            "o-", color=_HELD_OUT, markersize=4, label="held out",
-        )  # fmt: skip
+        at = [line["tokens"] for line in held_out]
+        loss.plot(
+            at, [line["held_out_nll"] for line in held_out], "o-", color=_HELD_OUT, markersize=4, label="held out"
+        )
         last = held_out[-1]
-        axes.annotate(
+        loss.annotate(
             f"{last['held_out_bits_per_byte']:.3f} bits per byte",
             (last["tokens"], last["held_out_nll"]),
-            xytext=(-6, 12), textcoords="offset points", ha="right", color=_HELD_OUT,
-        )  # fmt: skip
-    axes.set(xlabel="tokens", ylabel="loss, nats per token", title=f"Loss of {path.parent.parent.name}")
-    axes.grid(alpha=0.25)
-    rate = axes.twinx()
-    rate.plot(tokens, [line["lr"] for line in train], color=_RATE, linewidth=1, linestyle="--", label="learning rate")
-    rate.set_ylabel("learning rate", color=_RATE)
+            xytext=(0, 14),
+            textcoords="offset points",
+            ha="right",
+            color=_HELD_OUT,
+        )
+    loss.set(ylabel="loss, nats per token", title=f"Loss of {path.absolute().parent.parent.name}")
+    loss.legend(frameon=False, loc="upper right")
+    rate.plot(tokens, [line["lr"] for line in train], color=_INK, linewidth=1.2)
+    rate.set(xlabel="tokens", ylabel="learning rate")
     rate.set_ylim(bottom=0)
-    handles = [h for a in (axes, rate) for h in a.get_legend_handles_labels()[0]]
-    axes.legend(handles=handles, frameon=False, loc="upper right")
+    for axes in (loss, rate):
+        axes.grid(alpha=0.25)
     return _save(figure, path)
 
 
 def _expert_load(line: dict[str, Any], path: Path) -> Path:
     load_LE = np.array(line["held_out_load_LE"])
     layers, experts = load_LE.shape
-    figure, axes = plt.subplots(
-        figsize=(max(6, min(16, experts / 4)), max(2.5, min(14, layers / 4 + 2))), layout="constrained"
-    )
-    image = axes.imshow(
-        load_LE, aspect="auto", cmap="RdBu_r", norm=matplotlib.colors.TwoSlopeNorm(1, 0, max(2, load_LE.max()))
-    )
-    figure.colorbar(image, label="load, 1 is average")
-    axes.set(
-        xlabel="expert",
-        ylabel="MoE layer",
-        title=f"Load of the experts on the held-out split, step {line['step']:,}: "
-        f"{load_LE.min():.2f} to {load_LE.max():.2f}",
-    )
-    axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    size = (np.clip(experts / 4, 7, 16), np.clip(layers / 4 + 2, 2.5, 14))
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    norm = TwoSlopeNorm(vcenter=1, vmin=0, vmax=max(2, load_LE.max()))
+    image = axes.imshow(load_LE, aspect="auto", cmap="RdBu_r", norm=norm)
+    figure.colorbar(image, label="load (1 is average)")
+    span = f"{load_LE.min():.2f} to {load_LE.max():.2f}"
+    axes.set(xlabel="expert", ylabel="MoE layer", title=f"Experts' load, held-out split, step {line['step']:,}: {span}")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     return _save(figure, path)
 
 

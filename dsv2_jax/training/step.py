@@ -56,7 +56,7 @@ def train_step(
     return State(params, optimizer, state.step + 1), metrics
 
 
-def exempt_sequences(config: Config, step: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def exempt_sequences(config: Config, step: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Which sequences [A, B] of a step are spared from token dropping (section 2.2.4): bool, a new draw every step."""
     key = jax.random.fold_in(jax.random.key(config.seed), step)
     return jax.random.bernoulli(key, config.model.moe.exempt_fraction, shape)
