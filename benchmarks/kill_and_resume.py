@@ -7,7 +7,7 @@ Flags behind `--` go to train.py. Exit code 0 if every figure that does not depe
 
 import dataclasses
 import json
-import os
+import math
 import random
 import signal
 import subprocess
@@ -19,10 +19,12 @@ from pathlib import Path
 import rich.console
 import rich.table
 
-from dsv2_jax import cli
-from dsv2_jax.training import metrics
+_ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(_ROOT))  # a script's own folder is where Python looks, not the one it is called from
 
-_TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+from dsv2_jax import cli  # noqa: E402
+from dsv2_jax.training import metrics  # noqa: E402
+
 _CLOCK = "tokens_per_second", "mfu"  # what a clock gave differs between any two runs
 
 
@@ -42,18 +44,23 @@ def lines(run: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in _CLOCK} for line in metrics.read(run)]
 
 
-def train(preset: str, run: Path, flags: list[str], seconds: float | None = None) -> int:
-    """Runs train.py, killed after `seconds`; returns its exit code, -9 if killed."""
-    command = [sys.executable, str(_TRAIN), preset, "--workdir", str(run), *flags]
+def train(preset: str, run: Path, flags: list[str], seconds: float = math.inf) -> tuple[int, float]:
+    """Runs train.py, killed after `seconds`: its exit code (-9 if killed), and when its first line of metrics came."""
+    command = [sys.executable, str(_ROOT / "train.py"), preset, "--workdir", str(run), *flags]
+    path, start, first = run / "metrics.jsonl", time.monotonic(), math.inf
     with (
         (run.parent / f"{run.name}.log").open("a") as log,
         subprocess.Popen(command, stdout=log, stderr=log) as process,
     ):
-        try:
-            return process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            os.kill(process.pid, signal.SIGKILL)
-            return process.wait()
+        while process.poll() is None:
+            time.sleep(0.01)
+            passed = time.monotonic() - start
+            if first == math.inf and path.exists() and path.stat().st_size:
+                first = passed
+            if passed > seconds:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+        return process.returncode, first
 
 
 def main() -> int:
@@ -65,22 +72,20 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     peaceful, killed = folder / "left_alone", folder / "killed"
 
-    start = time.monotonic()
-    if code := train(options.preset, peaceful, flags):
-        print(f"the run left alone ended with exit code {code}; see {peaceful}.log", file=sys.stderr)
-        return 1
-    duration = time.monotonic() - start
+    begin = time.monotonic()
+    code, start_up = train(options.preset, peaceful, flags)
+    training = time.monotonic() - begin - start_up
     moments = random.Random(options.seed)
     died_at = []
-    while len(died_at) < options.kills:
-        # On average the kills spread over the run; lives short enough to end in start-up or restore are meant.
-        code = train(options.preset, killed, flags, moments.uniform(0, 2 * duration / (options.kills + 1)))
-        if code != -signal.SIGKILL:
+    while code == 0 and len(died_at) < options.kills:
+        # Any moment of a life counts, start-up and restore too; the mean leaves room for all the kills in one run.
+        life = moments.uniform(0, 2 * start_up + 1.6 * training / (options.kills + 1))
+        if train(options.preset, killed, flags, life)[0] != -signal.SIGKILL:
             break
         died_at.append(max((line["step"] for line in lines(killed)), default=0))
-    code = train(options.preset, killed, flags)
+    code = code or train(options.preset, killed, flags)[0]
     if code:
-        print(f"the killed run ended with exit code {code}; see {killed}.log", file=sys.stderr)
+        print(f"train.py ended with exit code {code}; see the logs in {folder}", file=sys.stderr)
         return 1
 
     a, b = lines(peaceful), lines(killed)

@@ -10,6 +10,7 @@ Orbax writes a checkpoint beside its final name and renames it when every byte i
 """
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ import grain.checkpoint
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 
 from dsv2_jax.config import Config, check, from_json, to_json
 from dsv2_jax.model import parameters
@@ -44,6 +46,7 @@ class Checkpoints:
     """Saves and restores the checkpoints of one run; a context manager that waits for the last save."""
 
     def __init__(self, run: Path, keep: int) -> None:
+        self._run = run
         self._manager = ocp.CheckpointManager(
             (run / "checkpoints").absolute(),
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
@@ -70,10 +73,18 @@ class Checkpoints:
         )
 
     def restore(self, initial: Callable[[], State], batches: grain.DatasetIterator) -> tuple[State, Progress]:
-        """The newest checkpoint, and `batches` moved to where it was then; without one, `initial()`."""
+        """The newest checkpoint, and `batches` moved to where it was then; without one, `initial()`.
+
+        Raises ValueError for a checkpoint of parameters alone.
+        """
         step = self._manager.latest_step()
         if step is None:
             return initial(), Progress()
+        check(
+            (self._run / "checkpoints" / str(step) / "optimizer").exists(),
+            f"the checkpoint of step {step} in {self._run} holds parameters only, as an imported model's does: "
+            "it can be evaluated, but there is no training to go on with",
+        )
         shapes = jax.eval_shape(initial)
         shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=_first_device()), shapes)
         items = self._manager.restore(
@@ -112,20 +123,16 @@ def restore_params(run: Path, step: int | None = None) -> tuple[Config, dict]:
     """
     config = read_config(run)
     step = latest_step(run) if step is None else step
-    folder = (run / "checkpoints" / str(step) / "params").absolute()
+    folder = epath.Path(run).absolute() / "checkpoints" / str(step) / "params"
     if not folder.is_dir():
         raise FileNotFoundError(f"no parameters of step {step} in {run}: {folder} is missing")
     expected = parameters.tree(config.model)
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-        stored = jax.tree.map(lambda a: tuple(a.shape), reader.metadata(folder).item_metadata.tree)
-        _check_shapes(expected, stored, run)
-        shapes = {
-            part: {
-                name: jax.ShapeDtypeStruct(shape, "float32", sharding=_first_device()) for name, shape in named.items()
-            }
-            for part, named in expected.items()
-        }
-        return config, reader.restore(folder, args=ocp.args.StandardRestore(shapes))
+    reader = ocp.StandardCheckpointHandler()  # a Checkpointer around it would warn that one item is not a checkpoint
+    stored = jax.tree.map(lambda array: tuple(array.shape), reader.metadata(folder).tree)
+    _check_shapes(expected, stored, run)
+    float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32, sharding=_first_device())
+    shapes = {part: {name: float32(shape) for name, shape in named.items()} for part, named in expected.items()}
+    return config, reader.restore(folder, args=ocp.args.StandardRestore(shapes))
 
 
 def save_params(run: Path, config: Config, params: dict, step: int = 0) -> None:

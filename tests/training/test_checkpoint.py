@@ -90,6 +90,8 @@ def test_parameters_alone(config):
     assert restored["moe"]["w_up_EDF"].dtype == jnp.float32
     with pytest.raises(ValueError, match="already holds a checkpoint of step 0"):
         checkpoint.save_params(config.workdir, config, params)
+    with Checkpoints(config.workdir, 2) as checkpoints, pytest.raises(ValueError, match="holds parameters only"):
+        checkpoints.restore(lambda: create(params, config), numbers())
 
 
 def test_missing_runs_are_named(config, tmp_path):

@@ -14,12 +14,12 @@ import pytest
 from dsv2_jax.training import checkpoint, loop, metrics
 
 ROOT = Path(__file__).parents[2]
-STEPS = 60
+STEPS, RAMP_STEPS = 60, 20
 
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
-    """A small corpus of made-up sentences, and a tiny run on it of 60 steps."""
+    """A small corpus of made-up sentences, and a tiny run on it of 60 steps, whose batch grows after 20."""
     folder = tmp_path_factory.mktemp("corpus")
     rng = np.random.default_rng(0)
     words = ["light", "water", "stone", "river", "small", "great", "house", "under", "never", "always", "quiet"]
@@ -29,7 +29,9 @@ def flags(tmp_path_factory):
     return [
         "--data.source", str(folder), "--data.folder", str(tmp_path_factory.mktemp("data")),
         "--data.held_out_fraction", "0.1", "--model.vocab_size", "320",
-        "--tokens", str(STEPS * 4 * 32), "--cadence.save", "7", "--cadence.evaluate", "20",
+        "--batch.micro_size", "2", "--batch.ramp_from", "2", "--batch.ramp_tokens", str(RAMP_STEPS * 2 * 32),
+        "--tokens", str(RAMP_STEPS * 2 * 32 + (STEPS - RAMP_STEPS) * 4 * 32),
+        "--cadence.save", "7", "--cadence.evaluate", "20",
     ]  # fmt: skip
 
 
