@@ -73,19 +73,26 @@ def main() -> int:
     peaceful, killed = folder / "left_alone", folder / "killed"
 
     begin = time.monotonic()
-    code, start_up = train(options.preset, peaceful, flags)
-    training = time.monotonic() - begin - start_up
-    moments = random.Random(options.seed)
-    died_at = []
+    code, first_line = train(options.preset, peaceful, flags)
+    training = time.monotonic() - begin - first_line
+    begin = time.monotonic()
+    code = code or train(options.preset, peaceful, flags)[0]  # finished: starts, restores, and ends
+    start_up = time.monotonic() - begin
+    moments, died_at = random.Random(options.seed), []
     while code == 0 and len(died_at) < options.kills:
-        # Any moment of a life counts, start-up and restore too; the mean leaves room for all the kills in one run.
-        life = moments.uniform(0, 2 * start_up + 1.6 * training / (options.kills + 1))
-        if train(options.preset, killed, flags, life)[0] != -signal.SIGKILL:
+        # Moments of start-up and restore count too; none lies so late that the run could end before its last kill.
+        done = max((line["step"] for line in lines(killed)), default=0) / lines(peaceful)[-1]["step"]
+        share = 1.8 * training * (1 - done) / (options.kills - len(died_at) + 1)
+        if train(options.preset, killed, flags, moments.uniform(start_up / 2, start_up + share))[0] != -signal.SIGKILL:
             break
         died_at.append(max((line["step"] for line in lines(killed)), default=0))
     code = code or train(options.preset, killed, flags)[0]
     if code:
         print(f"train.py ended with exit code {code}; see the logs in {folder}", file=sys.stderr)
+        return 1
+
+    if len(died_at) < options.kills:
+        print(f"the run ended after {len(died_at)} kills; give it more --tokens", file=sys.stderr)
         return 1
 
     a, b = lines(peaceful), lines(killed)
