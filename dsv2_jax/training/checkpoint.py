@@ -159,10 +159,9 @@ def open_run(config: Config) -> None:
     `config.resume` is off.
     """
     run = config.workdir
-    if (run / "config.json").exists():
+    if has_checkpoint(run):  # without one there is nothing to lose and nothing to go on with
         check(config.resume, f"{run} holds a run already; choose another --workdir, or leave out --no-resume to go on")
-        if has_checkpoint(run):
-            check_same(read_config(run), config)
+        check_same(read_config(run), config)
     run.mkdir(parents=True, exist_ok=True)
     write_config(run, config)
 
