@@ -224,7 +224,7 @@ def _read_rope(raw: dict[str, Any]) -> Rope:
     )
     check(
         raw["model_type"] == "deepseek_v2" or not rope.mscale_all_dim,
-        f"{where}.mscale_all_dim is {rope.mscale_all_dim}; this model would apply it to the softmax, where Llama does not, "
+        f"{where}.mscale_all_dim is {rope.mscale_all_dim}; our model would apply it to the softmax and Llama does not, "
         "so it must be 0 or absent",
     )
     expected = _attention_factor(rope.factor, rope.mscale, rope.mscale_all_dim)

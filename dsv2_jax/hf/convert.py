@@ -64,7 +64,7 @@ def import_(hf: Path, out: Path, progress: Progress = _silent) -> None:
     All headers are checked before any data is read. In memory is one tensor at a time. Raises ValueError naming what
     is missing, extra, misshaped or truncated, what the config asks for that we cannot honour, or if `out` is not empty.
     """
-    model, found = _open(hf)
+    model, found = open_checked(hf)
     with _whole(out) as partial:
         length = min(Batch.length, model.max_position_embeddings)
         config = Config(workdir=out, model=model, batch=Batch(length=length))
@@ -73,12 +73,25 @@ def import_(hf: Path, out: Path, progress: Progress = _silent) -> None:
         _fill(model, found, writer.write, progress)
 
 
+def open_checked(hf: Path) -> tuple[Model, dict[str, files.Stored]]:
+    """The model of a Hugging Face folder and where its tensors are, every name, shape and size of them checked.
+
+    Raises ValueError as `import_` does.
+    """
+    path = hf / "config.json"
+    check(path.is_file(), f"no Hugging Face folder in {hf}: config.json is missing")
+    model = from_hf_config(files.read_json(path))
+    found = files.open_folder(hf)
+    files.check_tensors(hf, found, {t.hf: t.shape for t in tensors(model)})
+    return model, found
+
+
 def load_params(hf: Path) -> tuple[Model, dict]:
     """The model of a Hugging Face folder and its parameters, the tree of `parameters.tree` in float32.
 
     Raises ValueError as `import_` does.
     """
-    model, found = _open(hf)
+    model, found = open_checked(hf)
     params = {
         part: {name: np.empty(shape, np.float32) for name, shape in names.items()}
         for part, names in parameters.tree(model).items()
@@ -97,15 +110,6 @@ def is_hf(folder: Path) -> bool:
     if (folder / files.INDEX).is_file() or (folder / "model.safetensors").is_file():
         return True
     return path.is_file() and "model_type" in json.loads(path.read_text(encoding="utf-8"))
-
-
-def _open(hf: Path) -> tuple[Model, dict[str, files.Stored]]:
-    path = hf / "config.json"
-    check(path.is_file(), f"no Hugging Face folder in {hf}: config.json is missing")
-    model = from_hf_config(files.read_json(path))
-    found = files.open_folder(hf)
-    files.check_tensors(hf, found, {t.hf: t.shape for t in tensors(model)})
-    return model, found
 
 
 def _fill(

@@ -1,7 +1,7 @@
 """The one table between our parameters and the tensors of a released checkpoint, read in both directions.
 
 For the letters at the end of our names see dsv2_jax/model/parameters.py. On disk a weight is `[out, in]`, heads lie
-side by side, and in each head the part without position comes before the part that RoPE turns, the key before the value.
+side by side, and in each head the part without position comes before the one that RoPE turns, the key before the value.
 """
 
 import dataclasses
