@@ -103,11 +103,12 @@ def _open(folder: Path, metadata: dict[str, Any], part: str, name: str, shape: t
         array.shape == shape,
         f"{folder}: {part}.{name} has the shape {list(array.shape)}; the run's config.json describes {list(shape)}",
     )
-    # A chunk that neighbouring slices share is to be decoded once: the cache holds all chunks of one slice, no more.
+    # A chunk that neighbouring slices share is to be decoded once: the cache holds all chunks of one slice and little
+    # more. Without the little, the last chunk falls out and is decoded for every slice again.
     lead = _leading(name, shape)
     chunks = [c or n for c, n in zip(array.chunk_layout.read_chunk.shape or shape, shape, strict=True)]
     covered = [c if i < lead else math.ceil(n / c) * c for i, (n, c) in enumerate(zip(shape, chunks, strict=True))]
-    limit = math.prod(covered) * array.dtype.numpy_dtype.itemsize
+    limit = math.prod(covered) * array.dtype.numpy_dtype.itemsize + 2**20
     context = ts.Context({"cache_pool": {"total_bytes_limit": limit}})
     return ts.open(spec, open=True, read=True, context=context).result()
 

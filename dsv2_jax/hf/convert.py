@@ -6,8 +6,8 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -92,7 +92,7 @@ def load_params(hf: Path) -> tuple[Model, dict]:
     Raises ValueError as `import_` does.
     """
     model, found = open_checked(hf)
-    params = {
+    params: dict[str, dict[str, Any]] = {
         part: {name: np.empty(shape, np.float32) for name, shape in names.items()}
         for part, names in parameters.tree(model).items()
     }
@@ -101,7 +101,10 @@ def load_params(hf: Path) -> tuple[Model, dict]:
         params[part][name][index] = values
 
     _fill(model, found, put, _silent)
-    return model, jax.tree.map(jnp.asarray, params)
+    for leaves in params.values():
+        for name in leaves:
+            leaves[name] = jnp.asarray(leaves[name])  # one by one: the copies of all are never there together
+    return model, params
 
 
 def is_hf(folder: Path) -> bool:
