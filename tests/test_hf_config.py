@@ -149,6 +149,7 @@ def test_presets_come_back(preset):
         (RELEASED_V2, {"num_key_value_heads": 8}, "num_key_value_heads is 8; .* must equal"),
         (RELEASED_V2, {"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling has the type 'linear'"),
         (RELEASED_V2, {"rope_scaling": {"type": "yarn", "factor": 40}}, "lacks original_max_position_embeddings"),
+        (RELEASED_V2, {"hidden_size": "5120"}, "hidden_size must be a number, not '5120'"),
         (RELEASED_V2, {"n_routed_experts": 161}, "must divide into"),
         (LLAMA, {"rope_scaling": RELEASED_V2["rope_scaling"]}, "mscale_all_dim is 0.707; .* must be 0 or absent"),
     ],

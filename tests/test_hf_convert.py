@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from configs import models
 from dsv2_jax import cli
 from dsv2_jax.config import Attention, Batch, Config, Model, Moe
+from dsv2_jax.data import tokenizer
 from dsv2_jax.hf import __main__ as command
 from dsv2_jax.hf import export, import_, is_hf, load_params
 from dsv2_jax.model import parameters
@@ -80,6 +81,12 @@ def make_run(folder: Path, model: Model) -> dict:
     config = Config(workdir=folder, model=model, batch=Batch(size=4, length=32), tokens=10**6)
     checkpoint.save_params(folder, config, jax.tree.map(jax.numpy.asarray, params), step=7)
     return params
+
+
+def give_tokenizer(run: Path) -> None:
+    """A tokenizer of at most 512 ids, as a run's folder has it."""
+    text = Path(transformers.__file__).read_text() + (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    tokenizer.train([text], 512, run / "tokenizer")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -186,6 +193,31 @@ def test_bfloat16_is_rounded_as_torch_rounds(exported, tmp_path):
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
+def test_the_tokenizer_travels(tmp_path):
+    make_run(tmp_path / "run", dataclasses.replace(models.tiny(), vocab_size=512))
+    give_tokenizer(tmp_path / "run")
+    ours = tokenizer.load(tmp_path / "run" / "tokenizer")
+    export(tmp_path / "run", tmp_path / "a")
+    text = "def f(x):  # 42 and 诗\n    return x\n"
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "a")
+    assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text)
+    for file in ("config.json", "generation_config.json"):
+        settings = json.loads((tmp_path / "a" / file).read_text())
+        assert (settings["bos_token_id"], settings["eos_token_id"]) == (ours.bos_id, ours.eos_id)
+    import_(tmp_path / "a", tmp_path / "back")
+    config = checkpoint.read_config(tmp_path / "back")
+    assert tokenizer.load(Path(config.data.tokenizer)).encode(text) == ours.encode(text)
+    export(tmp_path / "back", tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(golden):
+    give_tokenizer(golden)
+    for file in (golden / "tokenizer").iterdir():
+        file.rename(golden / file.name)
+    refused(golden, "the tokenizer has [0-9]+ ids and the model only 160")
+
+
 @pytest.mark.parametrize("name", ["v2_tiny", "mscale_tiny"])
 def test_golden_checkpoints_come_back_exactly(name, tmp_path):
     import_(GOLDEN / name, tmp_path / "run")
@@ -246,6 +278,19 @@ def test_integers_are_refused(golden):
     path = golden / "model.safetensors"
     path.write_bytes(path.read_bytes().replace(b'"F32"', b'"I32"', 1))
     refused(golden, "is of dtype I32; F32, BF16, F16 can be read")
+
+
+def test_a_header_that_lies_about_places_is_told(golden):
+    path = golden / "model.safetensors"
+    whole = path.read_bytes()
+    for before, after, told in (
+        (b'"shape":[64]', b'"shape":[-4]', "bad shape"),
+        (b'"shape":[64]', b'"shape":[32]', r"has 256 bytes, but its shape \[32\] of F32 takes 128"),
+        (b'"data_offsets":[0,', b'"data_offsets":[4,', "bytes, but its shape"),
+    ):
+        assert before in whole
+        path.write_bytes(whole.replace(before, after, 1))
+        refused(golden, told)
 
 
 def test_bytes_past_the_end_are_told(golden):

@@ -238,8 +238,12 @@ def _read_rope(raw: dict[str, Any]) -> Rope:
 
 
 def _require(raw: dict[str, Any], names: tuple[str, ...], where: str) -> None:
+    """Raises ValueError unless all of these are there and numbers."""
     missing = [name for name in names if raw.get(name) is None]
     check(not missing, f"{where} lacks {', '.join(missing)}")
+    for name in names:
+        number = isinstance(raw[name], (int, float)) and not isinstance(raw[name], bool)
+        check(number, f"{where}: {name} must be a number, not {raw[name]!r}")
 
 
 def _whole(value: float) -> int | float:

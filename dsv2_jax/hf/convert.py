@@ -11,7 +11,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from dsv2_jax.config import Batch, Config, Model, check, to_json
+from dsv2_jax.config import Batch, Config, Data, Model, check
+from dsv2_jax.data import tokenizer
 from dsv2_jax.hf import arrays, files
 from dsv2_jax.hf.configuration import from_hf_config, to_hf_config
 from dsv2_jax.hf.names import Tensor, tensors
@@ -40,13 +41,16 @@ def export(
     """
     model = checkpoint.read_config(run).model
     folder = run / "checkpoints" / str(checkpoint.latest_step(run)) / "params"
-    bos, eos = None, None
+    vocabulary = tokenizer.load(run / "tokenizer") if (run / "tokenizer").exists() else None
+    bos, eos = (vocabulary.bos_id, vocabulary.eos_id) if vocabulary else (None, None)
     settings = to_hf_config(model, dtype, bos, eos)
     reader = arrays.Reader(folder, parameters.tree(model))
     todo = list(tensors(model))
     with _whole(out) as partial:
         _write_json(partial / "config.json", settings)
         _write_json(partial / "generation_config.json", {"bos_token_id": bos, "eos_token_id": eos})
+        if vocabulary:
+            vocabulary.save_hf(partial)
         # Files follow the order of the layers, as readers use them; the work follows ours, leaf by leaf.
         shapes = {t.hf: t.shape for t in sorted(todo, key=_layer)}
         stored = files.create(partial, shapes, np.dtype(jnp.dtype(dtype)), shard_bytes)
@@ -62,13 +66,17 @@ def import_(hf: Path, out: Path, progress: Progress = _silent) -> None:
     """Makes a run's folder of a Hugging Face folder: config.json, tokenizer, float32 parameters as step 0.
 
     All headers are checked before any data is read. In memory is one tensor at a time. Raises ValueError naming what
-    is missing, extra, misshaped or truncated, what the config asks for that we cannot honour, or if `out` is not empty.
+    is missing, extra, misshaped or truncated, what the config asks for that we cannot honour, a tokenizer that does not
+    fit, or if `out` is not empty.
     """
     model, found = open_checked(hf)
+    vocabulary = _tokenizer(hf, model)
     with _whole(out) as partial:
-        length = min(Batch.length, model.max_position_embeddings)
-        config = Config(workdir=out, model=model, batch=Batch(length=length))
-        (partial / "config.json").write_text(to_json(config) + "\n", encoding="utf-8")
+        data = Data(tokenizer=str(out / "tokenizer" / "tokenizer.json")) if vocabulary else Data()
+        batch = Batch(length=min(Batch.length, model.max_position_embeddings))
+        checkpoint.write_config(partial, Config(workdir=out, model=model, data=data, batch=batch))
+        if vocabulary:
+            vocabulary.save(partial / "tokenizer")
         writer = arrays.Writer(partial / "checkpoints" / "0", parameters.tree(model))
         _fill(model, found, writer.write, progress)
 
@@ -112,7 +120,18 @@ def is_hf(folder: Path) -> bool:
     path = folder / "config.json"
     if (folder / files.INDEX).is_file() or (folder / "model.safetensors").is_file():
         return True
-    return path.is_file() and "model_type" in json.loads(path.read_text(encoding="utf-8"))
+    return path.is_file() and "model_type" in files.read_json(path)
+
+
+def _tokenizer(hf: Path, model: Model) -> tokenizer.Tokenizer | None:
+    if not any((hf / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return None
+    vocabulary = tokenizer.load(hf)
+    check(
+        vocabulary.vocab_size <= model.vocab_size,
+        f"{hf}: the tokenizer has {vocabulary.vocab_size} ids and the model only {model.vocab_size}",
+    )
+    return vocabulary
 
 
 def _fill(

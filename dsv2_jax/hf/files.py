@@ -90,8 +90,8 @@ def open_folder(folder: Path) -> dict[str, Stored]:
     check(isinstance(weight_map, dict) and len(weight_map) > 0, f"{index} has no weight_map of tensor names to files")
     found: dict[str, Stored] = {}
     for file in sorted(set(weight_map.values())):
-        path = folder / file
-        check(path.is_file(), f"{path} is missing, though {INDEX} names it")
+        path = folder / str(file)
+        check(path.parent == folder and path.is_file(), f"{path} is missing, though {INDEX} names it")
         found |= _open_one(path)
     absent = [name for name, file in weight_map.items() if name not in found or found[name].path.name != file]
     check(not absent, f"{folder}: {listed(absent, 'tensor')} not in the file that {INDEX} names")
@@ -156,6 +156,8 @@ def _open_one(path: Path) -> dict[str, Stored]:
     expected = max((tensor.offset + tensor.size for tensor in stored.values()), default=8 + length)
     check(expected <= actual, f"{path} is truncated: it has {actual} bytes of the {expected} that its header describes")
     check(expected == actual, f"{path} has {actual} bytes, {actual - expected} more than its header describes")
+    held = 8 + length + sum(tensor.size for tensor in stored.values())
+    check(held == expected, f"{path} is not a safetensors file: its tensors overlap or leave gaps")
     return stored
 
 
@@ -166,6 +168,11 @@ def _entry(path: Path, name: str, entry: dict, data: int) -> Stored:
     )
     dtype = entry["dtype"]
     check(dtype in DTYPES, f"{path}: {name} is of dtype {dtype}; {', '.join(DTYPES)} can be read")
+    numbers = (*entry["shape"], *entry["data_offsets"])
+    check(
+        all(type(n) is int and n >= 0 for n in numbers) and len(entry["data_offsets"]) == 2,
+        f"{path} is not a safetensors file: the header's entry of {name} has a bad shape or bad data_offsets",
+    )
     start, end = entry["data_offsets"]
     tensor = Stored(path, data + start, DTYPES[dtype], tuple(entry["shape"]))
     check(
