@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from dsv2_jax.model.matmul import dot
+from dsv2_jax.model.matmul import dot, from_bits, to_bits, transpose
 
 _MASKED = -1e30
 
@@ -70,19 +70,19 @@ class _Group:
     def read(self, x: Array, heads: int) -> Array:
         """This group's `heads` heads of x [B, T, heads in all, width], as [T * heads, width]."""
         start = (self.b, 0, self.j * heads, 0)
-        return lax.dynamic_slice(x, start, (1, x.shape[1], heads, x.shape[3])).reshape(-1, x.shape[3])
+        part = lax.dynamic_slice(to_bits(x), start, (1, x.shape[1], heads, x.shape[3]))
+        return from_bits(part.reshape(-1, x.shape[3]))
 
     def write(self, x: Array, rows: Array, heads: int) -> Array:
-        """The inverse of `read`: x with this group's heads replaced."""
-        new = rows.reshape(1, x.shape[1], heads, x.shape[3]).astype(x.dtype)
-        return lax.dynamic_update_slice(x, new, (self.b, 0, self.j * heads, 0))
+        """The inverse of `read`: x, held as bits, with this group's heads replaced."""
+        new = rows.reshape(1, x.shape[1], heads, x.shape[3])
+        return lax.dynamic_update_slice(x, to_bits(new), (self.b, 0, self.j * heads, 0))
 
-    def scores(self, q: Array, k: Array, start: int, stop: int, scale: float) -> Array:
-        """Scores of the queries from token `start` to `stop` against the keys up to there, masked."""
+    def sees(self, start: int, stop: int) -> Array:
+        """Which query rows of the tokens from `start` to `stop` see which keys up to there."""
         times = jnp.repeat(jnp.arange(start, stop), self.width)[:, None]
         segments = jnp.repeat(self.segments_T[start:stop], self.width)[:, None]
-        sees = (jnp.arange(stop) <= times) & (self.segments_S[:stop] == segments)
-        return jnp.where(sees, dot(q[start * self.width : stop * self.width], k[:stop], (1, 1)) * scale, _MASKED)
+        return (jnp.arange(stop) <= times) & (self.segments_S[:stop] == segments)
 
 
 def _blocks(tokens: int) -> list[tuple[int, int]]:
@@ -102,17 +102,19 @@ def _causal_fwd(
         q, k, v = group.read(q_BTHK, h // j), group.read(k_BTJK, 1), group.read(v_BTJV, 1)
         outs, sums = [], []
         for start, stop in _blocks(t):
-            scores = group.scores(q, k, start, stop, scale)
+            rows = slice(start * group.width, stop * group.width)
+            scores = jnp.where(group.sees(start, stop), dot(q[rows], k[:stop], (1, 1)) * scale, _MASKED)
             top = jnp.max(scores, axis=1, keepdims=True)
             p = jnp.exp(scores - top)
             total = jnp.sum(p, axis=1, keepdims=True)
             outs.append(dot(p.astype(dtype), v[:stop]) / total)
             sums.append(top + jnp.log(total))
-        o_BTHV = group.write(o_BTHV, jnp.concatenate(outs), h // j)
+        o_BTHV = group.write(o_BTHV, jnp.concatenate(outs).astype(dtype), h // j)
         return o_BTHV, group.write(lse_BTH1, jnp.concatenate(sums), h // j)
 
-    start = (jnp.zeros((b, t, h, v_BTJV.shape[3]), dtype), jnp.zeros((b, t, h, 1), jnp.float32))
-    o_BTHV, lse_BTH1 = lax.fori_loop(0, b * j, body, start)
+    start = (to_bits(jnp.zeros((b, t, h, v_BTJV.shape[3]), dtype)), jnp.zeros((b, t, h, 1), jnp.float32))
+    bits_BTHV, lse_BTH1 = lax.fori_loop(0, b * j, body, start)
+    o_BTHV = from_bits(bits_BTHV)
     return o_BTHV, (q_BTHK, k_BTJK, v_BTJV, segments_BT, segments_BS, o_BTHV, lse_BTH1)
 
 
@@ -125,20 +127,23 @@ def _causal_bwd(scale: float, kept: tuple, g_BTHV: Array) -> tuple:
         q, o, lse, g = (group.read(x, h // j) for x in (q_BTHK, o_BTHV, lse_BTH1, g_BTHV))
         k, v = group.read(k_BTJK, 1), group.read(v_BTJV, 1)
         mean = jnp.sum(g.astype(jnp.float32) * o.astype(jnp.float32), axis=1, keepdims=True)
+        kt = transpose(k)
         dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
         for start, stop in _blocks(t):
             rows = slice(start * group.width, stop * group.width)
-            p = jnp.exp(group.scores(q, k, start, stop, scale) - lse[rows])
-            ds = (p * (dot(g[rows], v[:stop], (1, 1)) - mean[rows]) * scale).astype(dtype)
-            dq.append(dot(ds, k[:stop]))
-            dk = dk.at[:stop].add(dot(ds, q[rows], (0, 0)))
-            dv = dv.at[:stop].add(dot(p.astype(dtype), g[rows], (0, 0)))
-        grads = ((jnp.concatenate(dq), h // j), (dk, 1), (dv, 1))
+            # Keys down, queries across: then every product below has row-major operands (see transpose).
+            scores = jnp.where(group.sees(start, stop).T, dot(k[:stop], q[rows], (1, 1)) * scale, _MASKED)
+            p = jnp.exp(scores - lse[rows, 0])
+            ds = (p * (dot(v[:stop], g[rows], (1, 1)) - mean[rows, 0]) * scale).astype(dtype)
+            dq.append(dot(kt[:, :stop], ds))
+            dk = dk.at[:stop].add(dot(ds, q[rows]))
+            dv = dv.at[:stop].add(dot(p.astype(dtype), g[rows]))
+        grads = ((jnp.concatenate(dq, axis=1).T.astype(dtype), h // j), (dk.astype(dtype), 1), (dv.astype(dtype), 1))
         dq_BTHK, dk_BTJK, dv_BTJV = (group.write(x, new, heads) for x, (new, heads) in zip(carry, grads, strict=True))
         return dq_BTHK, dk_BTJK, dv_BTJV
 
-    start = (jnp.zeros_like(q_BTHK), jnp.zeros_like(k_BTJK), jnp.zeros_like(v_BTJV))
-    return (*lax.fori_loop(0, b * j, body, start), None, None)
+    start = tuple(to_bits(jnp.zeros_like(x)) for x in (q_BTHK, k_BTJK, v_BTJV))
+    return (*(from_bits(x) for x in lax.fori_loop(0, b * j, body, start)), None, None)
 
 
 _causal.defvjp(_causal_fwd, _causal_bwd)

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from dsv2_jax.model.matmul import dot, weight_gradient
+from dsv2_jax.model.matmul import dot, from_bits, to_bits, weight_gradient
 
-_BLOCKS = (256, 64)  # rows of a block: large ones first, then small ones for the rest of a group
+_BLOCKS = (512, 128)  # rows of a block: large ones first, then small ones for the rest of a group
 _FEW_PAIRS = 128  # up to here reading the weights is the cost: only active experts, few rows at a time
 
 
@@ -64,7 +64,7 @@ def _few(
         pairs_S = lax.dynamic_slice(plan.order_P, (plan.starts_E[e] + offset,), (size,))
         tokens_S = pairs_S // k
         gates_S = jnp.where(jnp.arange(size) + offset < plan.counts_E[e], gates_NK.reshape(-1)[pairs_S], 0)
-        x_SD = x_ND[tokens_S]
+        x_SD = from_bits(to_bits(x_ND)[tokens_S])
         hidden_SF = jax.nn.silu(dot(x_SD, w_gate_EDF[e])) * dot(x_SD, w_up_EDF[e]) * gates_S[:, None]
         return y_ND.at[tokens_S].add(dot(hidden_SF.astype(x_ND.dtype), w_down_EFD[e]))
 
@@ -100,20 +100,21 @@ def _forward(
         def block(size: int, row: Array, left: Array, carry: tuple) -> tuple:
             y_ND, a_PF, u_PF = carry
             pairs_S = lax.dynamic_slice(plan.order_P, (row,), (size,))
-            x_SD = x_ND[pairs_S // k]
+            x_SD = from_bits(to_bits(x_ND)[pairs_S // k])
             a_SF, u_SF = dot(x_SD, w_gate_DF).astype(dtype), dot(x_SD, w_up_DF).astype(dtype)
             gates_S = jnp.where(jnp.arange(size) < left, gates_P[pairs_S], 0)
             hidden_SF = jax.nn.silu(a_SF.astype(jnp.float32)) * u_SF.astype(jnp.float32) * gates_S[:, None]
             return (
                 y_ND.at[pairs_S // k].add(dot(hidden_SF.astype(dtype), w_down_FD)),
-                lax.dynamic_update_slice(a_PF, a_SF, (row, 0)),
-                lax.dynamic_update_slice(u_PF, u_SF, (row, 0)),
+                lax.dynamic_update_slice(a_PF, to_bits(a_SF), (row, 0)),
+                lax.dynamic_update_slice(u_PF, to_bits(u_SF), (row, 0)),
             )
 
         return _over_blocks(plan, e, block, carry)
 
     rows = plan.order_P.shape[0]
-    start = (jnp.zeros(x_ND.shape, jnp.float32), jnp.zeros((rows, width), dtype), jnp.zeros((rows, width), dtype))
+    hidden_PF = to_bits(jnp.zeros((rows, width), dtype))
+    start = (jnp.zeros(x_ND.shape, jnp.float32), hidden_PF, hidden_PF)
     y_ND, a_PF, u_PF = lax.fori_loop(0, experts, expert, start)
     return y_ND.astype(dtype), (x_ND, gates_NK, w_gate_EDF, w_up_EDF, w_down_EFD, plan, a_PF, u_PF)
 
@@ -132,9 +133,9 @@ def _backward(kept: tuple, g_ND: Array) -> tuple[Array, None, Array, Array, Arra
             pairs_S = lax.dynamic_slice(plan.order_P, (row,), (size,))
             own_S = jnp.arange(size) < left
             gates_S = jnp.where(own_S, gates_P[pairs_S], 0)[:, None]
-            x_SD, g_SD = x_ND[pairs_S // k], g_ND[pairs_S // k]
-            a_SF = lax.dynamic_slice(a_PF, (row, 0), (size, width)).astype(jnp.float32)
-            u_SF = lax.dynamic_slice(u_PF, (row, 0), (size, width)).astype(jnp.float32)
+            x_SD, g_SD = (from_bits(to_bits(rows_ND)[pairs_S // k]) for rows_ND in (x_ND, g_ND))
+            a_SF = from_bits(lax.dynamic_slice(a_PF, (row, 0), (size, width))).astype(jnp.float32)
+            u_SF = from_bits(lax.dynamic_slice(u_PF, (row, 0), (size, width))).astype(jnp.float32)
             sigmoid_SF = jax.nn.sigmoid(a_SF)
             silu_SF = a_SF * sigmoid_SF
             hidden_SF = silu_SF * u_SF
@@ -155,14 +156,15 @@ def _backward(kept: tuple, g_ND: Array) -> tuple[Array, None, Array, Array, Arra
         zeros = [jnp.zeros(w.shape[1:], jnp.float32) for w in dw_E]
         dx_ND, dgates_P, *dw = _over_blocks(plan, e, block, (dx_ND, dgates_P, *zeros))
         dw_E = [
-            lax.dynamic_update_index_in_dim(old, new.astype(old.dtype), e, 0) for old, new in zip(dw_E, dw, strict=True)
+            lax.dynamic_update_index_in_dim(old, to_bits(new.astype(dtype)), e, 0)
+            for old, new in zip(dw_E, dw, strict=True)
         ]
         return (dx_ND, dgates_P, *dw_E)
 
     start = (jnp.zeros(x_ND.shape, jnp.float32), jnp.zeros(gates_P.shape, jnp.float32))
-    weights = [jnp.zeros_like(w) for w in (w_gate_EDF, w_up_EDF, w_down_EFD)]
+    weights = [to_bits(jnp.zeros_like(w)) for w in (w_gate_EDF, w_up_EDF, w_down_EFD)]
     dx_ND, dgates_P, *dw = lax.fori_loop(0, w_gate_EDF.shape[0], expert, (*start, *weights))
-    return dx_ND.astype(dtype), None, dgates_P.reshape(gates_NK.shape), dw[0], dw[1], dw[2]
+    return dx_ND.astype(dtype), None, dgates_P.reshape(gates_NK.shape), *(from_bits(w) for w in dw)
 
 
 grouped_swiglu.defvjp(_forward, _backward)

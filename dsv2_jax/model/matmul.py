@@ -23,22 +23,34 @@ def dot(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
     return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), preferred_element_type=jnp.float32)
 
 
+def to_bits(x: Array) -> Array:
+    """bfloat16 as its bits, any other dtype as it is. XLA on CPU has no bfloat16 but in products: it widens a whole
+    buffer to update or gather some rows of it. Bits it moves as they are."""
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def from_bits(x: Array) -> Array:
+    """The inverse of `to_bits`."""
+    return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
+
+
 def weight_gradient(x_ND: Array, g_NF: Array) -> Array:
     """x^T g in float32 [D, F].
 
     XLA's CPU library multiplies only row-major operands at full speed; for others it falls back to a slower routine,
-    which in bfloat16 first widens both. So there the transpose is made, and kept from folding back into the product.
+    which in bfloat16 first widens both. So on CPU the transpose is made.
     """
-    if jax.default_backend() != "cpu" or (x_ND.dtype == jnp.bfloat16 and x_ND.shape[1] % 2):
-        return dot(x_ND, g_NF, (0, 0))
-    return dot(_transpose(x_ND), g_NF)
+    return dot(transpose(x_ND), g_NF) if jax.default_backend() == "cpu" else dot(x_ND, g_NF, (0, 0))
 
 
-def _transpose(x_ND: Array) -> Array:
+def transpose(x_ND: Array) -> Array:
+    """x^T; on CPU row-major in memory, kept from folding back into the product it is for."""
+    n, d = x_ND.shape
+    if jax.default_backend() != "cpu" or (x_ND.dtype == jnp.bfloat16 and d % 2):
+        return x_ND.T
     if x_ND.dtype != jnp.bfloat16:
         return lax.optimization_barrier(x_ND.T)
     # XLA transposes 32-bit words five times as fast as 16-bit ones: turn pairs of columns, then part them.
-    n, d = x_ND.shape
     pairs = lax.bitcast_convert_type(x_ND.reshape(n, d // 2, 2), jnp.uint32).T
     rows = jnp.stack([pairs & 0xFFFF, pairs >> 16], axis=1).astype(jnp.uint16).reshape(d, n)
     return lax.bitcast_convert_type(rows, jnp.bfloat16)
