@@ -1,0 +1,149 @@
+"""Exact causal attention over packed rows, a block of queries at a time: scores never exist whole, nor are they kept.
+
+The backward pass keeps the result and the logarithm of each softmax's sum and computes the scores again.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from dsv2_jax.model.matmul import dot, from_bits, to_bits, transpose
+
+_MASKED = -1e30
+
+
+def attention(
+    q_BTHK: Array,
+    k_BSJK: Array,
+    v_BSJV: Array,
+    *,
+    scale: float,
+    segments_BT: Array,
+    segments_BS: Array,
+    offset: int | Array = 0,
+) -> Array:
+    """softmax(scale q k^T) v in float32, [B, T, H, V] in q's dtype.
+
+    The query at t sits at slot offset + t and sees slot s iff s <= offset + t and their segments (int32) are equal.
+    J divides H: each KV head serves H / J heads. A query that sees nothing gives finite values without meaning.
+    """
+    t = q_BTHK.shape[1]
+    if isinstance(offset, int) and offset == 0 and 1 < t <= k_BSJK.shape[1]:
+        return _causal(q_BTHK, k_BSJK[:, :t], v_BSJV[:, :t], segments_BT, segments_BS[:, :t], scale)
+    return _plain(q_BTHK, k_BSJK, v_BSJV, scale, segments_BT, segments_BS, offset)
+
+
+def _plain(
+    q_BTHK: Array,
+    k_BSJK: Array,
+    v_BSJV: Array,
+    scale: float,
+    segments_BT: Array,
+    segments_BS: Array,
+    offset: int | Array,
+) -> Array:
+    b, t, h, _ = q_BTHK.shape
+    s, j = k_BSJK.shape[1:3]
+    q = q_BTHK.reshape(b, t, j, h // j, -1)
+    sees_BTS = (jnp.arange(s) <= jnp.arange(t)[:, None] + offset) & (segments_BT[:, :, None] == segments_BS[:, None, :])
+    scores = jnp.einsum("btjhk,bsjk->bjhts", q, k_BSJK, preferred_element_type=jnp.float32) * scale
+    p = jax.nn.softmax(jnp.where(sees_BTS[:, None, None], scores, _MASKED), axis=-1).astype(q.dtype)
+    o = jnp.einsum("bjhts,bsjv->btjhv", p, v_BSJV, preferred_element_type=jnp.float32)
+    return o.reshape(b, t, h, -1).astype(q.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _causal(q_BTHK: Array, k_BTJK: Array, v_BTJV: Array, segments_BT: Array, segments_BS: Array, scale: float) -> Array:
+    return _causal_fwd(q_BTHK, k_BTJK, v_BTJV, segments_BT, segments_BS, scale)[0]
+
+
+class _Group:
+    """One KV head of one sequence and the G query heads it serves, as matrices: rows are (token, query head)."""
+
+    def __init__(self, i: Array, heads: int, kv_heads: int, segments_BT: Array, segments_BS: Array):
+        self.b, self.j = i // kv_heads, i % kv_heads
+        self.width = heads // kv_heads
+        self.segments_T, self.segments_S = segments_BT[self.b], segments_BS[self.b]
+
+    def read(self, x: Array, heads: int) -> Array:
+        """This group's `heads` heads of x [B, T, heads in all, width], as [T * heads, width]."""
+        start = (self.b, 0, self.j * heads, 0)
+        part = lax.dynamic_slice(to_bits(x), start, (1, x.shape[1], heads, x.shape[3]))
+        return from_bits(part.reshape(-1, x.shape[3]))
+
+    def write(self, x: Array, rows: Array, heads: int) -> Array:
+        """The inverse of `read`: x, held as bits, with this group's heads replaced."""
+        new = rows.reshape(1, x.shape[1], heads, x.shape[3])
+        return lax.dynamic_update_slice(x, to_bits(new), (self.b, 0, self.j * heads, 0))
+
+    def sees(self, start: int, stop: int) -> Array:
+        """Which query rows of the tokens from `start` to `stop` see which keys up to there."""
+        times = jnp.repeat(jnp.arange(start, stop), self.width)[:, None]
+        segments = jnp.repeat(self.segments_T[start:stop], self.width)[:, None]
+        return (jnp.arange(stop) <= times) & (self.segments_S[:stop] == segments)
+
+
+def _blocks(tokens: int) -> list[tuple[int, int]]:
+    """Query blocks as (start, stop): of 128, or longer: at most 16 of them, for compile time."""
+    size = max(128, -(-tokens // 16))
+    return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+def _causal_fwd(
+    q_BTHK: Array, k_BTJK: Array, v_BTJV: Array, segments_BT: Array, segments_BS: Array, scale: float
+) -> tuple[Array, tuple]:
+    (b, t, h, _), j, dtype = q_BTHK.shape, k_BTJK.shape[2], q_BTHK.dtype
+
+    def body(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        o_BTHV, lse_BTH1 = carry
+        group = _Group(i, h, j, segments_BT, segments_BS)
+        q, k, v = group.read(q_BTHK, h // j), group.read(k_BTJK, 1), group.read(v_BTJV, 1)
+        outs, sums = [], []
+        for start, stop in _blocks(t):
+            rows = slice(start * group.width, stop * group.width)
+            scores = jnp.where(group.sees(start, stop), dot(q[rows], k[:stop], (1, 1)) * scale, _MASKED)
+            top = jnp.max(scores, axis=1, keepdims=True)
+            p = jnp.exp(scores - top)
+            total = jnp.sum(p, axis=1, keepdims=True)
+            outs.append(dot(p.astype(dtype), v[:stop]) / total)
+            sums.append(top + jnp.log(total))
+        o_BTHV = group.write(o_BTHV, jnp.concatenate(outs).astype(dtype), h // j)
+        return o_BTHV, group.write(lse_BTH1, jnp.concatenate(sums), h // j)
+
+    start = (to_bits(jnp.zeros((b, t, h, v_BTJV.shape[3]), dtype)), jnp.zeros((b, t, h, 1), jnp.float32))
+    bits_BTHV, lse_BTH1 = lax.fori_loop(0, b * j, body, start)
+    o_BTHV = from_bits(bits_BTHV)
+    return o_BTHV, (q_BTHK, k_BTJK, v_BTJV, segments_BT, segments_BS, o_BTHV, lse_BTH1)
+
+
+def _causal_bwd(scale: float, kept: tuple, g_BTHV: Array) -> tuple:
+    q_BTHK, k_BTJK, v_BTJV, segments_BT, segments_BS, o_BTHV, lse_BTH1 = kept
+    (b, t, h, _), j, dtype = q_BTHK.shape, k_BTJK.shape[2], q_BTHK.dtype
+
+    def body(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        group = _Group(i, h, j, segments_BT, segments_BS)
+        q, o, lse, g = (group.read(x, h // j) for x in (q_BTHK, o_BTHV, lse_BTH1, g_BTHV))
+        k, v = group.read(k_BTJK, 1), group.read(v_BTJV, 1)
+        mean = jnp.sum(g.astype(jnp.float32) * o.astype(jnp.float32), axis=1, keepdims=True)
+        kt = transpose(k)
+        dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+        for start, stop in _blocks(t):
+            rows = slice(start * group.width, stop * group.width)
+            # Keys down, queries across: then every product below has row-major operands (see transpose).
+            scores = jnp.where(group.sees(start, stop).T, dot(k[:stop], q[rows], (1, 1)) * scale, _MASKED)
+            p = jnp.exp(scores - lse[rows, 0])
+            ds = (p * (dot(v[:stop], g[rows], (1, 1)) - mean[rows, 0]) * scale).astype(dtype)
+            dq.append(dot(kt[:, :stop], ds))
+            dk = dk.at[:stop].add(dot(ds, q[rows]))
+            dv = dv.at[:stop].add(dot(p.astype(dtype), g[rows]))
+        grads = ((jnp.concatenate(dq, axis=1).T.astype(dtype), h // j), (dk.astype(dtype), 1), (dv.astype(dtype), 1))
+        dq_BTHK, dk_BTJK, dv_BTJV = (group.write(x, new, heads) for x, (new, heads) in zip(carry, grads, strict=True))
+        return dq_BTHK, dk_BTJK, dv_BTJV
+
+    start = tuple(to_bits(jnp.zeros_like(x)) for x in (q_BTHK, k_BTJK, v_BTJV))
+    return (*(from_bits(x) for x in lax.fori_loop(0, b * j, body, start)), None, None)
+
+
+_causal.defvjp(_causal_fwd, _causal_bwd)

@@ -1,0 +1,170 @@
+"""Experts' SwiGLU over sorted (token, expert) pairs: cost follows the pairs, not experts times tokens.
+
+Pairs are sorted by expert; a loop over experts runs an inner loop over blocks of rows as often as the group needs.
+Plain XLA, exact, on any device. Letters: N tokens, K active experts, P = N K pairs, S rows of a block; the rest as
+in parameters.py.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from dsv2_jax.model.matmul import dot, from_bits, to_bits, weight_gradient
+
+_BLOCKS = (512, 128)  # rows of a block: large ones first, then small ones for the rest of a group
+_FEW_PAIRS = 128  # up to here reading the weights is the cost: only active experts, few rows at a time
+
+
+class _Plan(NamedTuple):
+    """Pairs in expert order; dropped pairs come last and belong to no group."""
+
+    order_P: Array  # pair at each sorted row, padded by a block so that slices stay inside
+    starts_E: Array  # first sorted row of each expert
+    counts_E: Array
+
+
+@jax.custom_vjp
+def grouped_swiglu(
+    x_ND: Array, experts_NK: Array, gates_NK: Array, w_gate_EDF: Array, w_up_EDF: Array, w_down_EFD: Array
+) -> Array:
+    """y[n] = sum over k of gates[n, k] * down_e(silu(gate_e(x[n])) * up_e(x[n])), e = experts[n, k] (section 2.2.1).
+
+    x and the weights in the compute dtype, experts int32, gates float32; the result in x's dtype, sums in float32.
+    An expert id of E drops its pair: no cost, no contribution, a zero gradient for its gate.
+    """
+    if experts_NK.size <= _FEW_PAIRS:
+        return _few(x_ND, experts_NK, gates_NK, w_gate_EDF, w_up_EDF, w_down_EFD)
+    return _forward(x_ND, experts_NK, gates_NK, w_gate_EDF, w_up_EDF, w_down_EFD)[0]
+
+
+def _sort(experts_NK: Array, experts: int, padding: int) -> _Plan:
+    ids_P = experts_NK.reshape(-1)
+    order_P = jnp.argsort(ids_P, stable=True).astype(jnp.int32)
+    counts_E = jnp.sum(ids_P[:, None] == jnp.arange(experts), axis=0, dtype=jnp.int32)
+    return _Plan(jnp.pad(order_P, (0, padding)), jnp.cumsum(counts_E) - counts_E, counts_E)
+
+
+def _few(
+    x_ND: Array, experts_NK: Array, gates_NK: Array, w_gate_EDF: Array, w_up_EDF: Array, w_down_EFD: Array
+) -> Array:
+    """Decode: one loop over blocks of a few rows, each of which reads its expert's weights in place."""
+    n, k = experts_NK.shape
+    experts = w_gate_EDF.shape[0]
+    size = 1 if n == 1 else 4  # a token goes to an expert once, so one token never fills more than a row
+    plan = _sort(experts_NK, experts, size)
+    ends_E = jnp.cumsum((plan.counts_E + size - 1) // size)
+
+    def block(i: Array, y_ND: Array) -> Array:
+        e = jnp.searchsorted(ends_E, i, side="right", method="compare_all").astype(jnp.int32)
+        blocks_before = jnp.where(e > 0, ends_E[e - 1], 0)
+        offset = (i - blocks_before) * size
+        pairs_S = lax.dynamic_slice(plan.order_P, (plan.starts_E[e] + offset,), (size,))
+        tokens_S = pairs_S // k
+        gates_S = jnp.where(jnp.arange(size) + offset < plan.counts_E[e], gates_NK.reshape(-1)[pairs_S], 0)
+        x_SD = from_bits(to_bits(x_ND)[tokens_S])
+        hidden_SF = jax.nn.silu(dot(x_SD, w_gate_EDF[e])) * dot(x_SD, w_up_EDF[e]) * gates_S[:, None]
+        return y_ND.at[tokens_S].add(dot(hidden_SF.astype(x_ND.dtype), w_down_EFD[e]))
+
+    return lax.fori_loop(0, ends_E[-1], block, jnp.zeros(x_ND.shape, jnp.float32)).astype(x_ND.dtype)
+
+
+def _over_blocks(plan: _Plan, e: Array, body: Callable, carry: tuple) -> tuple:
+    """Runs body(size, row, left, carry) over the blocks of expert e; `left` rows from `row` on are still its own."""
+    start, count, done = plan.starts_E[e], plan.counts_E[e], jnp.int32(0)
+    for i, size in enumerate(_BLOCKS):
+        last = i == len(_BLOCKS) - 1
+        blocks = (count - done + (size - 1 if last else 0)) // size
+
+        def step(j: Array, carry: tuple, size: int = size, done: Array = done) -> tuple:
+            return body(size, start + done + j * size, count - done - j * size, carry)
+
+        carry = lax.fori_loop(0, blocks, step, carry)
+        done = done + blocks * size
+    return carry
+
+
+def _forward(
+    x_ND: Array, experts_NK: Array, gates_NK: Array, w_gate_EDF: Array, w_up_EDF: Array, w_down_EFD: Array
+) -> tuple[Array, tuple]:
+    """The result and what the backward pass needs: the hidden activations of every pair, in sorted rows."""
+    (_, k), (experts, _, width) = experts_NK.shape, w_gate_EDF.shape
+    dtype, gates_P = x_ND.dtype, gates_NK.reshape(-1)
+    plan = _sort(experts_NK, experts, max(_BLOCKS))
+
+    def expert(e: Array, carry: tuple) -> tuple:
+        w_gate_DF, w_up_DF, w_down_FD = w_gate_EDF[e], w_up_EDF[e], w_down_EFD[e]
+
+        def block(size: int, row: Array, left: Array, carry: tuple) -> tuple:
+            y_ND, a_PF, u_PF = carry
+            pairs_S = lax.dynamic_slice(plan.order_P, (row,), (size,))
+            x_SD = from_bits(to_bits(x_ND)[pairs_S // k])
+            a_SF, u_SF = dot(x_SD, w_gate_DF).astype(dtype), dot(x_SD, w_up_DF).astype(dtype)
+            gates_S = jnp.where(jnp.arange(size) < left, gates_P[pairs_S], 0)
+            hidden_SF = jax.nn.silu(a_SF.astype(jnp.float32)) * u_SF.astype(jnp.float32) * gates_S[:, None]
+            return (
+                y_ND.at[pairs_S // k].add(dot(hidden_SF.astype(dtype), w_down_FD)),
+                lax.dynamic_update_slice(a_PF, to_bits(a_SF), (row, 0)),
+                lax.dynamic_update_slice(u_PF, to_bits(u_SF), (row, 0)),
+            )
+
+        return _over_blocks(plan, e, block, carry)
+
+    rows = plan.order_P.shape[0]
+    hidden_PF = to_bits(jnp.zeros((rows, width), dtype))
+    start = (jnp.zeros(x_ND.shape, jnp.float32), hidden_PF, hidden_PF)
+    y_ND, a_PF, u_PF = lax.fori_loop(0, experts, expert, start)
+    return y_ND.astype(dtype), (x_ND, gates_NK, w_gate_EDF, w_up_EDF, w_down_EFD, plan, a_PF, u_PF)
+
+
+def _backward(kept: tuple, g_ND: Array) -> tuple[Array, None, Array, Array, Array, Array]:
+    x_ND, gates_NK, w_gate_EDF, w_up_EDF, w_down_EFD, plan, a_PF, u_PF = kept
+    k, width, dtype = gates_NK.shape[1], w_gate_EDF.shape[2], x_ND.dtype
+    gates_P = gates_NK.reshape(-1)
+
+    def expert(e: Array, carry: tuple) -> tuple:
+        dx_ND, dgates_P, *dw_E = carry
+        w_gate_DF, w_up_DF, w_down_FD = w_gate_EDF[e], w_up_EDF[e], w_down_EFD[e]
+
+        def block(size: int, row: Array, left: Array, carry: tuple) -> tuple:
+            dx_ND, dgates_P, dw_gate_DF, dw_up_DF, dw_down_FD = carry
+            pairs_S = lax.dynamic_slice(plan.order_P, (row,), (size,))
+            own_S = jnp.arange(size) < left
+            gates_S = jnp.where(own_S, gates_P[pairs_S], 0)[:, None]
+            x_SD, g_SD = (from_bits(to_bits(rows_ND)[pairs_S // k]) for rows_ND in (x_ND, g_ND))
+            a_SF = from_bits(lax.dynamic_slice(a_PF, (row, 0), (size, width))).astype(jnp.float32)
+            u_SF = from_bits(lax.dynamic_slice(u_PF, (row, 0), (size, width))).astype(jnp.float32)
+            sigmoid_SF = jax.nn.sigmoid(a_SF)
+            silu_SF = a_SF * sigmoid_SF
+            hidden_SF = silu_SF * u_SF
+            dhidden_SF = dot(g_SD, w_down_FD, (1, 1))
+            dgates_S = jnp.where(own_S, jnp.sum(hidden_SF * dhidden_SF, axis=1), 0)
+            dhidden_SF = dhidden_SF * gates_S
+            da_SF = (dhidden_SF * u_SF * (sigmoid_SF + silu_SF * (1 - sigmoid_SF))).astype(dtype)
+            du_SF = (dhidden_SF * silu_SF).astype(dtype)
+            dx_SD = dot(da_SF, w_gate_DF, (1, 1)) + dot(du_SF, w_up_DF, (1, 1))
+            return (
+                dx_ND.at[pairs_S // k].add(dx_SD),
+                dgates_P.at[pairs_S].add(dgates_S),
+                dw_gate_DF + weight_gradient(x_SD, da_SF),
+                dw_up_DF + weight_gradient(x_SD, du_SF),
+                dw_down_FD + weight_gradient((hidden_SF * gates_S).astype(dtype), g_SD),
+            )
+
+        zeros = [jnp.zeros(w.shape[1:], jnp.float32) for w in dw_E]
+        dx_ND, dgates_P, *dw = _over_blocks(plan, e, block, (dx_ND, dgates_P, *zeros))
+        dw_E = [
+            lax.dynamic_update_index_in_dim(old, to_bits(new.astype(dtype)), e, 0)
+            for old, new in zip(dw_E, dw, strict=True)
+        ]
+        return (dx_ND, dgates_P, *dw_E)
+
+    start = (jnp.zeros(x_ND.shape, jnp.float32), jnp.zeros(gates_P.shape, jnp.float32))
+    weights = [to_bits(jnp.zeros_like(w)) for w in (w_gate_EDF, w_up_EDF, w_down_EFD)]
+    dx_ND, dgates_P, *dw = lax.fori_loop(0, w_gate_EDF.shape[0], expert, (*start, *weights))
+    return dx_ND.astype(dtype), None, dgates_P.reshape(gates_NK.shape), *(from_bits(w) for w in dw)
+
+
+grouped_swiglu.defvjp(_forward, _backward)

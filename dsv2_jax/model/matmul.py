@@ -1,0 +1,87 @@
+"""Products with weights: the one place that says in which precision they run and how their gradients are laid out.
+
+Operands keep their dtype, sums are float32, results come back in the activation's dtype.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+def project(x: Array, w: Array, axes: int = 1) -> Array:
+    """Contracts the last `axes` dimensions of x with the first `axes` of w: float32 sums, the result in x's dtype."""
+    if jax.default_backend() == "cpu":
+        return _project_cpu(x, w, axes)
+    return _dot(x, w, axes)
+
+
+def dot(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
+    """Matrix product over a's and b's named dimension, accumulated and returned in float32."""
+    return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def to_bits(x: Array) -> Array:
+    """bfloat16 as its bits, any other dtype as it is. XLA on CPU has no bfloat16 but in products: it widens a whole
+    buffer to update or gather some rows of it. Bits it moves as they are."""
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def from_bits(x: Array) -> Array:
+    """The inverse of `to_bits`."""
+    return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
+
+
+def weight_gradient(x_ND: Array, g_NF: Array) -> Array:
+    """x^T g in float32 [D, F].
+
+    XLA's CPU library multiplies only row-major operands at full speed; for others it falls back to a slower routine,
+    which in bfloat16 first widens both. So on CPU the transpose is made.
+    """
+    return dot(transpose(x_ND), g_NF) if jax.default_backend() == "cpu" else dot(x_ND, g_NF, (0, 0))
+
+
+def transpose(x_ND: Array) -> Array:
+    """x^T; on CPU row-major in memory, kept from folding back into the product it is for."""
+    n, d = x_ND.shape
+    if jax.default_backend() != "cpu" or (x_ND.dtype == jnp.bfloat16 and d % 2):
+        return x_ND.T
+    if x_ND.dtype != jnp.bfloat16:
+        return lax.optimization_barrier(x_ND.T)
+    # XLA transposes 32-bit words five times as fast as 16-bit ones: turn pairs of columns, then part them.
+    pairs = lax.bitcast_convert_type(x_ND.reshape(n, d // 2, 2), jnp.uint32).T
+    rows = jnp.stack([pairs & 0xFFFF, pairs >> 16], axis=1).astype(jnp.uint16).reshape(d, n)
+    return lax.bitcast_convert_type(rows, jnp.bfloat16)
+
+
+def _dot(x: Array, w: Array, axes: int) -> Array:
+    dims = tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes))
+    return lax.dot_general(x, w, (dims, ((), ())), preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _project_cpu(x: Array, w: Array, axes: int) -> Array:
+    return _project_fwd(x, w, axes)[0]
+
+
+def _flat(x: Array, leading: int) -> Array:
+    return x.reshape(math.prod(x.shape[:leading]), -1)
+
+
+def _project_fwd(x: Array, w: Array, axes: int) -> tuple[Array, tuple[Array, Array]]:
+    y = dot(_flat(x, x.ndim - axes), _flat(w, axes)).astype(x.dtype)
+    return y.reshape(x.shape[: x.ndim - axes] + w.shape[axes:]), (x, w)
+
+
+def _project_bwd(axes: int, kept: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, w = kept
+    leading = x.ndim - axes
+    g_NF, w_DF = _flat(g, leading), _flat(w, axes)
+    dx = dot(g_NF, w_DF, (1, 1)).astype(x.dtype)
+    dw = weight_gradient(_flat(x, leading), g_NF).astype(w.dtype)
+    return dx.reshape(x.shape), dw.reshape(w.shape)
+
+
+_project_cpu.defvjp(_project_fwd, _project_bwd)

@@ -1,0 +1,58 @@
+"""Chunked cross-entropy against the whole softmax in float64, and its memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv2_jax.training.cross_entropy import cross_entropy
+
+
+def _case(n, dtype, d=6, w=11):
+    rng = np.random.default_rng(n)
+    return (
+        jnp.asarray(rng.standard_normal((n, d)), dtype),
+        jnp.asarray(rng.standard_normal((d, w)), dtype),
+        jnp.asarray(rng.integers(0, w, n), jnp.int32),
+        jnp.asarray(rng.random(n) * (rng.random(n) > 0.3), jnp.float32),
+    )
+
+
+def _truth(h, w, targets, weights):
+    h, w, weights = (np.asarray(a, np.float64) for a in (h, w, weights))
+    logits = h @ w
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    rows = np.arange(len(h))
+    nll = -(weights * np.log(p[rows, targets])).sum()
+    p[rows, targets] -= 1
+    p *= weights[:, None]
+    return nll, p @ w.T, h.T @ p
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+@pytest.mark.parametrize("n", [1, 4, 13])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 1e-2)])
+def test_loss_and_gradients(n, chunk, dtype, tolerance):
+    h, w, targets, weights = _case(n, dtype)
+
+    def loss(h, w):
+        return 0.5 * cross_entropy(h, w, targets, weights, chunk)
+
+    nll, (dh, dw) = jax.jit(jax.value_and_grad(loss, (0, 1)))(h, w)
+    want = _truth(h, w, np.asarray(targets), weights)
+    assert nll.dtype == jnp.float32 and dh.dtype == dw.dtype == dtype
+    plain = jax.jit(lambda: cross_entropy(h, w, targets, weights, chunk))()
+    for got, true in zip((2 * nll, plain, 2 * dh, 2 * dw), (want[0], *want), strict=True):
+        scale = max(np.abs(true).max(), 1e-3)
+        assert np.abs(np.asarray(got, np.float64) - true).max() <= tolerance * scale
+
+
+def test_logits_exist_for_one_chunk_only():
+    n, d, w, chunk = 512, 8, 4096, 32
+    shapes = [
+        jax.ShapeDtypeStruct(s, t)
+        for s, t in (((n, d), jnp.float32), ((d, w), jnp.float32), ((n,), jnp.int32), ((n,), jnp.float32))
+    ]
+    step = jax.jit(jax.grad(lambda *a: cross_entropy(*a, chunk), (0, 1)))
+    assert step.lower(*shapes).compile().memory_analysis().temp_size_in_bytes < n * w * 4 / 2
