@@ -82,7 +82,7 @@ def nano() -> Model:
 def tiny() -> Model:
     """The smallest model with every mechanism, for tests."""
     return Model(
-        vocab_size=160,
+        vocab_size=384,
         hidden_size=32,
         num_hidden_layers=3,
         intermediate_size=48,

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+import numpy as np
 import tyro
 
 T = TypeVar("T")
@@ -70,6 +71,19 @@ def parse(default: type[T] | T, argv: Sequence[str] | None = None, prog: str | N
     if unknown:
         fail(_unknown(unknown[0], list(flags(kind))))
     return value
+
+
+def read_ids(path: Path) -> np.ndarray:
+    """Token ids int [B, T] from a .npy file. Raises FileNotFoundError, or ValueError for anything else in it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        ids_BT = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is not a .npy file of numbers") from error
+    if ids_BT.ndim != 2 or not np.issubdtype(ids_BT.dtype, np.integer) or not ids_BT.size:
+        raise ValueError(f"{path} must hold whole numbers [B, T], not {ids_BT.dtype} {list(ids_BT.shape)}")
+    return ids_BT
 
 
 def keep_compiled_programs() -> None:

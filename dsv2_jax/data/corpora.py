@@ -58,7 +58,7 @@ def prepare(data: Data) -> Corpus:
     """
     root = data.folder / "corpora"
     if data.source != "builtin":
-        documents = _local(Path(data.source), data.text_field)
+        documents = local(Path(data.source), data.text_field)
         plan = _plan(documents, data)
         folder = root / plan.digest
         if not folder.exists():
@@ -95,7 +95,11 @@ def _open(folder: Path) -> Corpus:
     )
 
 
-def _local(source: Path, text_field: str) -> Callable[[], Iterator[Document]]:
+def local(source: Path, text_field: str) -> Callable[[], Iterator[Document]]:
+    """Reads a text file (a document), a JSONL file (a document a line), or all such files of a folder, at each call.
+
+    Raises ValueError for a path that does not exist and, while reading, for what is not UTF-8 or not such JSON.
+    """
     check(source.exists(), f"data.source {source} does not exist; give `builtin`, a file or a folder")
     if source.is_file():
         paths = [source]

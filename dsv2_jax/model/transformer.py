@@ -133,12 +133,13 @@ class Transformer(nn.Module):
         return x_BTD, None, statistics
 
     def _unrolled(self, x_BTD: Array, cache: caches.Cache | None, where: Where, exempt_B: Array | None) -> Any:
-        layers, statistics = [], []
+        layers: list[caches.Layer | None] = []
+        statistics: list[dict[str, Array]] = []
         names = [(kind, i) for kind, count in self._kinds() for i in range(count)]
         for index, (kind, i) in enumerate(names):
-            layer = Layer(self.model, kind == "moe", name=f"{kind}_{i}")
+            call: Any = Layer(self.model, kind == "moe", name=f"{kind}_{i}")
             before = cache.layers[index] if cache is not None else None
-            x_BTD, (after, figures) = layer(x_BTD, before, where, exempt_B)
+            x_BTD, (after, figures) = call(x_BTD, before, where, exempt_B)
             layers.append(after)
             statistics += [figures] if figures else []
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *statistics) if statistics else {}

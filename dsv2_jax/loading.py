@@ -1,0 +1,52 @@
+"""Opens what a command is pointed at: a run's folder or a Hugging Face folder, by the same name."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from dsv2_jax import hf
+from dsv2_jax.config import Batch, Config, Model, check
+from dsv2_jax.data import tokenizer
+from dsv2_jax.data.tokenizer import Tokenizer
+from dsv2_jax.training import checkpoint
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A model ready to run. params: float32, the tree of `parameters.tree`. tokenizer: None if the folder has none."""
+
+    model: Model
+    params: Any
+    tokenizer: Tokenizer | None
+    config: Config  # the run's own; of a Hugging Face folder one that evaluates it on the built-in corpus
+
+    def need_tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises ValueError if the folder has none."""
+        if self.tokenizer is None:
+            raise ValueError("the checkpoint has no tokenizer, so text cannot be read; give token ids instead")
+        return self.tokenizer
+
+
+def load(folder: Path) -> Loaded:
+    """Reads config, parameters and tokenizer.
+
+    Raises FileNotFoundError if there is no checkpoint, ValueError for files that are damaged or do not fit together.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no checkpoint in {folder}: there is no such folder")
+    if hf.is_hf(folder):
+        model, params = hf.load_params(folder)
+        config = Config(
+            workdir=folder, model=model, batch=Batch(size=8, length=min(1024, model.max_position_embeddings))
+        )
+        words = tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
+    else:
+        config, params = checkpoint.restore_params(folder)
+        words = tokenizer.load(folder / "tokenizer") if (folder / "tokenizer").is_dir() else None
+    if words is not None:
+        check(
+            words.vocab_size <= config.model.vocab_size,
+            f"the tokenizer in {folder} has {words.vocab_size} ids, but the model's vocabulary has only "
+            f"{config.model.vocab_size}: they do not belong together",
+        )
+    return Loaded(model=config.model, params=params, tokenizer=words, config=config)

@@ -1,0 +1,148 @@
+"""Evaluates a checkpoint: python eval.py --checkpoint RUN_OR_HF_FOLDER [--text FILE] [--json FILE]."""
+
+import dataclasses
+import json
+import lzma
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rich.console
+import rich.progress
+import rich.table
+
+from dsv2_jax import cli
+from dsv2_jax.config import Data, check
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Bits per byte and perplexity on held-out text, or logits for given token ids."""
+
+    checkpoint: Path  # a run's folder or a Hugging Face folder
+    text: Path | None = None  # a text or JSONL file or a folder of such; else the held-out split of the run's own data
+    length: int = 0  # tokens of a row; 0: as in training
+    json: Path | None = None  # where the figures go
+    token_ids: Path | None = None  # a .npy of ids [B, T]; with --logits, nothing else is done
+    logits: Path | None = None  # where their float32 logits [B, T, vocabulary] go, .npy
+
+
+def main() -> None:
+    """The command line."""
+    args = cli.parse(Evaluate, prog="eval.py")
+    check((args.token_ids is None) == (args.logits is None), "--token-ids and --logits belong together")
+    from dsv2_jax import loading
+
+    cli.keep_compiled_programs()
+    ids_BT = None if args.token_ids is None else cli.read_ids(args.token_ids)
+    loaded = loading.load(args.checkpoint)
+    if ids_BT is not None:
+        assert args.logits is not None
+        write_logits(loaded, ids_BT, args.logits)
+        return
+    figures = evaluate(loaded, args)
+    show(figures)
+    if args.json is not None:
+        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def evaluate(loaded: Any, args: Evaluate) -> dict[str, Any]:
+    """Figures of the held-out split, or of all of --text; with `xz_bits_per_byte` of the same text for comparison."""
+    from dsv2_jax.data import corpora, pipeline
+    from dsv2_jax.evaluation import perplexity
+
+    words, config = loaded.need_tokenizer(), loaded.config
+    length = args.length or config.batch.length
+    check(
+        0 < length <= loaded.model.max_position_embeddings,
+        f"--length {length} exceeds the model's {loaded.model.max_position_embeddings} positions",
+    )
+    if args.text is None:
+        corpus = corpora.prepare(config.data)
+        texts = [example["text"].decode() for example in map(corpus.held_out.__getitem__, range(len(corpus.held_out)))]
+    else:
+        texts = [text for _, text in corpora.local(args.text, Data.text_field)()]
+        check(any(map(str.strip, texts)), f"{args.text} holds no text")
+    batches = pipeline.batches_of_text(texts, words, rows=8, length=length)
+    figures = perplexity.evaluate(
+        loaded.params, _progress(batches), config=config, bytes_per_token=words.bytes_per_token
+    )
+    load_LE = figures.pop("load_LE", None)
+    whole = "".join(texts).encode()
+    figures["xz_bits_per_byte"] = 8 * len(lzma.compress(whole, preset=9)) / len(whole)
+    if load_LE is not None:
+        figures["load_max_by_layer"] = load_LE.max(axis=1).round(3).tolist()
+        figures["load_min_by_layer"] = load_LE.min(axis=1).round(3).tolist()
+        figures["experts_without_tokens"] = int((load_LE == 0).sum())
+    return figures
+
+
+def show(figures: dict[str, Any]) -> None:
+    """Prints the figures as a table."""
+    table = rich.table.Table("figure", rich.table.Column("value", justify="right"))
+    rows: dict[str, Callable[[Any], str]] = {
+        "bits_per_byte": "{:.4f}".format,
+        "xz_bits_per_byte": "{:.4f}".format,
+        "perplexity": "{:.3f}".format,
+        "nll": "{:.4f}".format,
+        "tokens": "{:,}".format,
+        "bytes": "{:,}".format,
+        "load_max_by_layer": str,
+        "load_min_by_layer": str,
+        "experts_without_tokens": str,
+    }
+    names = {
+        "bits_per_byte": "bits per byte",
+        "xz_bits_per_byte": "bits per byte of xz -9 on the same text",
+        "nll": "nats per token",
+        "load_max_by_layer": "busiest expert by layer (1 is average)",
+        "load_min_by_layer": "idlest expert by layer",
+        "experts_without_tokens": "experts without tokens",
+    }
+    for key, form in rows.items():
+        if key in figures:
+            table.add_row(names.get(key, key), form(figures[key]))
+    rich.console.Console().print(table)
+
+
+def write_logits(loaded: Any, ids_BT: np.ndarray, path: Path) -> None:
+    """Saves float32 logits [B, T, vocabulary] of ids [B, T], computed in float32 and written row by row."""
+    import jax
+    import jax.numpy as jnp
+
+    from dsv2_jax.config import Compute
+    from dsv2_jax.model import transformer
+
+    model = loaded.model
+    b, t = ids_BT.shape
+    check(
+        ids_BT.min() >= 0 and ids_BT.max() < model.vocab_size,
+        f"token ids must lie in 0 to {model.vocab_size - 1}; found {ids_BT.min()} to {ids_BT.max()}",
+    )
+    check(
+        t <= model.max_position_embeddings, f"{t} tokens exceed the model's {model.max_position_embeddings} positions"
+    )
+
+    @jax.jit
+    def row_logits(params: Any, ids_1T: jax.Array) -> jax.Array:
+        batch = {"tokens_BT": ids_1T, "positions_BT": jnp.arange(t)[None], "segments_BT": jnp.ones((1, t), jnp.int32)}
+        out = transformer.forward(params, batch, model=model, compute=Compute(dtype="float32", remat="none"))
+        return transformer.logits(params, out.hidden_BTD)[0]
+
+    out_BTW = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(b, t, model.vocab_size))
+    for row in range(b):
+        out_BTW[row] = row_logits(loaded.params, jnp.asarray(ids_BT[row : row + 1], jnp.int32))
+    out_BTW.flush()
+    print(f"wrote logits [{b}, {t}, {model.vocab_size}] to {path}")
+
+
+def _progress(batches: Iterator[Any]) -> Iterator[Any]:
+    """A bar on a terminal; nothing in a log."""
+    console = rich.console.Console(stderr=True)
+    listed = list(batches)
+    yield from rich.progress.track(listed, "evaluating", console=console, disable=not console.is_terminal)
+
+
+if __name__ == "__main__":
+    cli.main(main)
