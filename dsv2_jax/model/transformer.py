@@ -147,7 +147,7 @@ class Transformer(nn.Module):
 
 
 def _scan_body(layer: Layer, x_BTD: Array, _: None, *, where: Where, exempt_B: Array | None) -> Any:
-    x_BTD, (_, statistics) = layer(x_BTD, None, where, exempt_B)
+    x_BTD, (_cache, statistics) = layer(x_BTD, None, where, exempt_B)
     return x_BTD, statistics
 
 

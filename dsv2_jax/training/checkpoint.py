@@ -12,6 +12,7 @@ Orbax writes a checkpoint beside its final name and renames it when every byte i
 import dataclasses
 import functools
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -32,6 +33,8 @@ from dsv2_jax.training.step import State
 # What a run may change when it goes on: none of it changes what one step computes from the same state and batch.
 # `tokens` moves the schedule's fractions, and is how a finished run is made longer.
 FREE = ("workdir", "resume", "tokens", "cadence", "data.folder", "compute.remat", "compute.loss_chunk")
+
+_WORTH_SLICING = 64 * 2**20  # bytes of a stacked parameter
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +68,7 @@ class Checkpoints:
         self._manager.save(
             progress.step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
+                params=_in_slices(state.params),
                 optimizer=ocp.args.StandardSave(state.optimizer),
                 data=grain.checkpoint.CheckpointSave(batches),
                 progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
@@ -148,7 +151,7 @@ def save_params(run: Path, config: Config, params: dict, step: int = 0) -> None:
         progress = dataclasses.asdict(Progress(step=step))
         manager.save(
             step,
-            args=ocp.args.Composite(params=ocp.args.StandardSave(params), progress=ocp.args.JsonSave(progress)),
+            args=ocp.args.Composite(params=_in_slices(params), progress=ocp.args.JsonSave(progress)),
         )
 
 
@@ -227,6 +230,20 @@ def _check_shapes(expected: dict, found: dict, run: Path) -> None:
             tuple(want[name]) == tuple(have[name]),
             f"the parameter {name} in {run} has the shape {tuple(have[name])}, its config says {tuple(want[name])}",
         )
+
+
+def _in_slices(params: dict) -> ocp.args.StandardSave:
+    """Stores large stacked weights in chunks of one layer, and of one expert: a reader of a slice reads no more."""
+
+    def leaf(path: tuple, array: jax.Array) -> ocp.SaveArgs:
+        part, name = (key.key for key in path)
+        axes = (0, 1) if parameters.letters(name)[0] == "E" else (0,)
+        if part in ("embed", "head") or array.nbytes < _WORTH_SLICING:
+            return ocp.SaveArgs()
+        size = array.nbytes // math.prod(array.shape[axis] for axis in axes)
+        return ocp.SaveArgs(chunk_byte_size=size, shard_axes=axes)
+
+    return ocp.args.StandardSave(params, save_args=jax.tree_util.tree_map_with_path(leaf, params))
 
 
 def _first_device() -> jax.sharding.Sharding:
