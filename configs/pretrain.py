@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from configs import models
-from dsv2_jax.config import Batch, Cadence, Config, Data, Optimizer
+from dsv2_jax.config import Batch, Cadence, Compute, Config, Data, Optimizer
 
 
 def v2() -> Config:
@@ -37,8 +37,9 @@ def nano() -> Config:
         workdir=Path("runs/nano"),
         tokens=2_500_000,
         model=models.nano(),
-        batch=Batch(size=8, length=256),
+        batch=Batch(size=4, length=256),
         optimizer=Optimizer(peak_lr=3e-3, warmup_steps=50),
+        compute=Compute(remat="none", loss_chunk=512),
         cadence=Cadence(log=10, evaluate=250, evaluate_batches=8, save=250),
     )
 

@@ -7,7 +7,8 @@ new segment. So nothing needs masking at a seam; only the padding behind the las
     B rows of a batch    T positions of a row
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,9 +17,23 @@ from dsv2_jax.data.tokenizer import Tokenizer
 Batch = dict[str, np.ndarray]
 
 
+class Documents(NamedTuple):
+    """Token ids of all documents, int32, one behind the other, and where each one ends, int64."""
+
+    ids: np.ndarray
+    ends: np.ndarray
+
+
 def document_ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
     """A document as the model reads it, int32: begin, text, end."""
     return np.array([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id], np.int32)
+
+
+def join(documents: Iterable[np.ndarray]) -> Documents:
+    """Documents of at least two ids each, in memory."""
+    listed = list(documents)
+    ends = np.cumsum([len(ids) for ids in listed], dtype=np.int64)
+    return Documents(np.concatenate(listed) if listed else np.zeros(0, np.int32), ends)
 
 
 def blank_batch(rows: int, length: int) -> Batch:
@@ -30,45 +45,41 @@ def blank_batch(rows: int, length: int) -> Batch:
     return batch | {"weights_BT": np.zeros((rows, length), np.float32)}
 
 
-class Lane:
-    """Reads documents first, first + stride, ... one after another into rows.
+class Rows:
+    """The rows that documents make, any of them in any order; the last may end in padding."""
 
-    Its place is two numbers, the document and how many of its pairs are used, from which it goes on exactly.
-    """
+    def __init__(self, documents: Documents, length: int) -> None:
+        self._ids, self._ends, self._length = documents.ids, documents.ends, length
+        # Document d has one pair less than ids, so the pairs before it are the ids before it less d.
+        self._pairs_before = np.concatenate([[0], documents.ends - np.arange(1, len(documents.ends) + 1)])
 
-    def __init__(self, documents: Callable[[int], np.ndarray | None], first: int = 0, stride: int = 1) -> None:
-        """`documents` gives the ids of a document by number, and None behind the last."""
-        self._documents, self._stride = documents, stride
-        self.place = (first, 0)
+    def __len__(self) -> int:
+        return -(-int(self._pairs_before[-1]) // self._length)
 
-    @property
-    def place(self) -> tuple[int, int]:
-        """The document being read, and how many of its pairs are used."""
-        return self._document, self._used
+    def batch(self, indices: Sequence[int] | np.ndarray, rows: int) -> Batch:
+        """A batch of these rows, with padding for what `rows` asks beyond them."""
+        batch = blank_batch(rows, self._length)
+        for row, index in enumerate(indices):
+            self._fill(batch, row, int(index))
+        return batch
 
-    @place.setter
-    def place(self, place: tuple[int, int]) -> None:
-        self._document, self._used = place
-        self._ids: np.ndarray | None = None  # of the document being read, once it was looked at
+    def batches(self, rows: int, indices: Sequence[int] | np.ndarray | None = None) -> Iterator[Batch]:
+        """These rows, or all, in order; the last batch is filled up with padding."""
+        wanted = np.arange(len(self)) if indices is None else indices
+        for start in range(0, len(wanted), rows):
+            yield self.batch(wanted[start : start + rows], rows)
 
-    def fill(self, batch: Batch, row: int) -> bool:
-        """Writes the next row of a blank batch. Returns False when no document is left to write anything of."""
-        length, at, segment = batch["tokens_BT"].shape[1], 0, 0
-        while at < length:
-            if self._ids is None:
-                self._ids = self._documents(self._document)
-                if self._ids is None:
-                    break
-            start = self._used
-            count = min(len(self._ids) - 1 - start, length - at)
+    def _fill(self, batch: Batch, row: int, index: int) -> None:
+        pair, at, segment = index * self._length, 0, 0
+        document = int(np.searchsorted(self._pairs_before, pair, side="right")) - 1
+        while at < self._length and document < len(self._ends):
             segment += 1
+            count = min(int(self._pairs_before[document + 1]) - pair, self._length - at)
+            start = pair + document  # each document before this one has an id that begins no pair
             here = (row, slice(at, at + count))
             batch["tokens_BT"][here] = self._ids[start : start + count]
             batch["targets_BT"][here] = self._ids[start + 1 : start + count + 1]
             batch["positions_BT"][here] = np.arange(count)
             batch["segments_BT"][here] = segment
             batch["weights_BT"][here] = 1
-            at, self._used = at + count, start + count
-            if self._used == len(self._ids) - 1:
-                self.place = (self._document + self._stride, 0)
-        return at > 0
+            pair, at, document = pair + count, at + count, document + 1

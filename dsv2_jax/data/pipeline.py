@@ -1,20 +1,23 @@
 """Batches out: an endless, resumable stream for training, and finite ones for evaluation.
 
-Every row of the training batch is a lane of its own through the shuffled documents: row r reads documents r, r + R,
-r + 2R, ... of the endless sequence of epochs, R being the rows of the whole micro-batch. So a process tokenises only
-the documents of its own rows, the global batch is the same however many processes share it, and a long document
-spreads over steps instead of filling a batch. grain shuffles, repeats and reads; its own packing keeps tuples in its
-state, which do not survive JSON, and would have each process pack every row.
+A corpus is tokenised once and kept on disk, so that any row of it can be read at any time. grain shuffles the rows'
+numbers anew each epoch; what a step reads follows from its number alone, so the whole state is a number, the same for
+every process, and a batch never holds neighbouring rows of one document but by chance.
 """
 
+import hashlib
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import grain
+import numpy as np
+import rich.console
+import rich.progress
 
 from dsv2_jax.config import Config, check
-from dsv2_jax.data.corpora import Corpus
-from dsv2_jax.data.packing import Batch, Lane, blank_batch, document_ids
+from dsv2_jax.data.corpora import Corpus, Source, published
+from dsv2_jax.data.packing import Batch, Documents, Rows, document_ids, join
 from dsv2_jax.data.tokenizer import Tokenizer
 
 
@@ -31,50 +34,39 @@ def train_batches(
         rows % process_count == 0,
         f"batch.micro_size ({rows}) must be a multiple of the number of processes ({process_count})",
     )
-    documents = (
-        grain.MapDataset.source(corpus.train)
-        .seed(config.seed)
-        .shuffle()
-        .repeat()
-        .map(lambda example: document_ids(tokenizer, example["text"].decode()))
-    )
+    packed = Rows(tokenised(corpus, "train", tokenizer), config.batch.length)
+    numbers = grain.MapDataset.range(len(packed)).seed(config.seed).shuffle().repeat().batch(rows)
     share = rows // process_count
-    mine = range(process_index * share, (process_index + 1) * share)
-    order = {"corpus": corpus.digest, "seed": config.seed, "rows": rows}
-    return _TrainBatches(documents, mine, config.batch.length, order)
+    mine = slice(process_index * share, (process_index + 1) * share)
+    batches = numbers.map(lambda indices: packed.batch(indices[mine], share))
+    order = {"corpus": corpus.digest, "seed": config.seed, "rows": rows, "length": config.batch.length}
+    return _TrainBatches(batches, order)
 
 
 class _TrainBatches(grain.DatasetIterator[Batch]):
-    """Holds the lanes of this process. Its state is JSON: the facts that fix the order, and each lane's place."""
+    """Counts batches. Its state is JSON: the number of the next one, and the facts that fix their order."""
 
-    def __init__(self, documents: grain.MapDataset, mine: range, length: int, order: dict[str, Any]) -> None:
+    def __init__(self, batches: grain.MapDataset[Batch], order: dict[str, Any]) -> None:
         super().__init__()
-        self._lanes = {row: Lane(documents.__getitem__, first=row, stride=order["rows"]) for row in mine}
-        self._length, self._order = length, order
+        self._batches, self._order, self._next = batches, order, 0
 
     def __next__(self) -> Batch:
-        batch = blank_batch(len(self._lanes), self._length)
-        for row, lane in enumerate(self._lanes.values()):
-            lane.fill(batch, row)
+        batch: Any = self._batches[self._next]
+        self._next += 1
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        """States of the processes of a run differ in `lanes` only; their union serves any other number of them."""
-        return {**self._order, "lanes": {str(row): list(lane.place) for row, lane in self._lanes.items()}}
+        """The same in every process of a run, and good for any other number of them."""
+        return {**self._order, "next": self._next}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Raises ValueError for the state of another corpus, seed or batch, or without one of this process's rows."""
+        """Raises ValueError for the state of another corpus, seed or batch."""
         for name, value in self._order.items():
             check(
                 state.get(name) == value,
                 f"the saved place in the data is of {name} {state.get(name)!r}, and this run has {value!r}",
             )
-        lanes = state["lanes"]
-        missing = [row for row in self._lanes if str(row) not in lanes]
-        check(not missing, f"the saved place in the data lacks rows {missing}: it is of another process")
-        for row, lane in self._lanes.items():
-            document, used = lanes[str(row)]
-            lane.place = (document, used)
+        self._next = state["next"]
 
 
 def held_out_batches(
@@ -88,35 +80,38 @@ def held_out_batches(
 ) -> Iterator[Batch]:
     """The held-out split once, in a fixed order, `length` (else `config.batch.length`) positions a row.
 
-    With a limit, at most so many batches: then no document gives more pairs than its equal share (but a row at least),
-    so that a short evaluation still sees every kind of text. The last batch is filled up with padding.
+    With a limit, only so many batches, of rows spread evenly over the split. The last batch is filled up with padding.
     """
-    length = length or config.batch.length
-    source = corpus.held_out
-    most = max(length, limit * rows * length // len(source)) if limit else None
-
-    def ids(number: int) -> Any:
-        if number == len(source):
-            return None
-        whole = document_ids(tokenizer, source[number]["text"].decode())
-        return whole[: most + 1] if most else whole
-
-    return _finite(Lane(ids), rows, length, limit)
+    packed = Rows(tokenised(corpus, "held_out", tokenizer), length or config.batch.length)
+    count = min(limit * rows, len(packed)) if limit else len(packed)
+    return packed.batches(rows, np.arange(count) * len(packed) // count)
 
 
 def batches_of_text(texts: Iterable[str], tokenizer: Tokenizer, rows: int, length: int) -> Iterator[Batch]:
     """Every text as a document, in order, each batch [rows, length]; the last one is filled up with padding."""
-    listed = list(texts)
-    lane = Lane(lambda number: document_ids(tokenizer, listed[number]) if number < len(listed) else None)
-    return _finite(lane, rows, length, None)
+    return Rows(join(document_ids(tokenizer, text) for text in texts), length).batches(rows)
 
 
-def _finite(lane: Lane, rows: int, length: int, limit: int | None) -> Iterator[Batch]:
-    made = 0
-    while limit is None or made < limit:
-        batch = blank_batch(rows, length)
-        written = [lane.fill(batch, row) for row in range(rows)]
-        if not any(written):
-            return
-        yield batch
-        made += 1
+def tokenised(corpus: Corpus, split: str, tokenizer: Tokenizer) -> Documents:
+    """The documents of a split, `train` or `held_out`, tokenised once and mapped from files beside the corpus."""
+    folder = corpus.folder / f"{split}-{hashlib.blake2b(tokenizer.identity.encode(), digest_size=8).hexdigest()}"
+    if not folder.exists():
+        with published(folder) as scratch:
+            _tokenise(getattr(corpus, split), tokenizer, scratch)
+    ids = np.memmap(folder / "ids.int32", np.int32, mode="r")
+    return Documents(ids, np.load(folder / "ends.npy"))
+
+
+def _tokenise(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
+    console = rich.console.Console(stderr=True)
+    numbers = rich.progress.track(
+        range(len(source)), "tokenising", console=console, disable=not console.is_terminal, transient=True
+    )
+    ends, end = np.zeros(len(source), np.int64), 0
+    with (folder / "ids.int32").open("wb") as file:
+        for number in numbers:
+            ids = document_ids(tokenizer, source[number]["text"].decode())
+            file.write(ids.tobytes())
+            end += len(ids)
+            ends[number] = end
+    np.save(folder / "ends.npy", ends)

@@ -53,6 +53,11 @@ class Tokenizer:
         """One more than the largest id."""
         return len(self.bytes_per_token)
 
+    @property
+    def identity(self) -> str:
+        """Equal for tokenizers that give every document the same ids."""
+        return f"{self.bos_id} {self.eos_id} {self.backend.to_str()}"
+
     def encode(self, text: str) -> list[int]:
         """The ids of the text, no special ones added. A special token's name in the text is text like any other."""
         return self.backend.encode(text, add_special_tokens=False).ids

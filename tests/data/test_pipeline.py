@@ -12,6 +12,7 @@ from dsv2_jax.config import Batch, Data
 from dsv2_jax.data import corpora, pipeline, tokenizer
 
 ROWS, LENGTH = 4, 24
+NAMES = ("tokens_BT", "targets_BT", "weights_BT")
 
 
 @pytest.fixture(scope="module")
@@ -41,34 +42,39 @@ def _same(one, other):
         assert all(a[name].dtype == b[name].dtype and (a[name] == b[name]).all() for name in a)
 
 
-def _documents_of_row(batches, row, eos):
-    """The ids of the whole documents of one row of the batch through time."""
-    documents, ids = [], []
-    for batch in batches:
-        pairs = zip(batch["tokens_BT"][row], batch["targets_BT"][row], strict=True)
-        for token, target in pairs:
-            ids.append(int(token))
-            if target == eos:
-                documents.append([*ids, eos])
-                ids = []
-    return documents
+def _pairs(batches):
+    return [
+        (int(token), int(target))
+        for batch in batches
+        for row in range(len(batch["tokens_BT"]))
+        for token, target, weight in zip(*(batch[n][row] for n in NAMES), strict=True)
+        if weight
+    ]
 
 
-def test_every_epoch_reads_every_document_once_in_another_order(setup):
+def test_every_epoch_reads_every_pair_once_in_another_order(setup):
     config, corpus, tok = setup
-    batches = _take(pipeline.train_batches(config, corpus, tok), 400)
-    rows = [_documents_of_row(batches, row, tok.eos_id) for row in range(ROWS)]
-    in_order = [document for together in zip(*rows, strict=False) for document in together]
-    expected = sorted([tok.bos_id, *tok.encode(e["text"].decode()), tok.eos_id] for e in corpus.train)
-    count = len(expected)
-    assert len(in_order) >= 3 * count
-    epochs = [in_order[i * count : (i + 1) * count] for i in range(3)]
-    assert all(sorted(epoch) == expected for epoch in epochs)
+    config = dataclasses.replace(config, batch=Batch(size=1, length=LENGTH))  # so that epochs end between batches
+    documents = [[tok.bos_id, *tok.encode(e["text"].decode()), tok.eos_id] for e in corpus.train]
+    expected = [pair for ids in documents for pair in itertools.pairwise(ids)]
+    rows = -(-len(expected) // LENGTH)
+    iterator = pipeline.train_batches(config, corpus, tok)
+    epochs = [_pairs(_take(iterator, rows)) for _ in range(3)]
+    assert all(sorted(epoch) == sorted(expected) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    for batch in batches:
-        assert batch["tokens_BT"].shape == (ROWS, LENGTH)
-        assert (batch["weights_BT"] == 1).all()
-        assert (batch["segments_BT"] > 0).all()
+
+
+def test_neighbouring_rows_of_a_document_are_scattered(setup):
+    config, corpus, tok = setup
+    batches = _take(pipeline.train_batches(config, corpus, tok), 20)
+    continued = sum(
+        int(
+            before["tokens_BT"][row, -1] != tok.eos_id and (before["targets_BT"][row, -1] == after["tokens_BT"][row, 0])
+        )
+        for before, after in itertools.pairwise(batches)
+        for row in range(ROWS)
+    )
+    assert continued < 20, "a row goes on where the row before it stopped only by chance"
 
 
 def test_the_seed_alone_decides_the_order(setup):
@@ -85,7 +91,6 @@ def test_resumes_exactly_from_every_point(setup):
     for _ in range(120):
         states.append(json.dumps(iterator.get_state()))
         batches.append(next(iterator))
-    assert any(used for state in states for _, used in json.loads(state)["lanes"].values())
     for number in range(0, 100, 7):
         resumed = pipeline.train_batches(config, corpus, tok)
         _take(resumed, number % 3)  # whatever was read before is forgotten
@@ -103,10 +108,10 @@ def test_processes_share_the_same_global_batch(setup, processes):
     together = [_take(part, 20) for part in parts]
     joined = [{name: np.concatenate([part[i][name] for part in together]) for name in whole[i]} for i in range(20)]
     _same(joined, whole)
-    states = [part.get_state() for part in parts]
-    union = {**states[0], "lanes": {row: place for state in states for row, place in state["lanes"].items()}}
+    state = parts[0].get_state()
+    assert all(part.get_state() == state for part in parts)
     single, expected = pipeline.train_batches(config, corpus, tok), pipeline.train_batches(config, corpus, tok)
-    single.set_state(union)
+    single.set_state(state)
     _same(_take(single, 10), _take(expected, 30)[20:])
 
 
@@ -124,9 +129,6 @@ def test_mistakes_are_named(setup):
     other = pipeline.train_batches(dataclasses.replace(config, seed=9), corpus, tok)
     with pytest.raises(ValueError, match="is of seed 3, and this run has 9"):
         other.set_state(state)
-    half = pipeline.train_batches(config, corpus, tok, process_index=1, process_count=2)
-    with pytest.raises(ValueError, match=r"lacks rows \[0, 1\]"):
-        pipeline.train_batches(config, corpus, tok).set_state(half.get_state())
 
 
 def test_held_out_is_read_whole_and_padded(setup):
@@ -150,12 +152,14 @@ def test_held_out_is_read_whole_and_padded(setup):
     assert next(pipeline.held_out_batches(config, corpus, tok, rows=2))["tokens_BT"].shape == (2, LENGTH)
 
 
-def test_a_limited_evaluation_still_sees_every_document(setup):
+def test_a_limited_evaluation_takes_rows_from_everywhere(setup):
     config, corpus, tok = setup
-    batches = list(pipeline.held_out_batches(config, corpus, tok, rows=4, length=40, limit=5))
-    assert 1 <= len(batches) <= 5
-    starts = sum(((b["tokens_BT"] == tok.bos_id) & (b["weights_BT"] == 1)).sum() for b in batches)
-    assert starts == len(corpus.held_out)
+    whole = list(pipeline.held_out_batches(config, corpus, tok, rows=1, length=8))
+    batches = list(pipeline.held_out_batches(config, corpus, tok, rows=4, length=8, limit=2))
+    assert len(batches) == 2
+    for number in range(8):
+        expected = whole[number * len(whole) // 8]
+        assert (batches[number // 4]["tokens_BT"][number % 4] == expected["tokens_BT"][0]).all()
 
 
 def test_batches_of_any_text(setup):
