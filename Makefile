@@ -1,0 +1,47 @@
+# make demo: train, evaluate, sample and export a small DeepSeek-V2.   make test, make lint: for developers.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+PYTHON ?= python3
+VENV ?= .venv
+PROMPT ?= To be, or not to be
+
+PY := $(VENV)/bin/python
+RUN := runs/demo
+
+.PHONY: demo test lint
+
+demo: $(VENV)/.installed
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(PY) train.py nano --workdir $(RUN)
+	$(PY) eval.py --checkpoint $(RUN) --json $(RUN)/eval.json
+	$(PY) -m dsv2_jax.generate --checkpoint $(RUN) --prompt "$(PROMPT)" | tee $(RUN)/sample.txt
+	rm -rf $(RUN)/hf
+	$(PY) -m dsv2_jax.hf export --checkpoint $(RUN) --out $(RUN)/hf
+	@echo
+	@echo "corpus, tokenizer  data/  (notices of the texts: data/corpora/*/notices)"
+	@echo "checkpoints        $(RUN)/checkpoints"
+	@echo "metrics            $(RUN)/metrics.jsonl  (for TensorBoard: $(RUN)/tensorboard)"
+	@echo "plots              $(RUN)/plots"
+	@echo "held-out figures   $(RUN)/eval.json"
+	@echo "sample             $(RUN)/sample.txt"
+	@echo "Hugging Face       $(RUN)/hf  (transformers.AutoModelForCausalLM.from_pretrained reads it)"
+
+test: $(VENV)/.installed-dev
+	$(PY) -m pytest -n 2
+
+lint: $(VENV)/.installed-dev
+	$(PY) -m ruff format --check
+	$(PY) -m ruff check
+	$(PY) -m pyright --pythonpath $(PY)
+
+$(VENV)/.installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet -r requirements.txt
+	touch $@
+
+# One pip call: torch is pinned there, and whatever else wants a torch must meet the pin.
+$(VENV)/.installed-dev: requirements-dev.txt requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet -r requirements-dev.txt
+	touch $@ $(VENV)/.installed

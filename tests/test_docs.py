@@ -1,0 +1,115 @@
+"""README and Makefile against the code: the tree, the presets' figures, every function named, every flag shown."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import eval as evaluation
+from configs import PRESETS
+from dsv2_jax import cli, generate
+from dsv2_jax.config import Config
+from dsv2_jax.hf import __main__ as hf_commands
+from dsv2_jax.model import parameters
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = {
+    "train.py": Config,
+    "eval.py": evaluation.Evaluate,
+    "-m dsv2_jax.generate": generate.Generate,
+    "-m dsv2_jax.hf export": hf_commands.Export,
+    "-m dsv2_jax.hf import": hf_commands.Import,
+}
+
+
+def tree_paths() -> list[str]:
+    """The paths of README's tree: a name a line, two spaces a level, folders with a slash at their end."""
+    drawn = re.search(r"## The tree\n\n```\n(.*?)```", README, re.DOTALL)
+    assert drawn
+    folders, paths = [], []
+    for line in drawn[1].splitlines():
+        name = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders = folders[:depth]
+        paths.append("".join([*folders, name]))
+        if name.endswith("/"):
+            folders.append(name)
+    return paths
+
+
+def command_lines() -> list[tuple[str, str]]:
+    """(command, the rest of its line) of every command line in README and Makefile."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = re.findall(r"^\s*(?:\S+=\S+ )?(?:python|\$\(PY\)) (.*)$", README + makefile, re.MULTILINE)
+    found = [
+        (command, line.removeprefix(command)) for line in lines for command in COMMANDS if line.startswith(command)
+    ]
+    assert {command for command, _ in found} == set(COMMANDS)
+    return found
+
+
+def test_the_tree_names_every_file_and_no_other():
+    listed = tree_paths()
+    assert len(listed) == len(set(listed))
+    assert [path for path in listed if not (ROOT / path).exists()] == []
+    there = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("dsv2_jax", "configs", "benchmarks")
+        for path in (ROOT / folder).rglob("*.py")
+        if path.stat().st_size  # an empty __init__.py says nothing
+    }
+    assert {path for path in listed if path.endswith(".py") and "/" in path} == there
+
+
+def test_the_presets_figures():
+    rows = re.findall(r"^\| `(\w+)` \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \|", README, re.MULTILINE)
+    models = {name: preset().model for name, preset in PRESETS.items()}
+    assert {name: tuple(int(figure.replace(",", "")) for figure in figures) for name, *figures in rows} == {
+        name: (parameters.count(model), parameters.count_activated(model), model.cache_elements)
+        for name, model in models.items()
+    }
+
+
+def defined(path: Path) -> set[str]:
+    """Names of a file's functions and classes, and `Class.name` of its classes' own."""
+    names = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)}
+    return names
+
+
+def test_every_function_of_the_papers_table_exists():
+    named = re.findall(r"`([\w/]+\.py):([\w.]+)`", README)
+    assert len(named) > 20
+    assert [(path, name) for path, name in named if name not in defined(ROOT / path)] == []
+
+
+def test_links_lead_to_files():
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("https://")]
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_flags_shown_are_flags(command):
+    known = {flag.replace("_", "-") for flag in cli.flags(COMMANDS[command])} | {"--help", "--section.field"}
+    shown = {flag for name, rest in command_lines() if name == command for flag in re.findall(r"--[a-z][\w.-]*", rest)}
+    assert [flag for flag in sorted(shown) if flag.replace("_", "-") not in known] == []
+
+
+def test_settings_named_in_the_text_are_settings():
+    known = set(cli.flags(Config))
+    shown = re.findall(r"--(?:model|data|batch|optimizer|compute|cadence)\.[\w.]+", README)
+    assert len(shown) > 3
+    assert [flag for flag in shown if flag not in known] == []
+
+
+def test_presets_shown_are_presets():
+    shown = re.findall(r"train\.py ([a-z]\w*)", README + (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert shown
+    assert set(shown) <= set(PRESETS)
