@@ -66,7 +66,7 @@ def test_released_sizes():
 
 def test_first_values():
     """Normal with the config's deviation, every layer and leaf drawn apart; norm scales one."""
-    model = models.nano()
+    model = models.tiny()
     params = jax.device_get(jax.jit(functools.partial(transformer.init, model))(jax.random.key(3)))
     seen = set()
     for part, leaves in params.items():
