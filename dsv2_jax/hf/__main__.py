@@ -1,0 +1,80 @@
+"""python -m dsv2_jax.hf export --checkpoint DIR --out HF_DIR [--dtype bfloat16], and import --hf HF_DIR --out DIR."""
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import rich.console
+import rich.progress
+
+from dsv2_jax import cli, hf
+
+_USAGE = """usage: python -m dsv2_jax.hf export --checkpoint DIR --out HF_DIR [--dtype bfloat16]
+       python -m dsv2_jax.hf import --hf HF_DIR --out DIR"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Export:
+    """Writes a run's newest checkpoint as a Hugging Face folder."""
+
+    checkpoint: Path  # a run's folder
+    out: Path  # the folder to make
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Import:
+    """Makes a run's folder of a Hugging Face folder."""
+
+    hf: Path  # a folder with config.json and safetensors
+    out: Path  # the folder to make
+
+
+def main() -> None:
+    """The command line."""
+    command, *rest = sys.argv[1:] or ["--help"]
+    if command == "export":
+        export = cli.parse(Export, rest, "python -m dsv2_jax.hf export")
+        with _bar("exporting") as progress:
+            hf.export(export.checkpoint, export.out, export.dtype, progress=progress)
+        print(f"exported {export.checkpoint} to {export.out}")
+    elif command == "import":
+        import_ = cli.parse(Import, rest, "python -m dsv2_jax.hf import")
+        with _bar("importing") as progress:
+            hf.import_(import_.hf, import_.out, progress=progress)
+        print(f"imported {import_.hf} into {import_.out}")
+    elif command in ("-h", "--help"):
+        print(_USAGE)
+    else:
+        cli.fail(f"unknown command {command}{cli.nearest(command, ('export', 'import'))}; there are export and import")
+
+
+@contextlib.contextmanager
+def _bar(title: str) -> Iterator[hf.Progress]:
+    """A progress bar of bytes on stderr."""
+    columns = (
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.DownloadColumn(),
+        rich.progress.TransferSpeedColumn(),
+        rich.progress.TimeRemainingColumn(),
+    )
+    bar = rich.progress.Progress(*columns, console=rich.console.Console(stderr=True))
+    task = bar.add_task(title, total=None)
+
+    def update(done: int, total: int) -> None:
+        bar.start()  # not before the first bytes: a mistake is then told in one line
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield update
+    finally:
+        if bar.live.is_started:
+            bar.stop()
+
+
+if __name__ == "__main__":
+    cli.main(main)

@@ -1,0 +1,145 @@
+"""A run's Orbax parameters read and written slice by slice, so that a stacked leaf is never whole in memory.
+
+Orbax keeps each leaf as one zarr array named `part.leaf`. Reading goes by what `_METADATA` says (OCDBT or plain files,
+zarr 2 or 3); writing makes plain zarr files, a chunk per layer and expert, with the metadata that Orbax itself writes.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from dsv2_jax.config import check
+from dsv2_jax.model.parameters import letters
+
+Tree = dict[str, dict[str, tuple[int, ...]]]
+
+_CHUNK_BYTES = 2**26
+_HANDLER = "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler"
+
+
+class Reader:
+    """The parameters in a folder `checkpoints/<step>/params`."""
+
+    def __init__(self, folder: Path, tree: Tree) -> None:
+        """Raises ValueError unless the folder holds exactly this tree of shapes."""
+        path = folder / "_METADATA"
+        check(path.is_file(), f"no parameters in {folder}: {path.name} is missing")
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+        found = {".".join(k["key"] for k in leaf["key_metadata"]) for leaf in metadata["tree_metadata"].values()}
+        wanted = {f"{part}.{name}" for part, names in tree.items() for name in names}
+        check(
+            found == wanted,
+            f"{folder} does not hold the model that the run's config.json describes: "
+            f"missing {sorted(wanted - found)}, unknown {sorted(found - wanted)}",
+        )
+        self._arrays = {
+            (part, name): _open(folder, metadata, part, name, shape)
+            for part, names in tree.items()
+            for name, shape in names.items()
+        }
+
+    def read(self, part: str, name: str, index: tuple[int, ...]) -> np.ndarray:
+        """`params[part][name][index]`, float32."""
+        return self._arrays[part, name][index].read().result().astype(np.float32, copy=False)
+
+
+class Writer:
+    """Makes the folder `checkpoints/<step>`, whose item `params` is this tree in float32, to be filled by `write`."""
+
+    def __init__(self, folder: Path, tree: Tree) -> None:
+        params = folder / "params"
+        (params / "array_metadatas").mkdir(parents=True)
+        leaves = [(part, name, shape) for part, names in tree.items() for name, shape in names.items()]
+        chunks = [_chunk(name, shape) for _, name, shape in leaves]
+        self._arrays = {
+            (part, name): _create(params / f"{part}.{name}", shape, chunk)
+            for (part, name, shape), chunk in zip(leaves, chunks, strict=True)
+        }
+        tree_metadata = {
+            str((part, name)): {
+                "key_metadata": [{"key": part, "key_type": 2}, {"key": name, "key_type": 2}],
+                "value_metadata": {"value_type": "jax.Array", "skip_deserialize": False, "write_shape": list(shape)},
+            }
+            for part, name, shape in leaves
+        }
+        array_metadatas = [
+            {
+                "array_metadata": {
+                    "param_name": f"{part}.{name}",
+                    "write_shape": list(shape),
+                    "chunk_shape": list(chunk),
+                    "ext_metadata": None,
+                }
+            }
+            for (part, name, shape), chunk in zip(leaves, chunks, strict=True)
+        ]
+        metadata = {
+            "tree_metadata": tree_metadata,
+            "use_ocdbt": False,
+            "use_zarr3": False,
+            "store_array_data_equal_to_fill_value": True,
+            "custom_metadata": None,
+        }
+        _write_json(params / "_METADATA", metadata)
+        _write_json(params / "array_metadatas" / "process_0", {"array_metadatas": array_metadatas})
+        _write_json(folder / "_CHECKPOINT_METADATA", {"item_handlers": {"params": _HANDLER}, "custom_metadata": {}})
+
+    def write(self, part: str, name: str, index: tuple[int, ...], values: np.ndarray) -> None:
+        """`params[part][name][index] = values`."""
+        self._arrays[part, name][index].write(values).result()
+
+
+def _open(folder: Path, metadata: dict[str, Any], part: str, name: str, shape: tuple[int, ...]) -> ts.TensorStore:
+    base = f"file://{folder.absolute()}/"
+    key = f"{part}.{name}/"
+    store = {"driver": "ocdbt", "base": base, "path": key} if metadata["use_ocdbt"] else base + key
+    spec = {"driver": "zarr3" if metadata["use_zarr3"] else "zarr", "kvstore": store}
+    array = ts.open(spec, open=True, read=True).result()
+    check(
+        array.shape == shape,
+        f"{folder}: {part}.{name} has the shape {list(array.shape)}; the run's config.json describes {list(shape)}",
+    )
+    # A chunk that neighbouring slices share is to be decoded once: the cache holds all chunks of one slice and little
+    # more. Without the little, the last chunk falls out and is decoded for every slice again.
+    lead = _leading(name, shape)
+    chunks = [c or n for c, n in zip(array.chunk_layout.read_chunk.shape or shape, shape, strict=True)]
+    covered = [c if i < lead else math.ceil(n / c) * c for i, (n, c) in enumerate(zip(shape, chunks, strict=True))]
+    limit = math.prod(covered) * array.dtype.numpy_dtype.itemsize + 2**20
+    context = ts.Context({"cache_pool": {"total_bytes_limit": limit}})
+    return ts.open(spec, open=True, read=True, context=context).result()
+
+
+def _create(folder: Path, shape: tuple[int, ...], chunk: tuple[int, ...]) -> ts.TensorStore:
+    metadata = {
+        "shape": shape,
+        "chunks": chunk,
+        "dtype": "<f4",
+        "compressor": {"id": "zstd", "level": 1},
+        "dimension_separator": ".",
+    }
+    spec = {"driver": "zarr", "kvstore": f"file://{folder.absolute()}/", "metadata": metadata}
+    return ts.open(spec, create=True, open=True).result()
+
+
+def _leading(name: str, shape: tuple[int, ...]) -> int:
+    """How many leading axes of a leaf are layers and experts, which files on the Hugging Face side keep apart."""
+    dims = letters(name)
+    return len(shape) - len(dims) + dims.startswith("E")
+
+
+def _chunk(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """One layer and expert, its longest axis halved until a float32 chunk is of a size that zstd and disks like."""
+    lead = _leading(name, shape)
+    chunk = [1] * lead + list(shape[lead:])
+    while math.prod(chunk) * 4 > _CHUNK_BYTES:
+        longest = chunk.index(max(chunk))
+        chunk[longest] = math.ceil(chunk[longest] / 2)
+    return tuple(chunk)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value), encoding="utf-8")

@@ -1,0 +1,175 @@
+"""Runs to Hugging Face folders and back, tensor by tensor; a folder appears whole under its name or not at all."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from dsv2_jax.config import Batch, Config, Data, Model, check
+from dsv2_jax.data import tokenizer
+from dsv2_jax.hf import arrays, files
+from dsv2_jax.hf.configuration import from_hf_config, to_hf_config
+from dsv2_jax.hf.names import Tensor, tensors
+from dsv2_jax.model import parameters
+from dsv2_jax.training import checkpoint
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all, of the Hugging Face side
+
+
+def _silent(_done: int, _total: int) -> None:
+    pass
+
+
+def export(
+    run: Path,
+    out: Path,
+    dtype: str = "float32",
+    shard_bytes: int = 5 * 10**9,
+    progress: Progress = _silent,
+) -> None:
+    """Writes a run's newest parameters as a folder of safetensors, config.json and, if the run has one, its tokenizer.
+
+    `dtype` is float32 or bfloat16 (rounded to nearest). No file holds more than `shard_bytes` unless one tensor does.
+    In memory is one tensor at a time, and the chunks of the checkpoint that it shares. Raises ValueError if `out` is
+    not empty or the model has no Hugging Face architecture, FileNotFoundError if there is no checkpoint.
+    """
+    model = checkpoint.read_config(run).model
+    folder = run / "checkpoints" / str(checkpoint.latest_step(run)) / "params"
+    vocabulary = tokenizer.load(run / "tokenizer") if (run / "tokenizer").exists() else None
+    bos, eos = (vocabulary.bos_id, vocabulary.eos_id) if vocabulary else (None, None)
+    settings = to_hf_config(model, dtype, bos, eos)
+    reader = arrays.Reader(folder, parameters.tree(model))
+    todo = list(tensors(model))
+    with _whole(out) as partial:
+        _write_json(partial / "config.json", settings)
+        _write_json(partial / "generation_config.json", {"bos_token_id": bos, "eos_token_id": eos})
+        if vocabulary:
+            vocabulary.save_hf(partial)
+        # Files follow the order of the layers, as readers use them; the work follows ours, leaf by leaf.
+        shapes = {t.hf: t.shape for t in sorted(todo, key=_layer)}
+        stored = files.create(partial, shapes, np.dtype(jnp.dtype(dtype)), shard_bytes)
+        total, done = sum(s.size for s in stored.values()), 0
+        for tensor in todo:
+            slices = [reader.read(tensor.part, name, tensor.index) for name in tensor.names]
+            files.write(stored[tensor.hf], tensor.layout.to_hf(slices))
+            done += stored[tensor.hf].size
+            progress(done, total)
+
+
+def import_(hf: Path, out: Path, progress: Progress = _silent) -> None:
+    """Makes a run's folder of a Hugging Face folder: config.json, tokenizer, float32 parameters as step 0.
+
+    All headers are checked before any data is read. In memory is one tensor at a time. Raises ValueError naming what
+    is missing, extra, misshaped or truncated, what the config asks for that we cannot honour, a tokenizer that does not
+    fit, or if `out` is not empty.
+    """
+    model, found = open_checked(hf)
+    vocabulary = _tokenizer(hf, model)
+    with _whole(out) as partial:
+        data = Data(tokenizer=str(out / "tokenizer" / "tokenizer.json")) if vocabulary else Data()
+        batch = Batch(length=min(Batch.length, model.max_position_embeddings))
+        checkpoint.write_config(partial, Config(workdir=out, model=model, data=data, batch=batch))
+        if vocabulary:
+            vocabulary.save(partial / "tokenizer")
+        writer = arrays.Writer(partial / "checkpoints" / "0", parameters.tree(model))
+        _fill(model, found, writer.write, progress)
+
+
+def open_checked(hf: Path) -> tuple[Model, dict[str, files.Stored]]:
+    """The model of a Hugging Face folder and where its tensors are, every name, shape and size of them checked.
+
+    Raises ValueError as `import_` does.
+    """
+    path = hf / "config.json"
+    check(path.is_file(), f"no Hugging Face folder in {hf}: config.json is missing")
+    model = from_hf_config(files.read_json(path))
+    found = files.open_folder(hf)
+    files.check_tensors(hf, found, {t.hf: t.shape for t in tensors(model)})
+    return model, found
+
+
+def load_params(hf: Path) -> tuple[Model, dict]:
+    """The model of a Hugging Face folder and its parameters, the tree of `parameters.tree` in float32.
+
+    Raises ValueError as `import_` does.
+    """
+    model, found = open_checked(hf)
+    params: dict[str, dict[str, Any]] = {
+        part: {name: np.empty(shape, np.float32) for name, shape in names.items()}
+        for part, names in parameters.tree(model).items()
+    }
+
+    def put(part: str, name: str, index: tuple[int, ...], values: np.ndarray) -> None:
+        params[part][name][index] = values
+
+    _fill(model, found, put, _silent)
+    for leaves in params.values():
+        for name in leaves:
+            leaves[name] = jnp.asarray(leaves[name])  # one by one: the copies of all are never there together
+    return model, params
+
+
+def is_hf(folder: Path) -> bool:
+    """Whether this is a Hugging Face folder: it has safetensors, or a config.json with a model_type."""
+    path = folder / "config.json"
+    if (folder / files.INDEX).is_file() or (folder / "model.safetensors").is_file():
+        return True
+    return path.is_file() and "model_type" in files.read_json(path)
+
+
+def _tokenizer(hf: Path, model: Model) -> tokenizer.Tokenizer | None:
+    if not any((hf / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return None
+    vocabulary = tokenizer.load(hf)
+    check(
+        vocabulary.vocab_size <= model.vocab_size,
+        f"{hf}: the tokenizer has {vocabulary.vocab_size} ids and the model only {model.vocab_size}",
+    )
+    return vocabulary
+
+
+def _fill(
+    model: Model,
+    found: dict[str, files.Stored],
+    put: Callable[[str, str, tuple[int, ...], np.ndarray], None],
+    progress: Progress,
+) -> None:
+    total, done = sum(s.size for s in found.values()), 0
+    for tensor in tensors(model):
+        values = files.read(found[tensor.hf]).astype(np.float32, copy=False)
+        for name, part in zip(tensor.names, tensor.layout.from_hf(values, tensor.slices), strict=True):
+            put(tensor.part, name, tensor.index, part)
+        done += found[tensor.hf].size
+        progress(done, total)
+
+
+@contextlib.contextmanager
+def _whole(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to write into, renamed to `out` at the end; what a killed process left there is cleared."""
+    check(not out.exists() or (out.is_dir() and not any(out.iterdir())), f"{out} exists and is not an empty folder")
+    partial = out.absolute().with_name(out.absolute().name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+    os.replace(partial, out)
+
+
+def _layer(tensor: Tensor) -> tuple[int, int]:
+    """Sorts by layer: the embedding first, the final norm and the head last."""
+    if tensor.part in ("embed", "head"):
+        return (0 if tensor.part == "embed" else 2), 0
+    return 1, int(tensor.hf.split(".")[2])
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

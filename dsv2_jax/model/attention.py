@@ -1,0 +1,130 @@
+"""Multi-head latent attention in its two forms (section 2.1, App. C), and grouped-query attention beside it.
+
+Expanded (training, prefill): keys and values of every head are made from the latent, then plain attention.
+Absorbed (decode): W^UK goes into the query and W^UV behind the sum, so all heads share one 576-wide key, the cache's
+own rows, and no key or value is ever made. Both are the same function.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from dsv2_jax.config import Model
+from dsv2_jax.model import cache as caches
+from dsv2_jax.model import rope
+from dsv2_jax.model.blockwise import attention as blockwise_attention
+from dsv2_jax.model.layers import rms_norm
+from dsv2_jax.model.matmul import project
+
+LATENT_EPSILON = 1e-6  # of the norms behind both compressions: fixed in the released models, whatever rms_norm_eps is
+_MASKED = -1e30
+
+Params = dict[str, Array]
+
+
+class Where(NamedTuple):
+    """Where the tokens of a call stand.
+
+    phases_BTR: RoPE's cos and sin. segments_BT, segments_BS int32: a query attends the slots of its own segment.
+    offset: slot of the first query. A static int says that nothing is cached before it.
+    """
+
+    phases_BTR: tuple[Array, Array]
+    segments_BT: Array
+    segments_BS: Array
+    offset: Array | int
+
+
+def attend(
+    p: Params, x_BTD: Array, where: Where, cache: caches.Layer | None, model: Model
+) -> tuple[Array, caches.Layer | None]:
+    """Attention of the config's kind: (result [B, T, D], the layer's cache with these tokens written, or None)."""
+    form = latent_attention if model.attention.kind == "mla" else grouped_query_attention
+    o_BTHV, cache = form(p, x_BTD, where, cache, model)
+    return project(o_BTHV, p["w_o_HVD"], axes=2), cache
+
+
+def latent_attention(
+    p: Params, x_BTD: Array, where: Where, cache: caches.Layer | None, model: Model
+) -> tuple[Array, caches.Layer | None]:
+    """MLA before W^O, [B, T, H, V]: absorbed over a cache that holds earlier tokens, expanded otherwise."""
+    if "w_dq_DQ" in p:
+        c_q_BTQ = rms_norm(project(x_BTD, p["w_dq_DQ"]), p["norm_q_Q"], LATENT_EPSILON)
+        q_nope_BTHN, q_rope_BTHR = project(c_q_BTQ, p["w_uq_QHN"]), project(c_q_BTQ, p["w_qr_QHR"])
+    else:
+        q_nope_BTHN, q_rope_BTHR = project(x_BTD, p["w_uq_DHN"]), project(x_BTD, p["w_qr_DHR"])
+    q_rope_BTHR = rope.rotate(q_rope_BTHR, where.phases_BTR)
+    latent_BSC = rms_norm(project(x_BTD, p["w_dkv_DC"]), p["norm_kv_C"], LATENT_EPSILON)
+    k_rope_BSR = rope.rotate(project(x_BTD, p["w_kr_DR"]), where.phases_BTR)
+
+    if cache is not None:
+        cache = {
+            "latent_BSC": caches.write(cache["latent_BSC"], latent_BSC, where.offset),
+            "rope_BSR": caches.write(cache["rope_BSR"], k_rope_BSR, where.offset),
+        }
+        if not isinstance(where.offset, int):
+            return absorbed(p, q_nope_BTHN, q_rope_BTHR, cache["latent_BSC"], cache["rope_BSR"], where, model), cache
+    return expanded(p, q_nope_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR, where, model), cache
+
+
+def expanded(
+    p: Params, q_nope_BTHN: Array, q_rope_BTHR: Array, latent_BSC: Array, k_rope_BSR: Array, where: Where, model: Model
+) -> Array:
+    """o_i = softmax(q_i k_i / sqrt(d_h + d_h^R)) v_i with k_i = [W^UK_i c ; k^R] and v_i = W^UV_i c (eq. 9 to 19)."""
+    k_nope_BSHN, v_BSHV = project(latent_BSC, p["w_uk_CHN"]), project(latent_BSC, p["w_uv_CHV"])
+    k_rope_BSHR = jnp.broadcast_to(k_rope_BSR[:, :, None], (*k_nope_BSHN.shape[:3], k_rope_BSR.shape[-1]))
+    return blockwise_attention(
+        jnp.concatenate([q_nope_BTHN, q_rope_BTHR], axis=-1),
+        jnp.concatenate([k_nope_BSHN, k_rope_BSHR], axis=-1),
+        v_BSHV,
+        scale=rope.softmax_scale(model),
+        segments_BT=where.segments_BT,
+        segments_BS=where.segments_BT,
+    )
+
+
+def absorbed(
+    p: Params, q_nope_BTHN: Array, q_rope_BTHR: Array, latent_BSC: Array, k_rope_BSR: Array, where: Where, model: Model
+) -> Array:
+    """The same sum with W^UK in the query and W^UV behind it: multi-query attention over the cache (App. C)."""
+    float32 = {"preferred_element_type": jnp.float32}
+    dtype, slots = q_nope_BTHN.dtype, jnp.arange(latent_BSC.shape[1])
+    latent_BSC, k_rope_BSR = latent_BSC.astype(dtype), k_rope_BSR.astype(dtype)
+    q_BTHC = jnp.einsum("bthn,chn->bthc", q_nope_BTHN, p["w_uk_CHN"], **float32).astype(dtype)
+    scores_BHTS = jnp.einsum("bthc,bsc->bhts", q_BTHC, latent_BSC, **float32)
+    scores_BHTS += jnp.einsum("bthr,bsr->bhts", q_rope_BTHR, k_rope_BSR, **float32)
+    times_T = where.offset + jnp.arange(q_BTHC.shape[1])
+    sees_BTS = (slots <= times_T[:, None]) & (where.segments_BT[:, :, None] == where.segments_BS[:, None])
+    scores_BHTS = jnp.where(sees_BTS[:, None], scores_BHTS * rope.softmax_scale(model), _MASKED)
+    weights_BHTS = jax.nn.softmax(scores_BHTS, axis=-1).astype(dtype)
+    o_BTHC = jnp.einsum("bhts,bsc->bthc", weights_BHTS, latent_BSC, **float32).astype(dtype)
+    return jnp.einsum("bthc,chv->bthv", o_BTHC, p["w_uv_CHV"], **float32).astype(dtype)
+
+
+def grouped_query_attention(
+    p: Params, x_BTD: Array, where: Where, cache: caches.Layer | None, model: Model
+) -> tuple[Array, caches.Layer | None]:
+    """GQA before W^O, [B, T, H, V]; MHA with as many KV heads as heads, MQA with one (App. D.1)."""
+    q_BTHR = rope.rotate(project(x_BTD, p["w_q_DHR"]), where.phases_BTR)
+    k_BSJR, v_BSJV = rope.rotate(project(x_BTD, p["w_k_DJR"]), where.phases_BTR), project(x_BTD, p["w_v_DJV"])
+    segments_BS = where.segments_BT
+    if cache is not None:
+        cache = {
+            "key_BSJR": caches.write(cache["key_BSJR"], k_BSJR, where.offset),
+            "value_BSJV": caches.write(cache["value_BSJV"], v_BSJV, where.offset),
+        }
+        if not isinstance(where.offset, int):
+            k_BSJR, v_BSJV = (cache[name].astype(x_BTD.dtype) for name in ("key_BSJR", "value_BSJV"))
+            segments_BS = where.segments_BS
+    o_BTHV = blockwise_attention(
+        q_BTHR,
+        k_BSJR,
+        v_BSJV,
+        scale=rope.softmax_scale(model),
+        segments_BT=where.segments_BT,
+        segments_BS=segments_BS,
+        offset=where.offset,
+    )
+    return o_BTHV, cache

@@ -1,0 +1,53 @@
+"""The small pieces every layer is made of: normalisation, the SwiGLU FFN, parameters declared by name."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from dsv2_jax.config import Compute, Model
+from dsv2_jax.model import parameters
+from dsv2_jax.model.matmul import project
+
+KEPT_FLOAT32 = ("norm", "w_router", "w_embed")  # the gate is float32 (section 2.2); embedding rows are cast when read
+
+
+def compute_dtype(compute: Compute) -> Any:
+    """The dtype of activations and matmul operands; `auto` is float32 on CPU and bfloat16 elsewhere."""
+    if compute.dtype == "auto":
+        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    return jnp.dtype(compute.dtype)
+
+
+def cast(params: Any, dtype: Any) -> Any:
+    """Parameters as matmul operands of `dtype`; norms, gate and embedding stay float32.
+
+    Done once per step, before the layers are scanned: a cast inside would be repeated by every recomputation.
+    """
+
+    def leaf(path: tuple, w: Array) -> Array:
+        return w if path[-1].key.startswith(KEPT_FLOAT32) else w.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
+
+
+def declare(module: nn.Module, model: Model, names: list[str]) -> dict[str, Array]:
+    """Declares parameters on a Linen module: N(0, initializer_range) (section 3.1.2), norm scales one; float32."""
+
+    def initializer(name: str) -> Any:
+        return nn.initializers.ones if name.startswith("norm") else nn.initializers.normal(model.initializer_range)
+
+    return {name: module.param(name, initializer(name), parameters.shape(name, model)) for name in names}
+
+
+def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
+    """x / sqrt(mean(x^2) + epsilon) * scale over the last dimension, in float32; the result in x's dtype."""
+    y = x.astype(jnp.float32)
+    return (y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + epsilon) * scale).astype(x.dtype)
+
+
+def swiglu(x_BTD: Array, w_gate_DI: Array, w_up_DI: Array, w_down_ID: Array) -> Array:
+    """down(silu(gate(x)) * up(x)), [B, T, D] in x's dtype."""
+    return project(jax.nn.silu(project(x_BTD, w_gate_DI)) * project(x_BTD, w_up_DI), w_down_ID)

@@ -1,0 +1,45 @@
+"""DeepSeekMoE (section 2.2): shared experts for every token, routed experts for those that chose them."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from dsv2_jax.config import Moe
+from dsv2_jax.model import router
+from dsv2_jax.model.grouped import grouped_swiglu
+from dsv2_jax.model.layers import swiglu
+
+
+def mixture(
+    p: dict[str, Array], x_BTD: Array, valid_BT: Array, exempt_B: Array | None, moe: Moe
+) -> tuple[Array, dict[str, Array]]:
+    """The MoE layer's FFN without its residual: (result [B, T, D] in x's dtype, statistics).
+
+    valid_BT bool: padding goes to no expert. exempt_B bool: sequences that are never dropped; None is evaluation, where
+    nothing is dropped. Statistics: those of `router.balance`, `dropped` (share of the valid pairs) and `experts_BTK`.
+    """
+    routing = router.route(x_BTD, p["w_router_DE"], moe)
+    valid_BT1 = valid_BT[..., None]
+    kept_BTK = jnp.broadcast_to(valid_BT1, routing.experts_BTK.shape)
+    if exempt_B is not None and moe.capacity_factor:
+        kept_BTK &= router.drop(routing, valid_BT, exempt_B, moe)
+
+    tokens = (-1, moe.num_experts_per_tok)
+    y_ND = grouped_swiglu(
+        x_BTD.reshape(-1, x_BTD.shape[-1]),
+        jnp.where(kept_BTK, routing.experts_BTK, moe.n_routed_experts).reshape(tokens),
+        routing.gates_BTK.reshape(tokens),
+        p["w_gate_EDF"],
+        p["w_up_EDF"],
+        p["w_down_EFD"],
+    )
+    y_BTD = y_ND.reshape(x_BTD.shape)
+    if moe.n_shared_experts:
+        y_BTD += swiglu(x_BTD, p["w_gate_DX"], p["w_up_DX"], p["w_down_XD"])
+
+    pairs = jnp.maximum(valid_BT.sum() * moe.num_experts_per_tok, 1)
+    statistics = router.balance(routing, valid_BT, moe) | {
+        "dropped": jax.lax.stop_gradient((valid_BT1 & ~kept_BTK).sum() / pairs),
+        "experts_BTK": routing.experts_BTK,
+    }
+    return y_BTD, statistics

@@ -1,0 +1,97 @@
+"""The gate: which experts a token goes to, what keeps them in balance, and which pairs a full device drops (2.2)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from dsv2_jax.config import Moe
+
+
+class Routing(NamedTuple):
+    """scores_BTE float32: affinities s_i, summing to one. experts_BTK int32 and gates_BTK float32: the choice."""
+
+    scores_BTE: Array
+    experts_BTK: Array
+    gates_BTK: Array
+
+
+def route(x_BTD: Array, w_router_DE: Array, moe: Moe) -> Routing:
+    """Top-K among the experts of the M groups whose best expert has the highest affinity (section 2.2.2), in float32.
+
+    The gate is the affinity times `routed_scaling_factor`; only the gshard router normalises it over the K chosen.
+    """
+    logits_BTE = jnp.einsum("btd,de->bte", x_BTD.astype(jnp.float32), w_router_DE, precision="highest")
+    scores_BTE = jax.nn.softmax(logits_BTE, axis=-1)
+    eligible_BTE = scores_BTE
+    if moe.topk_group < moe.n_group:
+        grouped = scores_BTE.reshape(*scores_BTE.shape[:-1], moe.n_group, -1)
+        _, kept_BTM = jax.lax.top_k(grouped.max(axis=-1), moe.topk_group)
+        kept_BTG = jax.nn.one_hot(kept_BTM, moe.n_group, dtype=bool).any(axis=-2)
+        eligible_BTE = jnp.where(kept_BTG[..., None], grouped, -1.0).reshape(scores_BTE.shape)
+    chosen_BTK, experts_BTK = jax.lax.top_k(eligible_BTE, moe.num_experts_per_tok)
+    if moe.router == "gshard":
+        chosen_BTK = chosen_BTK / chosen_BTK.sum(axis=-1, keepdims=True)
+    return Routing(scores_BTE, experts_BTK, chosen_BTK * moe.routed_scaling_factor)
+
+
+def balance(routing: Routing, valid_BT: Array, moe: Moe) -> dict[str, Array]:
+    """The three balance losses, factors included (section 2.2.3, eq. 23 to 31), and each expert's load.
+
+    Each loss is computed per sequence over its valid tokens and averaged over the sequences that have any. Choices are
+    counted before anything is dropped. Returns float32 scalars `expert_balance`, `device_balance`,
+    `communication_balance`, and `load_E`: an expert's share of the choices times E, so 1 is average.
+    """
+    e, g, k = moe.n_routed_experts, moe.n_group, moe.num_experts_per_tok
+    valid_BT1 = valid_BT[..., None].astype(jnp.float32)
+    tokens_B1 = jnp.maximum(valid_BT1.sum(axis=1), 1)
+    chosen_BTE = jax.nn.one_hot(routing.experts_BTK, e).sum(axis=-2) * valid_BT1
+    sent_BTG = chosen_BTE.reshape(*valid_BT.shape, g, -1).max(axis=-1)
+    if moe.router == "gshard":  # its loss counts first choices
+        counted_BTE, per_token = jax.nn.one_hot(routing.experts_BTK[..., 0], e) * valid_BT1, 1
+    else:
+        counted_BTE, per_token = chosen_BTE, k
+
+    f_BE = counted_BTE.sum(axis=1) * e / (per_token * tokens_B1)
+    p_BE = (routing.scores_BTE * valid_BT1).sum(axis=1) / tokens_B1
+    p_BG = p_BE.reshape(-1, g, e // g).sum(axis=-1)
+    f_device_BG = f_BE.reshape(-1, g, e // g).mean(axis=-1)
+    f_communication_BG = sent_BTG.sum(axis=1) * g / (moe.topk_group * tokens_B1)
+
+    sequence_B = valid_BT.any(axis=1).astype(jnp.float32)
+
+    def averaged(factor: float, f_B: Array, p_B: Array) -> Array:
+        return factor * ((f_B * p_B).sum(axis=-1) * sequence_B).sum() / jnp.maximum(sequence_B.sum(), 1)
+
+    counts_E = chosen_BTE.sum(axis=(0, 1))
+    return {
+        "expert_balance": averaged(moe.expert_balance, f_BE, p_BE),
+        "device_balance": averaged(moe.device_balance, f_device_BG, p_BG),
+        "communication_balance": averaged(moe.communication_balance, f_communication_BG, p_BG),
+        "load_E": counts_E * e / jnp.maximum(counts_E.sum(), 1),
+    }
+
+
+def drop(routing: Routing, valid_BT: Array, exempt_B: Array, moe: Moe) -> Array:
+    """Device-level token dropping (section 2.2.4): bool [B, T, K], the token-expert pairs that are kept.
+
+    A group may compute capacity_factor times the average number of pairs over groups. Beyond that, its pairs of lowest
+    affinity are dropped, the later one of equals. Pairs of exempt sequences come first and are kept even when they
+    alone exceed the budget; padding comes last.
+    """
+    b, t, k = routing.experts_BTK.shape
+    pairs, group_size = b * t * k, moe.n_routed_experts // moe.n_group
+    budget = int(moe.capacity_factor * pairs / moe.n_group)
+    exempt_BTK = jnp.broadcast_to(exempt_B[:, None, None], (b, t, k))
+    scores_BTE = jax.lax.stop_gradient(routing.scores_BTE)
+    affinity_BTK = jnp.take_along_axis(scores_BTE, routing.experts_BTK, axis=-1)
+    priority_BTK = jnp.where(exempt_BTK, 2.0, affinity_BTK)
+    priority_P = jnp.where(valid_BT[..., None], priority_BTK, -1.0).reshape(pairs)
+    group_P = (routing.experts_BTK // group_size).reshape(pairs)
+
+    index_P = jnp.arange(pairs, dtype=jnp.int32)
+    sorted_group_P, _, order_P = jax.lax.sort((group_P, -priority_P, index_P), num_keys=3)
+    starts_G = jnp.searchsorted(sorted_group_P, jnp.arange(moe.n_group))
+    rank_P = jnp.zeros(pairs, jnp.int32).at[order_P].set(index_P - starts_G[sorted_group_P])
+    return (rank_P.reshape(b, t, k) < budget) | exempt_BTK

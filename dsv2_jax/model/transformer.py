@@ -1,0 +1,178 @@
+"""The whole network: embedding, dense layers, MoE layers, head. Linen modules declare parameters; functions compute.
+
+Layers of a kind are scanned over stacked parameters (training, evaluation), so that tracing and compiling cost the
+same at any depth. Generation takes them unrolled, each with its own arrays: a scan would copy all of a layer's experts
+to read the few that a token chose.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from dsv2_jax.config import Compute, Model
+from dsv2_jax.model import cache as caches
+from dsv2_jax.model import parameters, rope
+from dsv2_jax.model.attention import Where, attend
+from dsv2_jax.model.layers import compute_dtype, declare, rms_norm, swiglu
+from dsv2_jax.model.matmul import project
+from dsv2_jax.model.moe import mixture
+
+REMAT = {  # what the backward pass finds stored of a layer; all else it computes again
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+}
+
+
+class Output(NamedTuple):
+    """hidden_BTD: after the last norm, in the compute dtype. statistics: `mixture`'s, each with a leading L."""
+
+    hidden_BTD: Array
+    cache: caches.Cache | None
+    statistics: dict[str, Array]
+
+
+class Layer(nn.Module):
+    """One pre-norm layer: attention, then a dense FFN or, when `sparse`, experts."""
+
+    model: Model
+    sparse: bool
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: Array, cache: caches.Layer | None, where: Where, exempt_B: Array | None
+    ) -> tuple[Array, tuple[caches.Layer | None, dict[str, Array]]]:
+        """(x [B, T, D] behind the layer, (its cache, its statistics))."""
+        p = declare(self, self.model, parameters.layer_names(self.model, self.sparse))
+        epsilon = self.model.rms_norm_eps
+        with jax.named_scope("attention"):
+            y_BTD, cache = attend(p, rms_norm(x_BTD, p["norm_attention_D"], epsilon), where, cache, self.model)
+            x_BTD += y_BTD
+        with jax.named_scope("ffn"):
+            u_BTD = rms_norm(x_BTD, p["norm_ffn_D"], epsilon)
+            if self.sparse:
+                y_BTD, statistics = mixture(p, u_BTD, where.segments_BT > 0, exempt_B, self.model.moe)
+            else:
+                y_BTD, statistics = swiglu(u_BTD, p["w_gate_DI"], p["w_up_DI"], p["w_down_ID"]), {}
+            return x_BTD + y_BTD, (cache, statistics)
+
+
+class Embed(nn.Module):
+    """Rows of the embedding table."""
+
+    model: Model
+
+    @nn.compact
+    def __call__(self, tokens_BT: Array, dtype: Any) -> Array:
+        return declare(self, self.model, ["w_embed_WD"])["w_embed_WD"][tokens_BT].astype(dtype)
+
+
+class Head(nn.Module):
+    """The last norm; declares the output matrix, which `logits` and the chunked loss multiply by."""
+
+    model: Model
+
+    @nn.compact
+    def __call__(self, x_BTD: Array) -> Array:
+        p = declare(self, self.model, ["norm_D", "w_head_DW"])
+        return rms_norm(x_BTD, p["norm_D"], self.model.rms_norm_eps)
+
+
+class Transformer(nn.Module):
+    """DeepSeek-V2. Its parameters are the tree of `parameters.tree`, or of `unstack` when `unrolled`."""
+
+    model: Model
+    compute: Compute = Compute()
+    unrolled: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens_BT: Array,
+        positions_BT: Array,
+        segments_BT: Array,
+        *,
+        exempt_B: Array | None = None,
+        cache: caches.Cache | None = None,
+        prefill: bool = False,
+    ) -> Output:
+        """Runs tokens int32 at positions int32; a token attends earlier tokens of its segment (int32, 0 is padding).
+
+        exempt_B bool: given in training only, then experts' budgets hold for all other sequences. cache: only when
+        unrolled; the tokens are written behind its filled slots. prefill: the cache is known to be empty, so the
+        expanded form serves.
+        """
+        where = Where(rope.phases(self.model, positions_BT), segments_BT, segments_BT, 0)
+        if cache is not None:
+            offset = 0 if prefill else cache.length
+            where = where._replace(offset=offset, segments_BS=caches.write(cache.segments_BS, segments_BT, offset))
+        x_BTD = Embed(self.model, name="embed")(tokens_BT, compute_dtype(self.compute))
+        run = self._unrolled if self.unrolled else self._scanned
+        x_BTD, layers, statistics = run(x_BTD, cache, where, exempt_B)
+        if cache is not None:
+            cache = caches.Cache(layers, where.segments_BS, cache.length + tokens_BT.shape[1])
+        return Output(Head(self.model, name="head")(x_BTD), cache, statistics)
+
+    def _kinds(self) -> list[tuple[str, int]]:
+        return [(k, n) for k, n in (("dense", self.model.dense_layers), ("moe", self.model.moe_layers)) if n]
+
+    def _scanned(self, x_BTD: Array, cache: caches.Cache | None, where: Where, exempt_B: Array | None) -> Any:
+        assert cache is None, "a cache needs the unrolled form"
+        # The offset is a static 0 here; as a traced scan input it would lose that.
+        call = functools.partial(_scan_body, where=where, exempt_B=exempt_B)
+        policy, statistics = REMAT[self.compute.remat], {}
+        body = call if policy is None else nn.remat(call, policy=policy, prevent_cse=False)
+        for kind, count in self._kinds():
+            layer = Layer(self.model, kind == "moe", name=kind)
+            scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=count)
+            x_BTD, statistics = scan(layer, x_BTD, None)
+        return x_BTD, None, statistics
+
+    def _unrolled(self, x_BTD: Array, cache: caches.Cache | None, where: Where, exempt_B: Array | None) -> Any:
+        layers, statistics = [], []
+        names = [(kind, i) for kind, count in self._kinds() for i in range(count)]
+        for index, (kind, i) in enumerate(names):
+            layer = Layer(self.model, kind == "moe", name=f"{kind}_{i}")
+            before = cache.layers[index] if cache is not None else None
+            x_BTD, (after, figures) = layer(x_BTD, before, where, exempt_B)
+            layers.append(after)
+            statistics += [figures] if figures else []
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *statistics) if statistics else {}
+        return x_BTD, tuple(layers), stacked
+
+
+def _scan_body(layer: Layer, x_BTD: Array, _: None, *, where: Where, exempt_B: Array | None) -> Any:
+    x_BTD, (_, statistics) = layer(x_BTD, None, where, exempt_B)
+    return x_BTD, statistics
+
+
+def init(model: Model, key: Array) -> Any:
+    """Freshly drawn float32 parameters, the tree of `parameters.tree`."""
+    one = jnp.zeros((1, 1), jnp.int32)
+    return Transformer(model, Compute(dtype="float32", remat="none")).init(key, one, one, one)["params"]
+
+
+def forward(
+    params: Any, batch: dict[str, Array], *, model: Model, compute: Compute, exempt_B: Array | None = None
+) -> Output:
+    """The network over a packed batch {"tokens_BT", "positions_BT", "segments_BT"}; params cast by `layers.cast`."""
+    inputs = (batch[name] for name in ("tokens_BT", "positions_BT", "segments_BT"))
+    return Transformer(model, compute).apply({"params": params}, *inputs, exempt_B=exempt_B)  # pyright: ignore
+
+
+def logits(params: Any, hidden_BTD: Array) -> Array:
+    """Unnormalised log-probabilities of the next token, [B, T, W] in the hidden states' dtype."""
+    return project(hidden_BTD, params["head"]["w_head_DW"])
+
+
+def unstack(params: dict) -> dict:
+    """The tree of the unrolled form: every layer's parameters as arrays of their own, under `moe_0`, `moe_1`, ..."""
+    whole = {part: params[part] for part in ("embed", "head")}
+    for kind in ("dense", "moe"):
+        for i in range(len(next(iter(params.get(kind, {"": ()}).values())))):
+            whole[f"{kind}_{i}"] = {name: stack[i] for name, stack in params[kind].items()}
+    return whole

@@ -1,0 +1,233 @@
+"""The run folder: what lies where, and checkpoints that are whole or absent, whenever the process is killed.
+
+    config.json            the config that made the run
+    tokenizer/             its tokenizer
+    checkpoints/<step>/    params, optimizer, data (the input pipeline's state), progress (step and tokens)
+    metrics.jsonl          a line for every log and evaluation      tensorboard/   the same for TensorBoard
+    plots/                 PNG files, drawn at the end
+
+Orbax writes a checkpoint beside its final name and renames it when every byte is down, in the background.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grain
+import grain.checkpoint
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+
+from dsv2_jax.config import Config, check, from_json, to_json
+from dsv2_jax.model import parameters
+from dsv2_jax.training.step import State
+
+# What a run may change when it goes on: none of it changes what one step computes from the same state and batch.
+# `tokens` moves the schedule's fractions, and is how a finished run is made longer.
+FREE = ("workdir", "resume", "tokens", "cadence", "data.folder", "compute.remat", "compute.loss_chunk")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a run has come: steps taken, and tokens of their batches (a batch counts its rows x length)."""
+
+    step: int = 0
+    tokens: int = 0
+
+
+class Checkpoints:
+    """Saves and restores the checkpoints of one run; a context manager that waits for the last save."""
+
+    def __init__(self, run: Path, keep: int) -> None:
+        self._run = run
+        self._manager = ocp.CheckpointManager(
+            (run / "checkpoints").absolute(),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.close()
+
+    def save(self, state: State, batches: grain.DatasetIterator, progress: Progress) -> None:
+        """Saves in the background; returns when the state's buffers may be donated. A step already there stays."""
+        if progress.step in self._manager.all_steps():
+            return
+        self._manager.save(
+            progress.step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                optimizer=ocp.args.StandardSave(state.optimizer),
+                data=grain.checkpoint.CheckpointSave(batches),
+                progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
+            ),
+        )
+
+    def restore(self, initial: Callable[[], State], batches: grain.DatasetIterator) -> tuple[State, Progress]:
+        """The newest checkpoint, and `batches` moved to where it was then; without one, `initial()`.
+
+        Raises ValueError for a checkpoint of parameters alone.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return initial(), Progress()
+        check(
+            (self._run / "checkpoints" / str(step) / "optimizer").exists(),
+            f"the checkpoint of step {step} in {self._run} holds parameters only, as an imported model's does: "
+            "it can be evaluated, but there is no training to go on with",
+        )
+        shapes = jax.eval_shape(initial)
+        shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=_first_device()), shapes)
+        items = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(shapes.params),
+                optimizer=ocp.args.StandardRestore(shapes.optimizer),
+                data=grain.checkpoint.CheckpointRestore(batches),
+                progress=ocp.args.JsonRestore(),
+            ),
+        )
+        return State(items["params"], items["optimizer"], jnp.int32(step)), Progress(**items["progress"])
+
+
+def latest_step(run: Path) -> int:
+    """The step of the run's newest whole checkpoint. Raises FileNotFoundError if the folder holds none."""
+    folder = run / "checkpoints"
+    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    if not steps:
+        raise FileNotFoundError(f"no checkpoint in {run}: a run's folder holds config.json and checkpoints/<step>/")
+    return max(steps)
+
+
+def read_config(run: Path) -> Config:
+    """The config of the run in this folder. Raises FileNotFoundError, or ValueError for one that cannot be read."""
+    path = run / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no run in {run}: {path} is missing")
+    return from_json(Config, path.read_text(encoding="utf-8"))
+
+
+def restore_params(run: Path, step: int | None = None) -> tuple[Config, dict]:
+    """The config and the float32 parameters of a run: the tree of `parameters.tree`, from the newest or a given step.
+
+    Raises FileNotFoundError if run or step is missing, ValueError if the checkpoint is not what the config says.
+    """
+    config = read_config(run)
+    step = latest_step(run) if step is None else step
+    folder = epath.Path(run).absolute() / "checkpoints" / str(step) / "params"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no parameters of step {step} in {run}: {folder} is missing")
+    expected = parameters.tree(config.model)
+    reader = ocp.StandardCheckpointHandler()  # a Checkpointer around it would warn that one item is not a checkpoint
+    stored = jax.tree.map(lambda array: tuple(array.shape), reader.metadata(folder).tree)
+    _check_shapes(expected, stored, run)
+    float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32, sharding=_first_device())
+    shapes = {part: {name: float32(shape) for name, shape in named.items()} for part, named in expected.items()}
+    return config, reader.restore(folder, args=ocp.args.StandardRestore(shapes))
+
+
+def save_params(run: Path, config: Config, params: dict, step: int = 0) -> None:
+    """Writes a run's folder around finished parameters, such as an imported model's: config.json and one checkpoint.
+
+    Raises ValueError if the folder already holds that checkpoint or the parameters are not those of the config.
+    """
+    _check_shapes(parameters.tree(config.model), jax.tree.map(lambda a: tuple(a.shape), params), run)
+    check(not (run / "checkpoints" / str(step)).exists(), f"{run} already holds a checkpoint of step {step}")
+    run.mkdir(parents=True, exist_ok=True)
+    write_config(run, config)
+    with ocp.CheckpointManager((run / "checkpoints").absolute()) as manager:
+        progress = dataclasses.asdict(Progress(step=step))
+        manager.save(
+            step,
+            args=ocp.args.Composite(params=ocp.args.StandardSave(params), progress=ocp.args.JsonSave(progress)),
+        )
+
+
+def open_run(config: Config) -> None:
+    """Makes the run's folder and writes config.json; a run that is there must be one that this config can go on with.
+
+    Raises ValueError if a field outside `FREE` differs from the saved config, or if there is a run and
+    `config.resume` is off.
+    """
+    run = config.workdir
+    if has_checkpoint(run):  # without one there is nothing to lose and nothing to go on with
+        check(config.resume, f"{run} holds a run already; choose another --workdir, or leave out --no-resume to go on")
+        check_same(read_config(run), config)
+    run.mkdir(parents=True, exist_ok=True)
+    write_config(run, config)
+
+
+def has_checkpoint(run: Path) -> bool:
+    """Whether the folder holds a whole checkpoint."""
+    return any(path.name.isdigit() for path in (run / "checkpoints").glob("*"))
+
+
+def check_same(saved: Config, now: Config) -> None:
+    """Raises ValueError naming the first field outside `FREE` that differs, with both values."""
+    before, after = _flat(json.loads(to_json(saved))), _flat(json.loads(to_json(now)))
+    for name, value in before.items():
+        if not any(name == free or name.startswith(free + ".") for free in FREE):
+            check(
+                after[name] == value,
+                f"{name} is {after[name]}, but the run in {saved.workdir} was started with {value}; "
+                "give that value, or another --workdir for a new run",
+            )
+
+
+def write_config(run: Path, config: Config) -> None:
+    """Writes config.json so that a reader finds the old one or the new one, never half of one."""
+    partial = run / "config.json.tmp"
+    partial.write_text(to_json(config) + "\n", encoding="utf-8")
+    os.replace(partial, run / "config.json")
+
+
+def keep_tokenizer(run: Path, save: Callable[[Path], object]) -> None:
+    """Lets `save` write the run's tokenizer/ : whole or absent, and never another than the run began with.
+
+    Raises ValueError if the run already has a tokenizer and it is not this one.
+    """
+    kept, partial = run / "tokenizer", run / "tokenizer.tmp"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    save(partial)
+    if has_checkpoint(run) and kept.exists():
+        same = _contents(kept) == _contents(partial)
+        shutil.rmtree(partial)
+        check(same, f"the tokenizer in {kept} is not the one that the data now give: has data.source changed?")
+        return
+    shutil.rmtree(kept, ignore_errors=True)
+    os.replace(partial, kept)
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix.rstrip("."): value}
+    return {k: v for name, inner in value.items() for k, v in _flat(inner, f"{prefix}{name}.").items()}
+
+
+def _check_shapes(expected: dict, found: dict, run: Path) -> None:
+    want, have = _flat(expected), _flat(found)
+    for name in sorted(set(want) | set(have)):
+        check(name in have, f"the checkpoint in {run} lacks the parameter {name} of its config")
+        check(name in want, f"the checkpoint in {run} holds a parameter {name} that its config does not know")
+        check(
+            tuple(want[name]) == tuple(have[name]),
+            f"the parameter {name} in {run} has the shape {tuple(have[name])}, its config says {tuple(want[name])}",
+        )
+
+
+def _first_device() -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0])

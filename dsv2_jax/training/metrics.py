@@ -1,0 +1,228 @@
+"""What a run tells: a line of JSON and TensorBoard's curves at the log cadence, and a progress bar or plain lines.
+
+A line holds the exact values of its own step, not an average, so a resumed run repeats them bit for bit. Metrics stay
+on the device until two later steps are under way: logging never makes the device wait.
+"""
+
+import collections
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.progress
+import tensorboardX
+
+from dsv2_jax.config import Config, Model
+from dsv2_jax.model import parameters
+from dsv2_jax.training.checkpoint import Progress
+
+# Dense bf16 FLOP/s of one JAX device, from Google Cloud's page of each TPU version (v6e 918, tpu7x 2307 a chip, whose
+# two halves are a device each). Keys are `jax.Device.device_kind`.
+_PEAK = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 2307e12 / 2,
+}
+_IN_FLIGHT = 2  # steps whose metrics are left on the device: enough to keep it busy
+
+
+def flops_per_token(model: Model, length: int) -> float:
+    """Model FLOPs of training on one token of a sequence of `length`: the convention of every MFU printed here.
+
+    6 per activated parameter (forward 2, backward 4), and attention's two products over the half of the positions that
+    a causal mask leaves: 3 x layers x heads x (key width + value width) x length. Recomputation does not count.
+    """
+    a = model.attention
+    attention = model.num_hidden_layers * a.num_attention_heads * (a.qk_head_dim + a.v_head_dim) * length
+    return 6.0 * parameters.count_activated(model) + 3.0 * attention
+
+
+def peak_flops(dtype: str) -> float | None:
+    """FLOP/s that all devices together can reach; None for a device that the table does not know.
+
+    A CPU has no such figure: there it is the best of square matmuls of the compute dtype, timed for 0.2 s.
+    """
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        peak = _PEAK.get(device.device_kind)
+        return peak * jax.device_count() if peak else None
+    size = 1024
+    operand = jnp.ones((size, size), jnp.bfloat16 if dtype == "bfloat16" else jnp.float32)
+    matmul = jax.jit(lambda a: jax.lax.dot(a, a, preferred_element_type=jnp.float32))
+    matmul(operand).block_until_ready()
+    best, end = math.inf, time.perf_counter() + 0.2
+    while (start := time.perf_counter()) < end:
+        matmul(operand).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def bits_per_byte(nll: float, tokens: float, text_bytes: float) -> float:
+    """Mean loss in nats over `tokens` tokens that stand for `text_bytes` bytes of text, as bits per byte."""
+    return nll * tokens / text_bytes / math.log(2) if text_bytes else math.nan
+
+
+def load_summary(load_LE: np.ndarray) -> dict[str, float]:
+    """The busiest and the idlest expert of any layer, as multiples of the average expert's share of the tokens."""
+    return {"load_max": float(load_LE.max()), "load_min": float(load_LE.min())}
+
+
+def read(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, oldest first; a line that a kill cut short ends them."""
+    path = run / "metrics.jsonl"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def truncate(run: Path, step: int) -> None:
+    """Drops the lines after `step`, which the resumed run will write again; whole or not at all."""
+    partial = run / "metrics.jsonl.tmp"
+    lines = (json.dumps(line) + "\n" for line in read(run) if line["step"] <= step)
+    partial.write_text("".join(lines), encoding="utf-8")
+    os.replace(partial, run / "metrics.jsonl")
+
+
+class Log:
+    """Writes metrics.jsonl and tensorboard/, and shows progress; a context manager.
+
+    `bytes_per_token` int32 [V] gives each token's bytes of text. Opening it for a run that goes on from `progress`
+    drops whatever was logged after that.
+    """
+
+    def __init__(self, config: Config, bytes_per_token: np.ndarray, progress: Progress) -> None:
+        self._config = config
+        self._bytes_V = bytes_per_token
+        self._in_flight: collections.deque = collections.deque()
+        self._clock: tuple[float, int] | None = None  # when, and at how many tokens: the first step only compiles
+        peak = peak_flops(config.compute.dtype)
+        self._mfu_per_token = flops_per_token(config.model, config.batch.length) / peak if peak else None
+        truncate(config.workdir, progress.step)
+        self._file = (config.workdir / "metrics.jsonl").open("a", encoding="utf-8")
+        self._board = tensorboardX.SummaryWriter(str(config.workdir / "tensorboard"), purge_step=progress.step + 1)
+        self._display = Display(config.tokens, progress.tokens)
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._display.close()
+        self._board.close()
+        self._file.close()
+
+    def record(
+        self, progress: Progress, lr: float, batch: dict[str, np.ndarray], metrics: dict[str, jax.Array]
+    ) -> None:
+        """Takes the metrics of the step that `progress` counts last, and its batch; written when they are there."""
+        weights = batch["weights_BT"]
+        text_bytes = float((weights * self._bytes_V[batch["targets_BT"]]).sum())
+        self._in_flight.append((progress, lr, float(weights.sum()), text_bytes, metrics))
+        while len(self._in_flight) > _IN_FLIGHT:
+            self._write_oldest()
+
+    def flush(self) -> None:
+        """Writes all that was recorded: before a checkpoint, so that a resumed run has every line up to it."""
+        while self._in_flight:
+            self._write_oldest()
+
+    def held_out(self, progress: Progress, result: dict[str, Any], whole: bool) -> None:
+        """Writes an evaluation's result; with the load of every expert if it is of the `whole` held-out split."""
+        self.flush()
+        load_LE = result.get("load_LE")
+        line = {f"held_out_{k}": v for k, v in result.items() if k != "load_LE"}
+        if load_LE is not None:
+            line |= {f"held_out_{k}": v for k, v in load_summary(np.asarray(load_LE)).items()}
+        if whole:
+            line |= {"held_out_whole": True}
+            line |= {"held_out_load_LE": np.round(load_LE, 4).tolist()} if load_LE is not None else {}
+        self._write({"step": progress.step, "tokens": progress.tokens, **line})
+        part = "held-out split" if whole else "held-out sample"
+        self._display.say(f"step {progress.step:,}  {part}: {result['bits_per_byte']:.4f} bits per byte")
+        self._clock = time.perf_counter(), progress.tokens  # the time of an evaluation is not the training's
+
+    def say(self, text: str) -> None:
+        """Prints a sentence above the progress bar."""
+        self._display.say(text)
+
+    def _write_oldest(self) -> None:
+        progress, lr, weight, text_bytes, on_device = self._in_flight.popleft()
+        metrics = jax.device_get(on_device)
+        now = time.perf_counter()
+        skipped = bool(metrics["skipped"])
+        if skipped:
+            self.say(f"step {progress.step:,}: loss or gradient norm is not finite; the update was refused")
+        if progress.step % self._config.cadence.log == 0 or progress.tokens >= self._config.tokens or skipped:
+            load_LE = metrics.pop("load_LE", None)
+            line = {"step": progress.step, "tokens": progress.tokens} | {k: float(v) for k, v in metrics.items()}
+            line |= {"bits_per_byte": bits_per_byte(line["nll"], weight, text_bytes), "lr": lr, "skipped": int(skipped)}
+            line |= load_summary(load_LE) if load_LE is not None else {}
+            if self._clock:
+                speed = (progress.tokens - self._clock[1]) / (now - self._clock[0])
+                line["tokens_per_second"] = speed
+                if self._mfu_per_token:
+                    line["mfu"] = speed * self._mfu_per_token
+            self._write(line)
+            self._display.show(line)
+            self._clock = now, progress.tokens
+        self._clock = self._clock or (now, progress.tokens)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        self._file.write(json.dumps(finite) + "\n")
+        self._file.flush()
+        for name, value in finite.items():
+            if isinstance(value, float):
+                self._board.add_scalar(name, value, line["step"])
+
+
+class Display:
+    """A progress bar on a terminal, one plain line per log elsewhere."""
+
+    def __init__(self, total_tokens: int, done_tokens: int) -> None:
+        self._total = total_tokens
+        self._bar = None
+        if sys.stdout.isatty():
+            self._bar = rich.progress.Progress(
+                rich.progress.TextColumn("[bold]{task.description}"),
+                rich.progress.BarColumn(),
+                rich.progress.TaskProgressColumn(),
+                rich.progress.TextColumn("{task.fields[figures]}"),
+                rich.progress.TimeRemainingColumn(),
+            )
+            self._task = self._bar.add_task("training", total=total_tokens, completed=done_tokens, figures="compiling")
+            self._bar.start()
+
+    def show(self, line: dict[str, Any]) -> None:
+        """The figures of a line of metrics."""
+        figures = f"loss {line['loss']:.4f}  bits/byte {line['bits_per_byte']:.4f}"
+        if "tokens_per_second" in line:
+            figures += f"  {line['tokens_per_second']:,.0f} tokens/s"
+        if self._bar:
+            self._bar.update(self._task, completed=line["tokens"], figures=figures)
+            return
+        share = 100 * line["tokens"] / self._total
+        mfu = f"  MFU {100 * line['mfu']:.1f}%" if "mfu" in line else ""
+        print(f"step {line['step']:,}  {share:.1f}%  {figures}{mfu}  lr {line['lr']:.2e}", flush=True)
+
+    def say(self, text: str) -> None:
+        """A sentence, above the bar if there is one."""
+        if self._bar:
+            self._bar.console.print(text, highlight=False)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Leaves the terminal as it was."""
+        if self._bar:
+            self._bar.stop()

@@ -1,0 +1,155 @@
+"""What is saved comes back to the bit, newest first; a run goes on only with the settings that it began with."""
+
+import dataclasses
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import PRESETS
+from dsv2_jax.config import Cadence, Compute, Data, Optimizer
+from dsv2_jax.model import parameters
+from dsv2_jax.training import checkpoint
+from dsv2_jax.training.checkpoint import Checkpoints, Progress
+from dsv2_jax.training.step import create
+
+
+@pytest.fixture
+def config(tmp_path):
+    return dataclasses.replace(PRESETS["tiny"](), workdir=tmp_path / "run")
+
+
+def random_params(config, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = parameters.tree(config.model)
+    return {
+        part: {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in named.items()}
+        for part, named in shapes.items()
+    }
+
+
+def numbers():
+    return iter(grain.MapDataset.range(1000).shuffle(seed=3).to_iter_dataset())
+
+
+def test_state_data_and_progress_come_back(config):
+    state = create(random_params(config), config)
+    state = state._replace(optimizer=jax.tree.map(lambda x: x + 3, state.optimizer))
+    kept = jax.tree.map(np.array, state)
+    batches = numbers()
+    for _ in range(5):
+        next(batches)
+    following = [next(batches) for _ in range(3)]
+    batches = numbers()
+    for _ in range(5):
+        next(batches)
+    overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+    with Checkpoints(config.workdir, 2) as checkpoints:
+        checkpoints.save(state, batches, Progress(step=5, tokens=9 * 10**12))
+        state = overwrite(overwrite(state))  # the next steps reuse the buffers while the save is under way
+        next(batches)
+    fresh = numbers()
+    with Checkpoints(config.workdir, 2) as checkpoints:
+        restored, progress = checkpoints.restore(lambda: create(random_params(config, 1), config), fresh)
+    assert progress == Progress(step=5, tokens=9 * 10**12)
+    assert [next(fresh) for _ in range(3)] == following
+    assert int(restored.step) == 5
+    jax.tree.map(np.testing.assert_array_equal, tuple(restored[:2]), tuple(kept[:2]))
+    assert jax.tree.structure(restored) == jax.tree.structure(kept)
+
+
+def test_without_a_checkpoint_a_run_begins(config):
+    with Checkpoints(config.workdir, 2) as checkpoints:
+        state, progress = checkpoints.restore(lambda: create(random_params(config), config), numbers())
+    assert progress == Progress() and int(state.step) == 0
+
+
+def test_the_newest_are_kept_and_leftovers_of_a_kill_are_not_seen(config):
+    state = create(random_params(config), config)
+    with Checkpoints(config.workdir, 2) as checkpoints:
+        for step in (3, 6, 9):
+            checkpoints.save(state, numbers(), Progress(step=step))
+    folder = config.workdir / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["6", "9"]
+    (folder / "12.orbax-checkpoint-tmp").mkdir()
+    assert checkpoint.latest_step(config.workdir) == 9
+    with Checkpoints(config.workdir, 2) as checkpoints:
+        _, progress = checkpoints.restore(lambda: create(random_params(config), config), numbers())
+    assert progress.step == 9
+    assert not (folder / "12.orbax-checkpoint-tmp").exists()
+
+
+def test_parameters_alone(config):
+    params = random_params(config)
+    checkpoint.save_params(config.workdir, config, params)
+    read, restored = checkpoint.restore_params(config.workdir)
+    assert read == config
+    jax.tree.map(np.testing.assert_array_equal, restored, params)
+    assert restored["moe"]["w_up_EDF"].dtype == jnp.float32
+    with pytest.raises(ValueError, match="already holds a checkpoint of step 0"):
+        checkpoint.save_params(config.workdir, config, params)
+    with Checkpoints(config.workdir, 2) as checkpoints, pytest.raises(ValueError, match="holds parameters only"):
+        checkpoints.restore(lambda: create(params, config), numbers())
+
+
+def test_missing_runs_are_named(config, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no run in .*nowhere"):
+        checkpoint.restore_params(tmp_path / "nowhere")
+    checkpoint.open_run(config)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*run"):
+        checkpoint.restore_params(config.workdir)
+    with pytest.raises(FileNotFoundError, match="no parameters of step 7"):
+        checkpoint.restore_params(config.workdir, 7)
+
+
+def test_parameters_that_are_not_the_configs_are_named(config):
+    params = random_params(config)
+    wide = dataclasses.replace(config, model=dataclasses.replace(config.model, intermediate_size=52))
+    with pytest.raises(
+        ValueError, match=r"dense\.w_down_ID .* has the shape \(1, 48, 32\), its config says \(1, 52, 32\)"
+    ):
+        checkpoint.save_params(config.workdir, wide, params)
+    checkpoint.save_params(config.workdir, config, params)
+    checkpoint.write_config(config.workdir, wide)
+    with pytest.raises(ValueError, match=r"dense\.w_down_ID"):
+        checkpoint.restore_params(config.workdir)
+
+
+def test_a_run_goes_on_only_with_its_own_settings(config, tmp_path):
+    checkpoint.open_run(config)
+    other_seed = dataclasses.replace(config, seed=5)
+    checkpoint.open_run(other_seed)  # nothing is trained yet: the run may still be changed
+    state = create(random_params(config), config)
+    with Checkpoints(config.workdir, 2) as checkpoints:
+        checkpoints.save(state, numbers(), Progress(step=1))
+    with pytest.raises(ValueError, match=r"seed is 0, but the run in .* was started with 5"):
+        checkpoint.open_run(config)
+    slow = dataclasses.replace(other_seed, optimizer=Optimizer(decay_at=(0.5,)))
+    with pytest.raises(ValueError, match=r"optimizer\.peak_lr is 0\.00024, but .* with 0\.01"):
+        checkpoint.open_run(slow)
+    free = dataclasses.replace(
+        other_seed,
+        tokens=10**6,
+        cadence=Cadence(save=2),
+        compute=Compute(remat="none"),
+        data=Data(fetch=False, folder=tmp_path / "moved"),
+    )
+    checkpoint.open_run(free)
+    assert checkpoint.read_config(config.workdir) == free
+    with pytest.raises(ValueError, match="holds a run already"):
+        checkpoint.open_run(dataclasses.replace(free, resume=False))
+
+
+def test_a_tokenizer_cannot_change_under_a_run(config):
+    run = config.workdir
+    checkpoint.open_run(config)
+    checkpoint.keep_tokenizer(run, lambda folder: (folder / "words").write_text("a"))
+    checkpoint.keep_tokenizer(run, lambda folder: (folder / "words").write_text("b"))  # nothing is trained yet
+    assert (run / "tokenizer" / "words").read_text() == "b"
+    checkpoint.save_params(run, config, random_params(config))
+    checkpoint.keep_tokenizer(run, lambda folder: (folder / "words").write_text("b"))
+    with pytest.raises(ValueError, match=r"the tokenizer in .* is not the one"):
+        checkpoint.keep_tokenizer(run, lambda folder: (folder / "words").write_text("c"))
+    assert (run / "tokenizer" / "words").read_text() == "b"

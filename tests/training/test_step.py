@@ -1,0 +1,107 @@
+"""One step by hand, gradient accumulation against the batch in one, and updates that must be refused."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import PRESETS
+from dsv2_jax.config import Optimizer
+from dsv2_jax.model import transformer
+from dsv2_jax.training.step import create, exempt_sequences, train_step
+
+
+def linear_loss(params, batch, *, config, exempt_B, total_weight, share):  # noqa: ARG001
+    """Mean over tokens of w . target, whose gradient is the mean target."""
+    value = (params["layer"]["w_D"].sum() * batch["targets_BT"] * batch["weights_BT"]).sum() / total_weight
+    return value, {"nll": value, "share": jnp.float32(share), "exempt": exempt_B.sum() * 1.0}
+
+
+def batch_of(config, micro_batches, rows, seed=0):
+    rng = np.random.default_rng(seed)
+    shape = micro_batches, rows, config.batch.length
+    tokens = rng.integers(0, config.model.vocab_size, (2, *shape)).astype(np.int32)
+    return {
+        "tokens_BT": tokens[0],
+        "targets_BT": tokens[1],
+        "positions_BT": np.broadcast_to(np.arange(shape[2], dtype=np.int32), shape),
+        "segments_BT": np.ones(shape, np.int32),
+        "weights_BT": rng.integers(0, 2, shape).astype(np.float32),
+    }
+
+
+def test_one_step_by_hand():
+    config = dataclasses.replace(
+        PRESETS["tiny"](), optimizer=Optimizer(weight_decay=0.1, clip_norm=1.0, epsilon=1e-8, warmup_steps=0)
+    )
+    batch = {
+        "tokens_BT": np.zeros((2, 1, 2), np.int32),
+        "targets_BT": np.array([[[1, 2]], [[6, 100]]], np.int32),
+        "weights_BT": np.array([[[1, 1]], [[1, 0]]], np.float32),
+    }
+    params = {"layer": {"w_D": jnp.array([0.5, -1.0])}}
+    state, metrics = train_step(create(params, config), batch, 0.01, config=config, loss=linear_loss)
+    # The mean target is (1 + 2 + 6) / 3 = 3 for both parameters; Adam's first step is the sign of the gradient.
+    assert float(metrics["loss"]) == pytest.approx(3 * (0.5 - 1.0))
+    assert float(metrics["grad_norm"]) == pytest.approx(3 * 2**0.5)
+    assert (float(metrics["share"]), float(metrics["skipped"]), int(state.step)) == (1.0, 0.0, 1)
+    expected = [0.5 - 0.01 * (1 + 0.1 * 0.5), -1.0 - 0.01 * (1 - 0.1 * 1.0)]
+    np.testing.assert_allclose(state.params["layer"]["w_D"], expected, rtol=1e-6)
+    adam = state.optimizer[1]
+    np.testing.assert_allclose(adam.mu["layer"]["w_D"], 0.1 * np.sqrt(0.5), rtol=1e-6)  # of the clipped gradient
+    np.testing.assert_allclose(adam.nu["layer"]["w_D"], 0.05 * 0.5, rtol=1e-5)
+
+
+def test_four_micro_batches_are_one_batch():
+    preset = PRESETS["tiny"]()
+    moe = dataclasses.replace(preset.model.moe, capacity_factor=0.0)  # a budget is per micro-batch, not per step
+    model = dataclasses.replace(preset.model, moe=moe)
+    optimizer = dataclasses.replace(preset.optimizer, epsilon=1e-3)  # else rounding of tiny gradients turns their sign
+    config = dataclasses.replace(preset, model=model, optimizer=optimizer)
+    whole = batch_of(config, 1, 8)
+    split = {name: value.reshape(4, 2, -1) for name, value in whole.items()}
+    results = []
+    for batch in (whole, split):
+        state = create(transformer.init(config.model, jax.random.key(0)), config)
+        results.append(train_step(state, batch, 0.01, config=config))
+    (one, one_metrics), (four, four_metrics) = results
+    for name, value in one_metrics.items():
+        np.testing.assert_allclose(four_metrics[name], value, rtol=2e-6, atol=1e-6, err_msg=name)
+    np.testing.assert_allclose(four_metrics["loss"], one_metrics["loss"], rtol=1e-6)
+    for ours, theirs in zip(jax.tree.leaves(four.params), jax.tree.leaves(one.params), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("poison", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count(poison):
+    def poisoned(params, batch, **rest):
+        value, metrics = linear_loss(params, batch, **rest)
+        if poison == "loss":
+            return value + jnp.inf, metrics
+        zero = params["layer"]["w_D"][0] * 0.0
+        return value + jnp.where(zero == 0, jnp.sqrt(zero), 0), metrics  # finite, with an infinite slope
+
+    config = PRESETS["tiny"]()
+    batch = batch_of(config, 2, 3)
+    state = create({"layer": {"w_D": jnp.array([0.5, -1.0])}}, config)
+    state, _ = train_step(state, batch, 0.01, config=config, loss=linear_loss)
+    before = jax.tree.map(np.array, state)
+    state, metrics = train_step(state, batch, 0.01, config=config, loss=poisoned)
+    assert float(metrics["skipped"]) == 1 and not np.isfinite(metrics["loss"] + metrics["grad_norm"])
+    assert np.isfinite(metrics["loss"]) == (poison == "gradient")
+    jax.tree.map(np.testing.assert_array_equal, before[:2], tuple(state[:2]))
+    assert int(state.step) == 2
+    state, metrics = train_step(state, batch, 0.01, config=config, loss=linear_loss)
+    assert float(metrics["skipped"]) == 0
+    assert (np.asarray(state.params["layer"]["w_D"]) != before.params["layer"]["w_D"]).all()
+
+
+def test_exempt_sequences_are_a_tenth_and_new_every_step():
+    config = PRESETS["tiny"]()
+    draws = [np.asarray(exempt_sequences(config, jnp.int32(step), (20, 500))) for step in (0, 1, 0)]
+    assert all(draw.dtype == bool and 0.085 < draw.mean() < 0.115 for draw in draws)  # 10,000 draws: sigma 0.003
+    assert (draws[0] == draws[2]).all() and (draws[0] != draws[1]).any()
+    other = dataclasses.replace(config, seed=1)
+    assert (np.asarray(exempt_sequences(other, jnp.int32(0), (20, 500))) != draws[0]).any()

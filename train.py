@@ -1,0 +1,51 @@
+"""Trains a preset: python train.py PRESET [--section.field VALUE ...]."""
+
+import inspect
+import sys
+
+from configs import PRESETS
+from dsv2_jax import cli
+
+
+def main() -> int:
+    """Reads the command line, trains, and says where everything is."""
+    if not sys.argv[1:]:
+        cli.fail(f"name a preset: {', '.join(PRESETS)}; --help says what they are")
+    name, *flags = sys.argv[1:]
+    if name in ("-h", "--help"):
+        print(usage())
+        return 0
+    if name not in PRESETS:
+        cli.fail(f"unknown preset '{name}'{cli.nearest(name, PRESETS) or '; there are ' + ', '.join(PRESETS)}")
+    config = cli.parse(PRESETS[name](), flags, prog=f"train.py {name}")
+
+    from dsv2_jax.training import loop  # here, so that mistakes and --help are answered at once
+
+    cli.keep_compiled_programs()
+    outcome = loop.train(config)
+    run = config.workdir
+    if not outcome.finished:
+        print(f"stopped after step {outcome.progress.step:,} and saved; the same command goes on from there")
+        return loop.STOPPED
+    print(
+        f"checkpoint  {run / 'checkpoints' / str(outcome.progress.step)}\n"
+        f"metrics     {run / 'metrics.jsonl'}\n"
+        f"plots       {run / 'plots'}\n"
+        f"held out    {outcome.held_out['held_out_bits_per_byte']:.4f} bits per byte"
+    )
+    return 0
+
+
+def usage() -> str:
+    """How to call this, and the presets with what each is."""
+    width = max(map(len, PRESETS))
+    presets = "\n".join(f"  {name:{width}}  {(inspect.getdoc(f) or '').splitlines()[0]}" for name, f in PRESETS.items())
+    return (
+        "usage: python train.py PRESET [--section.field VALUE ...]\n\n"
+        f"presets:\n{presets}\n\n"
+        "python train.py PRESET --help lists every flag. A run found in --workdir is resumed."
+    )
+
+
+if __name__ == "__main__":
+    cli.main(main)
