@@ -74,12 +74,12 @@ class Options:
         check(self.rounds > 0, f"--rounds must be positive, not {self.rounds}")
 
 
-def rows(case: Case) -> int:
+def rows(case: str) -> int:
     """Sequences of a decode case."""
     return int(case.removeprefix("decode_b"))
 
 
-def work(case: Case) -> tuple[int, float]:
+def work(case: str) -> tuple[int, float]:
     """(tokens, floating-point operations) of a round: those of the matrix products, causal attention by its half."""
     heads, width = SMALL.attention.num_attention_heads, SMALL.attention.qk_head_dim + SMALL.attention.v_head_dim
     per_key = 2 * SMALL.num_hidden_layers * heads * width
@@ -93,7 +93,7 @@ def work(case: Case) -> tuple[int, float]:
     return rows(case) * NEW, rows(case) * NEW * (per_token + per_key * CONTEXT)
 
 
-def run_ours(case: Case, rounds: int) -> Callable[[], float]:
+def run_ours(case: str, rounds: int) -> Callable[[], float]:
     """This project's side, compiled and warm: a function that runs a round and returns its seconds."""
     import jax
     import jax.numpy as jnp
@@ -157,7 +157,7 @@ def run_ours(case: Case, rounds: int) -> Callable[[], float]:
     return _timed(decode)
 
 
-def run_transformers(case: Case, rounds: int, compiled: bool) -> Callable[[], float]:
+def run_transformers(case: str, rounds: int, compiled: bool) -> Callable[[], float]:
     """transformers' side, warm: a function that runs a round and returns its seconds."""
     import torch
     from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DynamicCache, StaticCache
@@ -228,7 +228,7 @@ def matmul_peak(dtype: str) -> float:
     return 2 * math.prod(a.shape) * b.shape[1] / min(run() for _ in range(10))
 
 
-def worker(side: str, case: Case, rounds: int, out: IO[str]) -> None:
+def worker(side: str, case: str, rounds: int, out: IO[str]) -> None:
     """One side's process: a JSON line when ready, or why not; then one for every line read, each a round."""
 
     def tell(**message: Any) -> None:
@@ -243,7 +243,8 @@ def worker(side: str, case: Case, rounds: int, out: IO[str]) -> None:
         except Exception as error:  # whatever inductor fails with here; the parent prints it
             if side != "compiled":
                 raise
-            return tell(error=f"{type(error).__name__}: {error}".splitlines()[0])
+            tell(error=f"{type(error).__name__}: {error}".splitlines()[0])
+            return
     tell(ready=time.perf_counter() - begin)
     for _ in sys.stdin:
         peak = matmul_peak("bfloat16" if case == "train_bf16" else "float32") if side == "dsv2_jax" else None
@@ -253,7 +254,7 @@ def worker(side: str, case: Case, rounds: int, out: IO[str]) -> None:
 class Side:
     """A worker's process as its parent sees it."""
 
-    def __init__(self, side: str, case: Case, options: Options):
+    def __init__(self, side: str, case: str, options: Options):
         cores = sorted(os.sched_getaffinity(0))
         self.cores = cores[: options.threads or len(cores)]
         # Both sides get huge pages, which spare either the page faults of its large temporaries.
@@ -334,7 +335,7 @@ def main() -> int:
         "tokens/s", "dsv2_jax", "eager", "compiled", "ratio", "matmul peak", "share", "transformers'",
         title=f"{parameters.count(SMALL) / 1e6:.1f}M parameters, {threads} threads, median of {options.rounds} rounds",
     )  # fmt: skip
-    figures = {}
+    figures: dict[Case, dict[str, Any]] = {}
     for case in options.cases:
         f = figures[case] = compare(case, options, console)
         compiled = f"{f['transformers_compiled']:.0f}" if f["transformers_compiled"] else "fails"
@@ -355,6 +356,6 @@ if __name__ == "__main__":
         os.sched_setaffinity(0, {int(core) for core in cores_.split(",")})  # XLA's pool is as large as this
         channel = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)  # what libraries print must not reach the parent's protocol
-        worker(side_, case_, int(rounds_), channel)  # pyright: ignore[reportArgumentType]
+        worker(side_, case_, int(rounds_), channel)
     else:
         cli.main(main)
