@@ -64,11 +64,16 @@ def _few(
         pairs_S = lax.dynamic_slice(plan.order_P, (plan.starts_E[e] + offset,), (size,))
         tokens_S = pairs_S // k
         gates_S = jnp.where(jnp.arange(size) + offset < plan.counts_E[e], gates_NK.reshape(-1)[pairs_S], 0)
-        x_SD = from_bits(to_bits(x_ND)[tokens_S])
-        hidden_SF = jax.nn.silu(dot(x_SD, w_gate_EDF[e])) * dot(x_SD, w_up_EDF[e]) * gates_S[:, None]
-        return y_ND.at[tokens_S].add(dot(hidden_SF.astype(x_ND.dtype), w_down_EFD[e]))
+        x_SD, w_gate_DF, w_up_DF = _rows(x_ND, tokens_S), _rows(w_gate_EDF, e), _rows(w_up_EDF, e)
+        hidden_SF = jax.nn.silu(dot(x_SD, w_gate_DF)) * dot(x_SD, w_up_DF) * gates_S[:, None]
+        return y_ND.at[tokens_S].add(dot(hidden_SF.astype(x_ND.dtype), _rows(w_down_EFD, e)))
 
     return lax.fori_loop(0, ends_E[-1], block, jnp.zeros(x_ND.shape, jnp.float32)).astype(x_ND.dtype)
+
+
+def _rows(x: Array, at: Array) -> Array:
+    """x[at] along the first dimension, without widening the rest of a bfloat16 x (see to_bits)."""
+    return from_bits(to_bits(x)[at])
 
 
 def _over_blocks(plan: _Plan, e: Array, body: Callable, carry: tuple) -> tuple:
@@ -95,12 +100,12 @@ def _forward(
     plan = _sort(experts_NK, experts, max(_BLOCKS))
 
     def expert(e: Array, carry: tuple) -> tuple:
-        w_gate_DF, w_up_DF, w_down_FD = w_gate_EDF[e], w_up_EDF[e], w_down_EFD[e]
+        w_gate_DF, w_up_DF, w_down_FD = (_rows(w, e) for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
 
         def block(size: int, row: Array, left: Array, carry: tuple) -> tuple:
             y_ND, a_PF, u_PF = carry
             pairs_S = lax.dynamic_slice(plan.order_P, (row,), (size,))
-            x_SD = from_bits(to_bits(x_ND)[pairs_S // k])
+            x_SD = _rows(x_ND, pairs_S // k)
             a_SF, u_SF = dot(x_SD, w_gate_DF).astype(dtype), dot(x_SD, w_up_DF).astype(dtype)
             gates_S = jnp.where(jnp.arange(size) < left, gates_P[pairs_S], 0)
             hidden_SF = jax.nn.silu(a_SF.astype(jnp.float32)) * u_SF.astype(jnp.float32) * gates_S[:, None]
@@ -126,14 +131,14 @@ def _backward(kept: tuple, g_ND: Array) -> tuple[Array | None, ...]:
 
     def expert(e: Array, carry: tuple) -> tuple:
         dx_ND, dgates_P, *dw_E = carry
-        w_gate_DF, w_up_DF, w_down_FD = w_gate_EDF[e], w_up_EDF[e], w_down_EFD[e]
+        w_gate_DF, w_up_DF, w_down_FD = (_rows(w, e) for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
 
         def block(size: int, row: Array, left: Array, carry: tuple) -> tuple:
             dx_ND, dgates_P, dw_gate_DF, dw_up_DF, dw_down_FD = carry
             pairs_S = lax.dynamic_slice(plan.order_P, (row,), (size,))
             own_S = jnp.arange(size) < left
             gates_S = jnp.where(own_S, gates_P[pairs_S], 0)[:, None]
-            x_SD, g_SD = (from_bits(to_bits(rows_ND)[pairs_S // k]) for rows_ND in (x_ND, g_ND))
+            x_SD, g_SD = _rows(x_ND, pairs_S // k), _rows(g_ND, pairs_S // k)
             a_SF = from_bits(lax.dynamic_slice(a_PF, (row, 0), (size, width))).astype(jnp.float32)
             u_SF = from_bits(lax.dynamic_slice(u_PF, (row, 0), (size, width))).astype(jnp.float32)
             sigmoid_SF = jax.nn.sigmoid(a_SF)
@@ -164,7 +169,8 @@ def _backward(kept: tuple, g_ND: Array) -> tuple[Array | None, ...]:
     start = (jnp.zeros(x_ND.shape, jnp.float32), jnp.zeros(gates_P.shape, jnp.float32))
     weights = [to_bits(jnp.zeros_like(w)) for w in (w_gate_EDF, w_up_EDF, w_down_EFD)]
     dx_ND, dgates_P, *dw = lax.fori_loop(0, w_gate_EDF.shape[0], expert, (*start, *weights))
-    return dx_ND.astype(dtype), None, dgates_P.reshape(gates_NK.shape), *(from_bits(w) for w in dw)
+    dw_gate_EDF, dw_up_EDF, dw_down_EFD = (from_bits(w) for w in dw)
+    return dx_ND.astype(dtype), None, dgates_P.reshape(gates_NK.shape), dw_gate_EDF, dw_up_EDF, dw_down_EFD
 
 
 grouped_swiglu.defvjp(_forward, _backward)

@@ -1,0 +1,361 @@
+"""This project against transformers' DeepseekV2ForCausalLM on this machine's CPU: training, prefill and decode.
+
+    python benchmarks/cpu_vs_transformers.py [--threads N] [--rounds 5] [--cases train prefill ...] [--json FILE]
+
+Each side runs in a process of its own with the same threads, in turn: while one works the others wait. transformers
+runs eagerly and under torch.compile, and the better of the two counts. Rates are medians over the rounds. The share of
+the peak is the model's own arithmetic over that of a large matrix product, measured between the rounds.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import rich.console
+import rich.table
+
+_ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(_ROOT))  # a script's own folder is where Python looks, not the one it is called from
+
+from dsv2_jax import cli  # noqa: E402
+from dsv2_jax.config import Attention, Batch, Compute, Config, Model, Moe, Rope, check  # noqa: E402
+from dsv2_jax.model import parameters  # noqa: E402
+
+Case = Literal["train", "train_bf16", "prefill", "decode_b1", "decode_b16"]
+SIDES = ("dsv2_jax", "eager", "compiled")
+BATCH, LENGTH, PROMPT, CONTEXT, NEW = 8, 512, 2048, 512, 32  # of training; of prefill; of decode: before, and a round
+
+SMALL = Model(  # 111.2M parameters
+    vocab_size=8192,
+    hidden_size=512,
+    num_hidden_layers=8,
+    intermediate_size=1408,
+    initializer_range=0.02,
+    attention=Attention(
+        num_attention_heads=8, q_lora_rank=0, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64
+    ),
+    rope=Rope(),
+    moe=Moe(
+        n_routed_experts=32,
+        num_experts_per_tok=4,
+        n_shared_experts=2,
+        moe_intermediate_size=256,
+        n_group=1,
+        topk_group=1,
+        routed_scaling_factor=1.0,
+        expert_balance=0.0,  # transformers has no balance losses
+        device_balance=0.0,
+        communication_balance=0.0,
+        capacity_factor=0.0,
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Compare tokens per second of this project and of transformers on this machine's CPU."""
+
+    threads: int = 0  # for each side; 0: all cores
+    rounds: int = 5  # timed rounds of each side
+    cases: tuple[Case, ...] = ("train", "train_bf16", "prefill", "decode_b1", "decode_b16")
+    json: Path | None = None  # the figures, for a program
+
+    def __post_init__(self) -> None:
+        cores = len(os.sched_getaffinity(0))
+        check(0 <= self.threads <= cores, f"--threads must lie in 0 to {cores} here, not {self.threads}")
+        check(self.rounds > 0, f"--rounds must be positive, not {self.rounds}")
+
+
+def rows(case: str) -> int:
+    """Sequences of a decode case."""
+    return int(case.removeprefix("decode_b"))
+
+
+def work(case: str) -> tuple[int, float]:
+    """(tokens, floating-point operations) of a round: those of the matrix products, causal attention by its half."""
+    heads, width = SMALL.attention.num_attention_heads, SMALL.attention.qk_head_dim + SMALL.attention.v_head_dim
+    per_key = 2 * SMALL.num_hidden_layers * heads * width
+    per_token = 2 * parameters.count_activated(SMALL)
+    if case.startswith("train"):
+        return BATCH * LENGTH, 3 * BATCH * LENGTH * (per_token + per_key * LENGTH / 2)
+    if case == "prefill":
+        head = 2 * SMALL.vocab_size * SMALL.hidden_size  # of the last token only
+        return PROMPT, PROMPT * (per_token - head + per_key * PROMPT / 2) + head
+    # Absorbed decode has wider keys; counted is what the expanded form needs, keys and values at hand.
+    return rows(case) * NEW, rows(case) * NEW * (per_token + per_key * CONTEXT)
+
+
+def run_ours(case: str, rounds: int) -> Callable[[], float]:
+    """This project's side, compiled and warm: a function that runs a round and returns its seconds."""
+    import jax
+    import jax.numpy as jnp
+
+    from dsv2_jax.model import cache, transformer
+    from dsv2_jax.training.step import create, train_step
+
+    dtype = "bfloat16" if case == "train_bf16" else "float32"
+    compute = Compute(dtype=dtype, remat="none", loss_chunk=512)
+    params = transformer.init(SMALL, jax.random.key(0))
+    if case.startswith("train"):
+        batch = {"micro_size": 0, "size": BATCH, "length": LENGTH}
+        config = Config(workdir=Path(), model=SMALL, batch=Batch(**batch), compute=compute)
+        tokens_BT = jax.random.randint(jax.random.key(1), (1, BATCH, LENGTH), 0, SMALL.vocab_size)
+        ones_BT = jnp.ones_like(tokens_BT)
+        inputs = {
+            "tokens_BT": tokens_BT,
+            "targets_BT": jnp.roll(tokens_BT, -1, axis=-1),
+            "positions_BT": jnp.broadcast_to(jnp.arange(LENGTH), tokens_BT.shape),
+            "segments_BT": ones_BT,
+            "weights_BT": ones_BT.astype(jnp.float32),
+        }
+        state = create(params, config)
+
+        def step() -> None:
+            nonlocal state
+            state, _ = train_step(state, inputs, 1e-4, config=config)
+            jax.block_until_ready(state)
+
+        return _timed(step)
+
+    network = transformer.Transformer(SMALL, compute, unrolled=True)
+    unrolled = jax.block_until_ready(transformer.unstack(params))
+    size = 1 if case == "prefill" else rows(case)
+    length, slots = (PROMPT, PROMPT) if case == "prefill" else (CONTEXT, CONTEXT + NEW * (rounds + 1))
+
+    def call(params: Any, tokens_BT: jax.Array, store: Any, prefill: bool) -> tuple[jax.Array, Any]:
+        positions_BT = store.length + jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        out: Any = network.apply(
+            {"params": params}, tokens_BT, positions_BT, jnp.ones_like(tokens_BT), cache=store, prefill=prefill
+        )
+        return jnp.argmax(transformer.logits(params, out.hidden_BTD[:, -1:]), axis=-1), out.cache
+
+    jitted = jax.jit(call, static_argnames="prefill", donate_argnames="store")
+    prompt_BT = jax.random.randint(jax.random.key(1), (size, length), 0, SMALL.vocab_size)
+
+    def fill() -> tuple[jax.Array, Any]:
+        store = cache.empty(SMALL, size, slots, jnp.float32)
+        return jax.block_until_ready(jitted(unrolled, prompt_BT, store, prefill=True))
+
+    if case == "prefill":
+        return _timed(fill)
+    last_BT, store = fill()
+
+    def decode() -> None:
+        nonlocal last_BT, store
+        for _ in range(NEW):
+            last_BT, store = jitted(unrolled, last_BT, store, prefill=False)
+            last_BT.block_until_ready()  # generation looks at every token
+
+    return _timed(decode)
+
+
+def run_transformers(case: str, rounds: int, compiled: bool) -> Callable[[], float]:
+    """transformers' side, warm: a function that runs a round and returns its seconds."""
+    import torch
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DynamicCache, StaticCache
+
+    from dsv2_jax.hf.configuration import to_hf_config
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.manual_seed(0)
+    model: Any = DeepseekV2ForCausalLM(DeepseekV2Config.from_dict(to_hf_config(SMALL)))
+    forward = torch.compile(model) if compiled else model
+    if case.startswith("train"):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        tokens = torch.randint(0, SMALL.vocab_size, (BATCH, LENGTH))
+
+        def step() -> None:
+            with torch.autocast("cpu", torch.bfloat16, enabled=case == "train_bf16"):
+                loss = forward(input_ids=tokens, labels=tokens, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return _timed(step)
+
+    model.eval()
+    if case == "prefill":
+        tokens = torch.randint(0, SMALL.vocab_size, (1, PROMPT))
+
+        @torch.no_grad()
+        def fill() -> None:
+            forward(input_ids=tokens, use_cache=False, logits_to_keep=1).logits[:, -1].argmax(-1)
+
+        return _timed(fill)
+
+    slots = CONTEXT + NEW * (rounds + 1)
+    store = StaticCache(config=model.config, max_cache_len=slots) if compiled else DynamicCache(config=model.config)
+    last, at = torch.randint(0, SMALL.vocab_size, (rows(case), CONTEXT)), 0
+
+    @torch.no_grad()
+    def decode(steps: int, call: Any) -> None:
+        nonlocal last, at
+        for _ in range(steps):
+            positions = torch.arange(at, at + last.shape[1]).expand(last.shape)
+            out = call(input_ids=last, position_ids=positions, past_key_values=store, use_cache=True, logits_to_keep=1)
+            at, last = at + last.shape[1], out.logits[:, -1:].argmax(-1)
+
+    decode(1, model)  # the context
+    return _timed(lambda: decode(NEW, forward))
+
+
+def _timed(work: Callable[[], Any]) -> Callable[[], float]:
+    def seconds() -> float:
+        begin = time.perf_counter()
+        work()
+        return time.perf_counter() - begin
+
+    seconds()  # compiles
+    return seconds
+
+
+def matmul_peak(dtype: str) -> float:
+    """The best rate of a large product in this process, operations per second: what the model's are held against."""
+    import jax
+    import jax.numpy as jnp
+
+    a, b = jnp.ones((4096, 512), dtype), jnp.ones((512, 1408), dtype)
+    product = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.float32))
+    run = _timed(lambda: product(a, b).block_until_ready())
+    return 2 * math.prod(a.shape) * b.shape[1] / min(run() for _ in range(10))
+
+
+def worker(side: str, case: str, rounds: int, out: IO[str]) -> None:
+    """One side's process: a JSON line when ready, or why not; then one for every line read, each a round."""
+
+    def tell(**message: Any) -> None:
+        print(json.dumps(message), file=out, flush=True)
+
+    begin = time.perf_counter()
+    if side == "dsv2_jax":
+        run = run_ours(case, rounds)
+    else:
+        try:
+            run = run_transformers(case, rounds, compiled=side == "compiled")
+        except Exception as error:  # whatever inductor fails with here; the parent prints it
+            if side != "compiled":
+                raise
+            tell(error=f"{type(error).__name__}: {error}".splitlines()[0])
+            return
+    tell(ready=time.perf_counter() - begin)
+    for _ in sys.stdin:
+        peak = matmul_peak("bfloat16" if case == "train_bf16" else "float32") if side == "dsv2_jax" else None
+        tell(seconds=run(), peak=peak)
+
+
+class Side:
+    """A worker's process as its parent sees it."""
+
+    def __init__(self, side: str, case: str, options: Options):
+        cores = sorted(os.sched_getaffinity(0))
+        self.cores = cores[: options.threads or len(cores)]
+        # Both sides get huge pages, which spare either the page faults of its large temporaries.
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "OMP_NUM_THREADS": str(len(self.cores)),
+            "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        command = [sys.executable, __file__, "worker", side, case, str(options.rounds), ",".join(map(str, self.cores))]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self.rates: list[float] = []
+        self.peaks: list[float] = []
+        self.case, self.error = case, self._read().get("error")
+
+    def _read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"a side ended with exit code {self.process.wait()}; its error is above")
+        return json.loads(line)
+
+    def round(self) -> None:
+        """Runs one round and keeps its rate."""
+        if self.error:
+            return
+        assert self.process.stdin is not None
+        print(file=self.process.stdin, flush=True)
+        message = self._read()
+        self.rates.append(work(self.case)[0] / message["seconds"])
+        self.peaks += [message["peak"]] if message["peak"] else []
+
+    def rate(self) -> float:
+        """Tokens per second, the median; 0 if this side cannot run."""
+        return statistics.median(self.rates) if self.rates else 0.0
+
+    def close(self) -> None:
+        """Ends the process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def compare(case: Case, options: Options, console: rich.console.Console) -> dict[str, Any]:
+    """All sides on one case, in alternating rounds."""
+    sides = {}
+    for name in SIDES:  # one after the other: compiling takes all threads
+        with console.status(f"{case}: starting {name}"):
+            sides[name] = Side(name, case, options)
+    with console.status(f"{case}: measuring"):
+        for _ in range(options.rounds):
+            for side in sides.values():
+                side.round()
+    for side in sides.values():
+        side.close()
+    ours, eager, compiled = (sides[name].rate() for name in SIDES)
+    peak, per_token = statistics.median(sides["dsv2_jax"].peaks), work(case)[1] / work(case)[0]
+    return {
+        "ratio": ours / max(eager, compiled),
+        "tokens_per_second": ours,
+        "transformers_eager": eager,
+        "transformers_compiled": compiled or None,
+        "transformers_compiled_error": sides["compiled"].error,
+        "matmul_peak_gflops": peak / 1e9,
+        "share_of_peak": ours * per_token / peak,
+        "transformers_share_of_peak": max(eager, compiled) * per_token / peak,
+    }
+
+
+def main() -> int:
+    """Runs every case and prints the table."""
+    options = cli.parse(Options(), prog="cpu_vs_transformers.py")
+    console = rich.console.Console()
+    threads = options.threads or len(os.sched_getaffinity(0))
+    table = rich.table.Table(
+        "tokens/s", "dsv2_jax", "eager", "compiled", "ratio", "matmul peak", "share", "transformers'",
+        title=f"{parameters.count(SMALL) / 1e6:.1f}M parameters, {threads} threads, median of {options.rounds} rounds",
+    )  # fmt: skip
+    figures: dict[Case, dict[str, Any]] = {}
+    for case in options.cases:
+        f = figures[case] = compare(case, options, console)
+        compiled = f"{f['transformers_compiled']:.0f}" if f["transformers_compiled"] else "fails"
+        if f["transformers_compiled_error"]:
+            console.print(f"{case}: torch.compile cannot compile here: {f['transformers_compiled_error']}")
+        cells = f"{f['tokens_per_second']:.0f}", f"{f['transformers_eager']:.0f}", compiled, f"{f['ratio']:.2f}"
+        shares = f"{f['share_of_peak']:.0%}", f"{f['transformers_share_of_peak']:.0%}"
+        table.add_row(case, *cells, f"{f['matmul_peak_gflops']:.0f} GFLOP/s", *shares)
+    console.print(table)
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["worker"]:
+        _, _, side_, case_, rounds_, cores_ = sys.argv
+        os.sched_setaffinity(0, {int(core) for core in cores_.split(",")})  # XLA's pool is as large as this
+        channel = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)  # what libraries print must not reach the parent's protocol
+        worker(side_, case_, int(rounds_), channel)
+    else:
+        cli.main(main)
