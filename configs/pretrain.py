@@ -35,7 +35,7 @@ def nano() -> Config:
     """Eight million parameters on the built-in corpus: a laptop's CPU trains it in minutes."""
     return Config(
         workdir=Path("runs/nano"),
-        tokens=2_500_000,
+        tokens=1_000_000,
         model=models.nano(),
         batch=Batch(size=4, length=256),
         optimizer=Optimizer(peak_lr=3e-3, warmup_steps=50),
