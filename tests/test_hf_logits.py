@@ -1,17 +1,27 @@
-"""What an export answers under transformers, against our own model and a float64 one written out here."""
+"""What an export answers under transformers and mlx-lm, against our own model and a float64 one written out here."""
 
 import dataclasses
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import mlx.core as mx
+import mlx_lm.utils
 import numpy as np
+import pytest
 import torch
 import transformers
-from hf_cases import make_run
+from hf_cases import MODELS, lite, make_run
 
 from configs import models
-from dsv2_jax.config import Attention, Model, Moe, Rope
-from dsv2_jax.hf import export
+from dsv2_jax.config import Attention, Batch, Compute, Config, Model, Moe, Rope
+from dsv2_jax.hf import export, load_params, names
+from dsv2_jax.inference import generation
+from dsv2_jax.inference.sampling import Sampling
+from dsv2_jax.model import transformer
+from dsv2_jax.training.loss import loss
+
+EXACT = Compute(dtype="float32", remat="none", loss_chunk=16)
 
 
 def exported(folder: Path, model: Model) -> tuple[dict, torch.nn.Module]:
@@ -84,3 +94,99 @@ def test_a_grouped_query_export_is_the_llama_that_we_mean(tmp_path):
         theirs = judge(torch.tensor(ids)[None]).logits[0].numpy()
     assert theirs.std() > 1
     np.testing.assert_allclose(theirs, grouped_query_logits(params, model, ids), atol=1e-4)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def case(request, tmp_path_factory):
+    """An exported folder, our model and parameters read from it, and transformers' model of it."""
+    folder = tmp_path_factory.mktemp(request.param)
+    _, judge = exported(folder, MODELS[request.param]())
+    return folder / "hf", *load_params(folder / "hf"), judge
+
+
+def test_logits_are_those_of_transformers_and_mlx_lm(case):
+    """200 tokens, beyond the original context of 128 where the model stretches it."""
+    hf, model, params, judge = case
+    ids = np.random.default_rng(2).integers(0, model.vocab_size, (1, 200))
+    batch = {"tokens_BT": ids, "positions_BT": np.arange(200)[None], "segments_BT": np.ones_like(ids)}
+    batch = {name: jnp.asarray(x, jnp.int32) for name, x in batch.items()}
+    out = jax.jit(lambda p, b: transformer.forward(p, b, model=model, compute=EXACT))(params, batch)
+    mine = np.asarray(transformer.logits(params, out.hidden_BTD))
+    with torch.no_grad():
+        theirs = judge(torch.tensor(ids)).logits.numpy()
+    assert 1 < theirs.std() < 3
+    np.testing.assert_allclose(mine, theirs, atol=1e-4, rtol=0)
+    other, _ = mlx_lm.utils.load_model(hf)
+    with mx.stream(mx.cpu):
+        np.testing.assert_allclose(mine, np.array(other(mx.array(ids))), atol=2e-4, rtol=0)
+
+
+def test_greedy_continuations_are_those_of_transformers(case):
+    """Prompts of three lengths in one batch, padded on the left; transformers takes them one by one."""
+    _, model, params, judge = case
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(0, model.vocab_size, length).tolist() for length in (3, 17, 60)]
+    steps = generation.generate(
+        generation.prepare(params, EXACT), prompts, 64, model=model, compute=EXACT, sampling=Sampling()
+    )
+    mine = np.stack(list(steps), axis=1)
+    for prompt, new in zip(prompts, mine, strict=True):
+        ids = torch.tensor([prompt])
+        settings = {"max_new_tokens": 64, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        theirs = judge.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+        assert new.tolist() == theirs[0, len(prompt) :].tolist()
+
+
+def gradients_by_file_names(judge: torch.nn.Module) -> dict[str, np.ndarray]:
+    """The gradients under the names of the released files: one tensor an expert."""
+    found = {name: p.grad.numpy() for name, p in judge.named_parameters() if p.grad is not None}
+    for name in [name for name in found if name.endswith("mlp.experts.gate_up_proj")]:
+        stem = name.removesuffix("gate_up_proj")
+        fused, down = found.pop(name), found.pop(stem + "down_proj")
+        for e in range(len(fused)):
+            gate, up = np.split(fused[e], 2)
+            found |= {f"{stem}{e}.gate_proj.weight": gate, f"{stem}{e}.up_proj.weight": up}
+            found[f"{stem}{e}.down_proj.weight"] = down[e]
+    return found
+
+
+def without_yarn() -> Model:
+    return dataclasses.replace(models.tiny(), rope=Rope(original_max_position_embeddings=1024))
+
+
+def lite_with_yarn() -> Model:
+    return dataclasses.replace(lite(), rope=models.tiny().rope)
+
+
+@pytest.mark.parametrize("make", [lite_with_yarn, without_yarn])
+def test_loss_and_gradients_are_those_of_transformers(make, tmp_path):
+    """Without balance losses and dropping, of which transformers knows nothing."""
+    _, judge = exported(tmp_path, make())
+    model, params = load_params(tmp_path / "hf")
+    silent = {"expert_balance": 0.0, "device_balance": 0.0, "communication_balance": 0.0, "capacity_factor": 0.0}
+    model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, **silent))
+    config = Config(workdir=tmp_path, model=model, batch=Batch(size=2, length=40), tokens=1000, compute=EXACT)
+    ids = np.random.default_rng(4).integers(0, model.vocab_size, (2, 41))
+    tokens = jnp.asarray(ids[:, :-1], jnp.int32)
+    batch = {
+        "tokens_BT": tokens,
+        "targets_BT": jnp.asarray(ids[:, 1:], jnp.int32),
+        "positions_BT": jnp.broadcast_to(jnp.arange(40), (2, 40)),
+        "segments_BT": jnp.ones_like(tokens),
+        "weights_BT": jnp.ones((2, 40)),
+    }
+
+    def total(p):
+        return loss(p, batch, config=config, exempt_B=None, total_weight=80.0, share=1.0)[0]
+
+    value, gradients = jax.jit(jax.value_and_grad(total))(params)
+    answer = judge(torch.tensor(ids), labels=torch.tensor(ids)).loss
+    answer.backward()
+    assert float(value) == pytest.approx(float(answer), rel=2e-6)
+    theirs = gradients_by_file_names(judge)
+    tensors = names.tensors(model)
+    assert {tensor.hf for tensor in tensors} == set(theirs)
+    for tensor in tensors:
+        mine = tensor.layout.to_hf([np.asarray(gradients[tensor.part][n])[tensor.index] for n in tensor.names])
+        scale = np.abs(theirs[tensor.hf]).max()
+        np.testing.assert_allclose(mine, theirs[tensor.hf], atol=1e-4 * scale, rtol=0, err_msg=tensor.hf)
