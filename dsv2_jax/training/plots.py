@@ -51,7 +51,7 @@ def _loss(train: list[dict[str, Any]], held_out: list[dict[str, Any]], path: Pat
         loss.annotate(
             f"{last['held_out_bits_per_byte']:.3f} bits per byte",
             (last["tokens"], last["held_out_nll"]),
-            xytext=(0, 14),
+            xytext=(0, -20),
             textcoords="offset points",
             ha="right",
             color=_HELD_OUT,
