@@ -30,7 +30,15 @@ def test_greedy_takes_the_largest_and_needs_no_key():
 
 @pytest.mark.parametrize(
     ("top_p", "kept"),
-    [(0.05, [2]), (0.39, [2]), (0.41, [2, 0]), (0.69, [2, 0]), (0.71, [2, 0, 3]), (0.91, [2, 0, 3, 1]), (1.0, [2, 0, 3, 1])],
+    [
+        (0.05, [2]),
+        (0.39, [2]),
+        (0.41, [2, 0]),
+        (0.69, [2, 0]),
+        (0.71, [2, 0, 3]),
+        (0.91, [2, 0, 3, 1]),
+        (1.0, [2, 0, 3, 1]),
+    ],
 )
 def test_top_p_keeps_the_fewest_tokens_that_reach_it(top_p, kept):
     """0.4, then 0.7, 0.9, 1.0 of the mass in falling order: tokens 2, 0, 3, 1."""

@@ -55,9 +55,8 @@ def test_frequencies_and_factors_of_the_released_settings_are_transformers():
         "mscale_all_dim": 0.707,
         "original_max_position_embeddings": 4096,
     }
-    config = DeepseekV2Config(
-        qk_rope_head_dim=64, rope_theta=10_000, max_position_embeddings=163_840, rope_scaling=scaling
-    )
+    released = {"rope_theta": 10_000, "max_position_embeddings": 163_840, "rope_scaling": scaling}
+    config = DeepseekV2Config(qk_rope_head_dim=64, **released)
     inverse, factor = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
     np.testing.assert_allclose(rope.frequencies(YARN, 64), inverse.numpy(), rtol=1e-6)
     assert factor == pytest.approx(1.0)
@@ -81,13 +80,13 @@ def test_phases_are_exact_up_to_the_last_position(unequal):
 def test_rotation_is_the_complex_one_with_first_components_first():
     rng = np.random.default_rng(1)
     x, positions = rng.standard_normal((2, 5, 3, 64)), rng.integers(0, 163_840, (2, 5))
-    turned = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * positions[..., None] * yarn_by_counting(YARN, 64))[:, :, None]
+    turned = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * positions[..., None] * yarn_by_counting(YARN, 64))[
+        :, :, None
+    ]
     phases = rope.phases(LONG, jnp.asarray(positions, jnp.int32))
     expected = np.concatenate([turned.real, turned.imag], axis=-1)
     np.testing.assert_allclose(rope.rotate(jnp.asarray(x, jnp.float32), phases), expected, atol=1e-5)
-    np.testing.assert_allclose(
-        rope.rotate(jnp.asarray(x[:, :, 0], jnp.float32), phases), expected[:, :, 0], atol=1e-5
-    )
+    np.testing.assert_allclose(rope.rotate(jnp.asarray(x[:, :, 0], jnp.float32), phases), expected[:, :, 0], atol=1e-5)
     assert rope.rotate(jnp.asarray(x, jnp.bfloat16), phases).dtype == jnp.bfloat16
 
 
