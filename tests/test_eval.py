@@ -1,6 +1,7 @@
 """eval.py and generation as a user runs them, and perplexity against float64."""
 
 import dataclasses
+import functools
 import json
 import shutil
 import subprocess
@@ -77,10 +78,12 @@ def nll_of(logits_TW: np.ndarray, targets_T: np.ndarray) -> np.ndarray:
     return sums - np.take_along_axis(z, targets_T[..., None], -1)[..., 0]
 
 
-def logits_of(params, model, tokens, positions, segments) -> np.ndarray:
-    batch = {"tokens_BT": tokens, "positions_BT": positions, "segments_BT": segments}
-    out = transformer.forward(params, jax.tree.map(jnp.asarray, batch), model=model, compute=EXACT)
-    return np.asarray(transformer.logits(params, out.hidden_BTD))
+@functools.partial(jax.jit, static_argnames="model")
+def outputs(params, batch, *, model) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Logits and statistics of a packed batch, in float32."""
+    inputs = {name: batch[name] for name in ("tokens_BT", "positions_BT", "segments_BT")}
+    out = transformer.forward(params, inputs, model=model, compute=EXACT)
+    return transformer.logits(params, out.hidden_BTD), out.statistics
 
 
 def test_figures_of_a_text(run, tmp_path):
@@ -94,12 +97,12 @@ def test_figures_of_a_text(run, tmp_path):
     figures = json.loads((tmp_path / "figures.json").read_text())
 
     words, model = tokenizer.load(run / "tokenizer"), dataclasses.replace(models.tiny(), vocab_size=512)
-    params, total, count = random_params(model), 0.0, 0
-    for text in texts:  # each alone, in a row of its own length
-        ids = np.array([[words.bos_id, *words.encode(text), words.eos_id]], np.int32)
-        tokens = ids[:, :-1]
-        logits = logits_of(params, model, tokens, np.arange(tokens.shape[1])[None], np.ones_like(tokens))
-        total, count = total + nll_of(logits, ids[:, 1:]).sum(), count + tokens.shape[1]
+    ids = [[words.bos_id, *words.encode(text), words.eos_id] for text in texts]
+    seen = np.arange(95) < np.array([[len(row) - 1] for row in ids])
+    whole = np.array([row + [0] * (96 - len(row)) for row in ids], np.int32)  # each in a row of its own
+    batch = {"tokens_BT": whole[:, :-1], "positions_BT": np.arange(95)[None] * seen, "segments_BT": seen.astype(int)}
+    logits, _ = outputs(random_params(model), batch, model=model)
+    total, count = nll_of(np.asarray(logits), whole[:, 1:])[seen].sum(), seen.sum()
     size = len("".join(texts).encode())
     assert (figures["tokens"], figures["bytes"]) == (count, size)
     assert figures["nll"] == pytest.approx(total / count, rel=1e-5)
@@ -153,10 +156,9 @@ def test_perplexity_over_a_padded_last_batch(tmp_path):
             "weights_BT": seen.astype(np.float32),
         }
         batches.append(batch)
-        out = transformer.forward(params, jax.tree.map(jnp.asarray, batch), model=model, compute=EXACT)
-        logits = np.asarray(transformer.logits(params, out.hidden_BTD))
-        total += nll_of(logits, batch["targets_BT"])[seen].sum()
-        experts = np.asarray(out.statistics["experts_BTK"])[:, seen]
+        logits, statistics = outputs(params, batch, model=model)
+        total += nll_of(np.asarray(logits), batch["targets_BT"])[seen].sum()
+        experts = np.asarray(statistics["experts_BTK"])[:, seen]
         chosen = chosen + np.stack([np.bincount(layer.ravel(), minlength=16) for layer in experts])
         text_bytes += bytes_per_token[batch["targets_BT"]][seen].sum()
         count += seen.sum()

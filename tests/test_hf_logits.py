@@ -122,10 +122,10 @@ def test_logits_are_those_of_transformers_and_mlx_lm(case):
 
 
 def test_greedy_continuations_are_those_of_transformers(case):
-    """Prompts of three lengths in one batch, padded on the left; transformers takes them one by one."""
+    """A short and a long prompt in one batch, padded on the left; transformers takes them one by one."""
     _, model, params, judge = case
     rng = np.random.default_rng(3)
-    prompts = [rng.integers(0, model.vocab_size, length).tolist() for length in (3, 17, 60)]
+    prompts = [rng.integers(0, model.vocab_size, length).tolist() for length in (3, 60)]
     steps = generation.generate(
         generation.prepare(params, EXACT), prompts, 64, model=model, compute=EXACT, sampling=Sampling()
     )
@@ -182,7 +182,7 @@ def test_loss_and_gradients_are_those_of_transformers(make, tmp_path):
     value, gradients = jax.jit(jax.value_and_grad(total))(params)
     answer = judge(torch.tensor(ids), labels=torch.tensor(ids)).loss
     answer.backward()
-    assert float(value) == pytest.approx(float(answer), rel=2e-6)
+    assert float(value) == pytest.approx(answer.item(), rel=2e-6)
     theirs = gradients_by_file_names(judge)
     tensors = names.tensors(model)
     assert {tensor.hf for tensor in tensors} == set(theirs)

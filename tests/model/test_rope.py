@@ -55,9 +55,8 @@ def test_frequencies_and_factors_of_the_released_settings_are_transformers():
         "mscale_all_dim": 0.707,
         "original_max_position_embeddings": 4096,
     }
-    config = DeepseekV2Config(
-        qk_rope_head_dim=64, rope_theta=10_000, max_position_embeddings=163_840, rope_scaling=scaling
-    )
+    released = {"rope_theta": 10_000, "max_position_embeddings": 163_840, "rope_scaling": scaling}
+    config = DeepseekV2Config(qk_rope_head_dim=64, **released)
     inverse, factor = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
     np.testing.assert_allclose(rope.frequencies(YARN, 64), inverse.numpy(), rtol=1e-6)
     assert factor == pytest.approx(1.0)

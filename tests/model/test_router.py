@@ -52,8 +52,10 @@ def choose(x_D: np.ndarray, w_DE: np.ndarray, moe: Moe) -> tuple[np.ndarray, lis
 
 
 def choose_all(x: np.ndarray, w: np.ndarray, moe: Moe) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of all tokens: affinities [B, T, E], experts and gates [B, T, K]."""
     rows = [[choose(token, w, moe) for token in row] for row in x]
-    return tuple(np.array([[token[i] for token in row] for row in rows]) for i in range(3))  # type: ignore[return-value]
+    scores, experts, gates = (np.array([[token[i] for token in row] for row in rows]) for i in range(3))
+    return scores, experts, gates
 
 
 @pytest.mark.parametrize("moe", [MOE, GSHARD, dataclasses.replace(MOE, n_group=1, topk_group=1)])

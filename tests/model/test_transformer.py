@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +117,7 @@ def test_a_document_answers_the_same_alone_packed_and_padded(case):
 
 def test_the_future_is_not_seen(case):
     model, params = case
-    a, b = two_documents()
+    b = two_documents()[1]
     other = b.copy()
     other[9:] = (other[9:] + 1) % 384
     left, right = np.asarray(logits_of(params, *rows([(0, b)], [(0, other)]), model=model))
@@ -134,7 +135,7 @@ def test_unrolled_expanded_and_absorbed_forms_agree_with_the_scanned_one(case):
 
     @functools.partial(jax.jit, static_argnames="prefill")
     def run(cache, tokens, positions, segments, prefill):
-        out = net.apply({"params": unstacked}, tokens, positions, segments, cache=cache, prefill=prefill)
+        out: Any = net.apply({"params": unstacked}, tokens, positions, segments, cache=cache, prefill=prefill)
         return transformer.logits(unstacked, out.hidden_BTD), out.cache
 
     cache, found = caches.empty(model, 2, 20, jnp.float32), []
@@ -160,10 +161,12 @@ def test_the_cache_holds_what_the_table_says(case):
 
 @pytest.mark.parametrize("name", ["mla", "gqa"])
 def test_bfloat16_stays_near_float32(name):
-    """bfloat16 keeps 8 bits: a rounding is off by up to 2^-9 of the value, 2^-9 / sqrt(3) in the mean. About ten roundings
-    add up in each of the three layers' two branches, as independent errors: sqrt(60) 2^-9 / sqrt(3) = 0.9% of the
-    logits' deviation, in the mean over tokens whose experts are the same. Allowed is three times that. Without experts,
-    because a choice that flips at a tie is no rounding error."""
+    """The root mean square error in units of the logits' deviation.
+
+    bfloat16 keeps 8 bits, so a rounding is off by up to 2^-9 of the value, 2^-9 / sqrt(3) in the mean. About ten
+    roundings in each of the two branches of three layers, as independent errors: sqrt(60) 2^-9 / sqrt(3) = 0.9%.
+    Allowed is three times that. No experts here, for a choice that flips at a near tie is no rounding error.
+    """
     model = MODELS[name]
     model = dataclasses.replace(model, first_k_dense_replace=0, moe=Moe(n_routed_experts=0))
     params = jax.tree.map(jnp.asarray, random_params(model))
