@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import lzma
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import rich.progress
 import rich.table
 
 from dsv2_jax import cli
-from dsv2_jax.config import Data, check
+from dsv2_jax.config import Data, Mesh, Processes, check
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,31 +27,47 @@ class Evaluate:
     json: Path | None = None  # where the figures go
     token_ids: Path | None = None  # a .npy of ids [B, T]; with --logits, nothing else is done
     logits: Path | None = None  # where their float32 logits [B, T, vocabulary] go, .npy
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    processes: Processes = dataclasses.field(default_factory=Processes)
 
 
 def main() -> None:
     """The command line."""
     args = cli.parse(Evaluate, prog="eval.py")
     check((args.token_ids is None) == (args.logits is None), "--token-ids and --logits belong together")
-    from dsv2_jax import loading
+    from dsv2_jax.parallel import processes
 
     cli.keep_compiled_programs()
     ids_BT = None if args.token_ids is None else cli.read_ids(args.token_ids)
-    loaded = loading.load(args.checkpoint)
+    with processes.joined(args.processes):
+        run(args, ids_BT)
+
+
+def run(args: Evaluate, ids_BT: np.ndarray | None) -> None:
+    """What the command does once its processes have met."""
+    from dsv2_jax import loading
+    from dsv2_jax.parallel import mesh, processes
+
     if ids_BT is not None:
         assert args.logits is not None
-        write_logits(loaded, ids_BT, args.logits)
+        write_logits(loading.load(args.checkpoint), ids_BT, args.logits)
         return
-    figures = evaluate(loaded, args)
+    devices = mesh.make(args.mesh)
+    figures = evaluate(loading.load(args.checkpoint, devices), args, devices)
+    if not processes.is_first():
+        return
     show(figures)
     if args.json is not None:
         args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
-def evaluate(loaded: Any, args: Evaluate) -> dict[str, Any]:
+def evaluate(loaded: Any, args: Evaluate, mesh: Any) -> dict[str, Any]:
     """Figures of the held-out split, or of all of --text; with `xz_bits_per_byte` of the same text for comparison."""
     from dsv2_jax.data import corpora, pipeline
     from dsv2_jax.evaluation import perplexity
+    from dsv2_jax.parallel import processes, sharding
+    from dsv2_jax.parallel.feed import Feed
+    from dsv2_jax.parallel.mesh import BATCH
 
     words, config = loaded.need_tokenizer(), loaded.config
     length = args.length or config.batch.length
@@ -59,15 +76,17 @@ def evaluate(loaded: Any, args: Evaluate) -> dict[str, Any]:
         f"--length {length} exceeds the model's {loaded.model.max_position_embeddings} positions",
     )
     if args.text is None:
-        corpus = corpora.prepare(config.data)
+        with processes.first_before_others("data"):
+            corpus = corpora.prepare(config.data)
         texts = [example["text"].decode() for example in map(corpus.held_out.__getitem__, range(len(corpus.held_out)))]
     else:
         texts = [text for _, text in corpora.local(args.text, Data.text_field)()]
         check(any(map(str.strip, texts)), f"{args.text} holds no text")
-    batches = pipeline.batches_of_text(texts, words, rows=8, length=length)
-    figures = perplexity.evaluate(
-        loaded.params, _progress(batches), config=config, bytes_per_token=words.bytes_per_token
-    )
+    rows = math.lcm(8, config.mesh.size(*BATCH))
+    sharding.check_batch(rows, length, loaded.model, config.mesh, dropping=False)
+    feed = Feed(mesh, config.mesh, rows)
+    batches = pipeline.batches_of_text(texts, words, rows=rows, length=length, mine=feed.mine)
+    figures = perplexity.evaluate(loaded.params, _progress(batches), config=config, feed=feed, mesh=mesh)
     load_LE = figures.pop("load_LE", None)
     whole = "".join(texts).encode()
     figures["xz_bits_per_byte"] = 8 * len(lzma.compress(whole, preset=9)) / len(whole)

@@ -19,14 +19,20 @@ def main() -> int:
         cli.fail(f"unknown preset '{name}'{cli.nearest(name, PRESETS) or '; there are ' + ', '.join(PRESETS)}")
     config = cli.parse(PRESETS[name](), flags, prog=f"train.py {name}")
 
-    from dsv2_jax.training import loop  # here, so that mistakes and --help are answered at once
+    from dsv2_jax.parallel import processes  # here, so that mistakes and --help are answered at once
+    from dsv2_jax.training import loop
 
     cli.keep_compiled_programs()
-    outcome = loop.train(config)
+    with processes.joined(config.processes):
+        outcome = loop.train(config)
+        first = processes.is_first()
     run = config.workdir
     if not outcome.finished:
-        print(f"stopped after step {outcome.progress.step:,} and saved; the same command goes on from there")
+        if first:
+            print(f"stopped after step {outcome.progress.step:,} and saved; the same command goes on from there")
         return loop.STOPPED
+    if not first:
+        return 0
     print(
         f"checkpoint  {run / 'checkpoints' / str(outcome.progress.step)}\n"
         f"metrics     {run / 'metrics.jsonl'}\n"

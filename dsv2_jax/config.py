@@ -6,6 +6,7 @@ Symbols in comments are the paper's (arXiv:2405.04434).
 
 import dataclasses
 import json
+import math
 import typing
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -98,6 +99,7 @@ class Moe:
     communication_balance: float = 0.02  # alpha_3
     capacity_factor: float = 1.0  # a group's budget in training over the average; 0: nothing is dropped
     exempt_fraction: float = 0.1  # share of sequences that are never dropped
+    budget_sequences: int = 0  # sequences that share a group's budget; 0: all of a micro-batch
 
     def __post_init__(self) -> None:
         if self.n_routed_experts == 0:
@@ -115,10 +117,15 @@ class Moe:
         )
         check(0 <= self.exempt_fraction <= 1, f"moe.exempt_fraction must lie in 0 to 1, not {self.exempt_fraction}")
         check(self.capacity_factor >= 0, f"moe.capacity_factor must not be negative, not {self.capacity_factor}")
+        check(self.budget_sequences >= 0, f"moe.budget_sequences must not be negative, not {self.budget_sequences}")
         check(
             min(self.expert_balance, self.device_balance, self.communication_balance, self.n_shared_experts) >= 0,
             "moe: balance factors and n_shared_experts must not be negative",
         )
+
+    def budget(self, tokens: int) -> int:
+        """Token-expert pairs that one group may compute for so many tokens in training: the average, times the factor."""
+        return int(self.capacity_factor * tokens * self.num_experts_per_tok / self.n_group)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -212,6 +219,73 @@ class Batch:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """How many devices each axis of the mesh has; -1, for one of them, is the rest of the devices.
+
+    Sequences of a batch are split over data, fsdp and expert, their positions over context, and layers over pipeline.
+    Whatever the sizes, the same numbers are computed. `parallel/sharding.py` says how every array is split.
+    """
+
+    data: int = 1  # replicas of the model; they may be slices joined by a slow network
+    pipeline: int = 1  # stages of MoE layers
+    fsdp: int = -1  # parameters and optimizer state in shards, gathered layer by layer
+    expert: int = 1  # routed experts stay where they are, and tokens travel to them
+    context: int = 1  # parts of a sequence; only its latent travels
+    tensor: int = 1  # heads and FFN width
+    shard: Literal["parameters", "optimizer"] = "parameters"  # optimizer: ZeRO-1, parameters stay whole on each device
+    slices: int = 1  # of a multi-slice TPU: the data axis, or else the pipeline axis, runs across them
+
+    def __post_init__(self) -> None:
+        sizes = self.sizes()
+        bad = [name for name, size in sizes.items() if size < 1 and size != -1]
+        check(not bad, f"mesh.{', mesh.'.join(bad)} must be positive, or -1 for the rest of the devices")
+        rest = [name for name, size in sizes.items() if size == -1]
+        check(len(rest) <= 1, f"mesh: only one axis can be the rest of the devices (-1), not {' and '.join(rest)}")
+        check(self.slices > 0, f"mesh.slices must be positive, not {self.slices}")
+
+    def sizes(self) -> dict[str, int]:
+        """Devices along each axis, outermost first: the last ones lie closest on the torus."""
+        return {name: getattr(self, name) for name in AXES}
+
+    def size(self, *axes: str) -> int:
+        """Devices along these axes together. Raises KeyError for an axis that does not exist."""
+        sizes = self.sizes()
+        return math.prod(sizes[axis] for axis in axes)
+
+    def resolve(self, devices: int) -> "Mesh":
+        """The mesh of so many devices, without -1. Raises ValueError if they do not fit."""
+        sizes = self.sizes()
+        fixed = math.prod(size for size in sizes.values() if size != -1)
+        told = " x ".join(f"{name} {size}" for name, size in sizes.items() if size != 1)
+        check(
+            devices % fixed == 0 if -1 in sizes.values() else devices == fixed,
+            f"mesh: {told or 'all axes 1'} cannot be laid over {devices} device{'s' * (devices > 1)}",
+        )
+        rest = {name: devices // fixed for name, size in sizes.items() if size == -1}
+        return dataclasses.replace(self, **rest)
+
+
+AXES = ("data", "pipeline", "fsdp", "expert", "context", "tensor")
+SINGLE = Mesh(fsdp=1)  # one device: no collectives at all
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Processes:
+    """Which processes make up the run. On TPU hosts that list their peers nothing need be said."""
+
+    coordinator: str = ""  # HOST:PORT of the first process; auto: ask the cluster (Cloud TPU, GKE, Slurm, MPI)
+    count: int = 1  # processes in all; with HOST:PORT
+    index: int = 0  # which of them this one is; with HOST:PORT
+
+    def __post_init__(self) -> None:
+        check(0 <= self.index < self.count, f"processes.index ({self.index}) must lie in 0 to {self.count - 1}")
+        check(
+            bool(self.coordinator) or self.count == 1,
+            "processes.count needs processes.coordinator, the HOST:PORT of the first process",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizer:
     """AdamW and its learning rate: linear warm-up, constant, then a step down at each fraction of the tokens."""
 
@@ -275,6 +349,8 @@ class Config:
     data: Data = Data()
     batch: Batch = Batch()
     optimizer: Optimizer = Optimizer()
+    mesh: Mesh = Mesh()
+    processes: Processes = Processes()
     compute: Compute = Compute()
     cadence: Cadence = Cadence()
 
@@ -289,6 +365,11 @@ class Config:
             f"tokens ({self.tokens}) is less than one batch of {self.batch.size} x {self.batch.length}",
         )
         check(self.seed >= 0, f"seed must not be negative, not {self.seed}")
+        micro, shared = self.batch.micro_size or self.batch.size, self.model.moe.budget_sequences
+        check(
+            not shared or micro % shared == 0,
+            f"moe.budget_sequences ({shared}) must divide the {micro} sequences of a micro-batch",
+        )
 
 
 def to_json(value: Any) -> str:

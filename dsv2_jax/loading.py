@@ -4,10 +4,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from dsv2_jax import hf
 from dsv2_jax.config import Batch, Config, Model, check
 from dsv2_jax.data import tokenizer
 from dsv2_jax.data.tokenizer import Tokenizer
+from dsv2_jax.parallel.mesh import sizes
 from dsv2_jax.training import checkpoint
 
 
@@ -27,21 +30,21 @@ class Loaded:
         return self.tokenizer
 
 
-def load(folder: Path) -> Loaded:
-    """Reads config, parameters and tokenizer.
+def load(folder: Path, mesh: jax.sharding.Mesh | None = None) -> Loaded:
+    """Reads config, parameters and tokenizer; with a mesh, each device reads its own shards of the parameters.
 
     Raises FileNotFoundError if there is no checkpoint, ValueError for files that are damaged or do not fit together.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no checkpoint in {folder}: there is no such folder")
     if hf.is_hf(folder):
-        model, params = hf.load_params(folder)
+        model, params = hf.load_params(folder, mesh)
         config = Config(
             workdir=folder, model=model, batch=Batch(size=8, length=min(1024, model.max_position_embeddings))
         )
         words = tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
     else:
-        config, params = checkpoint.restore_params(folder)
+        config, params = checkpoint.restore_params(folder, mesh=mesh)
         words = tokenizer.load(folder / "tokenizer") if (folder / "tokenizer").is_dir() else None
     if words is not None:
         check(
@@ -49,4 +52,5 @@ def load(folder: Path) -> Loaded:
             f"the tokenizer in {folder} has {words.vocab_size} ids, but the model's vocabulary has only "
             f"{config.model.vocab_size}: they do not belong together",
         )
+    config = dataclasses.replace(config, mesh=sizes(mesh))
     return Loaded(model=config.model, params=params, tokenizer=words, config=config)

@@ -37,10 +37,10 @@ def join(documents: Iterable[np.ndarray]) -> Documents:
 
 
 def blank_batch(rows: int, length: int) -> Batch:
-    """A batch of nothing but padding: `tokens_BT`, `targets_BT`, `positions_BT`, `segments_BT` int32 and `weights_BT`
-    float32. Segments count a row's documents from 1, and 0 is padding; positions count from 0 in each segment; the
-    weight is 1 where a target counts."""
-    names = ("tokens_BT", "targets_BT", "positions_BT", "segments_BT")
+    """A batch of nothing but padding: `tokens_BT`, `targets_BT`, `positions_BT`, `segments_BT`, `bytes_BT` int32 and
+    `weights_BT` float32. Segments count a row's documents from 1, and 0 is padding; positions count from 0 in each
+    segment; the weight is 1 where a target counts, and bytes are those of UTF-8 text that the target stands for."""
+    names = ("tokens_BT", "targets_BT", "positions_BT", "segments_BT", "bytes_BT")
     batch = {name: np.zeros((rows, length), np.int32) for name in names}
     return batch | {"weights_BT": np.zeros((rows, length), np.float32)}
 
@@ -48,26 +48,32 @@ def blank_batch(rows: int, length: int) -> Batch:
 class Rows:
     """The rows that documents make, any of them in any order; the last may end in padding."""
 
-    def __init__(self, documents: Documents, length: int) -> None:
+    def __init__(self, documents: Documents, length: int, bytes_per_token: np.ndarray) -> None:
+        """bytes_per_token int [vocabulary]: the bytes of text of each id."""
         self._ids, self._ends, self._length = documents.ids, documents.ends, length
+        self._bytes = bytes_per_token
         # Document d has one pair less than ids, so the pairs before it are the ids before it less d.
         self._pairs_before = np.concatenate([[0], documents.ends - np.arange(1, len(documents.ends) + 1)])
 
     def __len__(self) -> int:
         return -(-int(self._pairs_before[-1]) // self._length)
 
-    def batch(self, indices: Sequence[int] | np.ndarray, rows: int) -> Batch:
-        """A batch of these rows, with padding for what `rows` asks beyond them."""
-        batch = blank_batch(rows, self._length)
+    def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
+        """A batch of these rows; padding where the index is negative."""
+        batch = blank_batch(len(indices), self._length)
         for row, index in enumerate(indices):
-            self._fill(batch, row, int(index))
+            if index >= 0:
+                self._fill(batch, row, int(index))
         return batch
 
-    def batches(self, rows: int, indices: Sequence[int] | np.ndarray | None = None) -> Iterator[Batch]:
-        """These rows, or all, in order; the last batch is filled up with padding."""
+    def batches(
+        self, rows: int, indices: np.ndarray | None = None, mine: Sequence[int] | np.ndarray | None = None
+    ) -> Iterator[Batch]:
+        """These rows, or all, in order, `rows` a batch, of which the places `mine`; the last ends in padding."""
         wanted = np.arange(len(self)) if indices is None else indices
-        for start in range(0, len(wanted), rows):
-            yield self.batch(wanted[start : start + rows], rows)
+        wanted = np.concatenate([wanted, np.full(-len(wanted) % rows, -1)]).reshape(-1, rows)
+        for chosen in wanted if mine is None else wanted[:, mine]:
+            yield self.batch(chosen)
 
     def _fill(self, batch: Batch, row: int, index: int) -> None:
         pair, at, segment = index * self._length, 0, 0
@@ -81,5 +87,6 @@ class Rows:
             batch["targets_BT"][here] = self._ids[start + 1 : start + count + 1]
             batch["positions_BT"][here] = np.arange(count)
             batch["segments_BT"][here] = segment
+            batch["bytes_BT"][here] = self._bytes[batch["targets_BT"][here]]
             batch["weights_BT"][here] = 1
             pair, at, document = pair + count, at + count, document + 1

@@ -6,7 +6,7 @@ every process, and a batch never holds neighbouring rows of one document but by 
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +22,18 @@ from dsv2_jax.data.tokenizer import Tokenizer
 
 
 def train_batches(
-    config: Config, corpus: Corpus, tokenizer: Tokenizer, *, process_index: int = 0, process_count: int = 1
+    config: Config, corpus: Corpus, tokenizer: Tokenizer, *, mine: Sequence[int] | np.ndarray | None = None
 ) -> grain.DatasetIterator[Batch]:
-    """Micro-batches without end: this process's rows of them (see `packing.blank_batch` for the arrays).
+    """Micro-batches without end: all of their rows, or only the places `mine` (for the arrays see `blank_batch`).
 
     The order depends on `config.seed`, the corpus, the tokenizer, the rows and the length of a micro-batch alone, and
-    changes with each epoch. Raises ValueError when the rows do not divide among the processes.
+    changes with each epoch.
     """
     rows = config.batch.micro_size or config.batch.size
-    check(
-        rows % process_count == 0,
-        f"batch.micro_size ({rows}) must be a multiple of the number of processes ({process_count})",
-    )
-    packed = Rows(tokenised(corpus, "train", tokenizer), config.batch.length)
+    packed = Rows(tokenised(corpus, "train", tokenizer), config.batch.length, tokenizer.bytes_per_token)
     numbers = grain.MapDataset.range(len(packed)).seed(config.seed).shuffle().repeat().batch(rows)
-    share = rows // process_count
-    mine = slice(process_index * share, (process_index + 1) * share)
-    batches = numbers.map(lambda indices: packed.batch(indices[mine], share))
+    places = np.arange(rows) if mine is None else np.asarray(mine)
+    batches = numbers.map(lambda indices: packed.batch(indices[places]))
     order = {"corpus": corpus.digest, "seed": config.seed, "rows": rows, "length": config.batch.length}
     return _TrainBatches(batches, order)
 
@@ -77,19 +72,32 @@ def held_out_batches(
     rows: int,
     length: int | None = None,
     limit: int | None = None,
+    mine: Sequence[int] | np.ndarray | None = None,
 ) -> Iterator[Batch]:
     """The held-out split once, in a fixed order, `length` (else `config.batch.length`) positions a row.
 
     With a limit, only so many batches, of rows spread evenly over the split. The last batch is filled up with padding.
+    Of each batch all rows, or only the places `mine`.
     """
-    packed = Rows(tokenised(corpus, "held_out", tokenizer), length or config.batch.length)
+    documents = tokenised(corpus, "held_out", tokenizer)
+    packed = Rows(documents, length or config.batch.length, tokenizer.bytes_per_token)
     count = min(limit * rows, len(packed)) if limit else len(packed)
-    return packed.batches(rows, np.arange(count) * len(packed) // count)
+    return packed.batches(rows, np.arange(count) * len(packed) // count, mine)
 
 
-def batches_of_text(texts: Iterable[str], tokenizer: Tokenizer, rows: int, length: int) -> Iterator[Batch]:
-    """Every text as a document, in order, each batch [rows, length]; the last one is filled up with padding."""
-    return Rows(join(document_ids(tokenizer, text) for text in texts), length).batches(rows)
+def batches_of_text(
+    texts: Iterable[str],
+    tokenizer: Tokenizer,
+    rows: int,
+    length: int,
+    mine: Sequence[int] | np.ndarray | None = None,
+) -> Iterator[Batch]:
+    """Every text as a document, in order, each batch [rows, length]; the last one is filled up with padding.
+
+    Of each batch all rows, or only the places `mine`.
+    """
+    documents = join(document_ids(tokenizer, text) for text in texts)
+    return Rows(documents, length, tokenizer.bytes_per_token).batches(rows, mine=mine)
 
 
 def tokenised(corpus: Corpus, split: str, tokenizer: Tokenizer) -> Documents:

@@ -1,13 +1,14 @@
 """Runs to Hugging Face folders and back, tensor by tensor; a folder appears whole under its name or not at all."""
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,6 +18,8 @@ from dsv2_jax.hf import arrays, files
 from dsv2_jax.hf.configuration import from_hf_config, to_hf_config
 from dsv2_jax.hf.names import Tensor, tensors
 from dsv2_jax.model import parameters
+from dsv2_jax.parallel import sharding
+from dsv2_jax.parallel.mesh import sizes
 from dsv2_jax.training import checkpoint
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all, of the Hugging Face side
@@ -94,25 +97,37 @@ def open_checked(hf: Path) -> tuple[Model, dict[str, files.Stored]]:
     return model, found
 
 
-def load_params(hf: Path) -> tuple[Model, dict]:
+def load_params(hf: Path, mesh: jax.sharding.Mesh | None = None) -> tuple[Model, dict]:
     """The model of a Hugging Face folder and its parameters, the tree of `parameters.tree` in float32.
 
-    Raises ValueError as `import_` does.
+    With a mesh they are laid over it by `sharding.param_specs`, and a host reads what its own devices hold; in memory
+    is, beside that, one shard at a time. Raises ValueError as `import_` does.
     """
     model, found = open_checked(hf)
-    params: dict[str, dict[str, Any]] = {
-        part: {name: np.empty(shape, np.float32) for name, shape in names.items()}
-        for part, names in parameters.tree(model).items()
-    }
+    sharding.check_model(model, sizes(mesh))
+    shardings = sharding.on(mesh, sharding.param_specs(model, sizes(mesh)))
+    sources: dict[tuple[str, str], dict[tuple[int, ...], tuple[Tensor, int]]] = {}
+    for tensor in tensors(model):
+        for place, name in enumerate(tensor.names):
+            sources.setdefault((tensor.part, name), {})[tensor.index] = tensor, place
 
-    def put(part: str, name: str, index: tuple[int, ...], values: np.ndarray) -> None:
-        params[part][name][index] = values
+    def leaf(part: str, name: str, shape: tuple[int, ...]) -> jax.Array:
+        source = sources[part, name]
+        lead = len(next(iter(source)))
 
-    _fill(model, found, put, _silent)
-    for leaves in params.values():
-        for name in leaves:
-            leaves[name] = jnp.asarray(leaves[name])  # one by one: the copies of all are never there together
-    return model, params
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            ranges = [range(*at.indices(size)) for at, size in zip(index, shape, strict=True)]
+            values = np.empty([len(r) for r in ranges], np.float32)
+            for at in itertools.product(*ranges[:lead]):
+                tensor, place = source[at]
+                slices = tensor.layout.from_hf(files.read(found[tensor.hf]), tensor.slices)
+                values[tuple(i - r.start for i, r in zip(at, ranges, strict=False))] = slices[place][index[lead:]]
+            return values
+
+        return jax.make_array_from_callback(shape, shardings[part][name], shard)
+
+    tree = parameters.tree(model)
+    return model, {part: {name: leaf(part, name, shape) for name, shape in tree[part].items()} for part in tree}
 
 
 def is_hf(folder: Path) -> bool:

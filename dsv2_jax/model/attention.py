@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from dsv2_jax.config import Model
+from dsv2_jax.config import SINGLE, Mesh, Model
 from dsv2_jax.model import cache as caches
 from dsv2_jax.model import rope
 from dsv2_jax.model.blockwise import attention as blockwise_attention
 from dsv2_jax.model.layers import rms_norm
 from dsv2_jax.model.matmul import project
+from dsv2_jax.parallel import collectives, context
 
 LATENT_EPSILON = 1e-6  # of the norms behind both compressions: fixed in the released models, whatever rms_norm_eps is
 _MASKED = -1e30
@@ -38,16 +39,16 @@ class Where(NamedTuple):
 
 
 def attend(
-    p: Params, x_BTD: Array, where: Where, cache: caches.Layer | None, model: Model
+    p: Params, x_BTD: Array, where: Where, cache: caches.Layer | None, model: Model, mesh: Mesh = SINGLE
 ) -> tuple[Array, caches.Layer | None]:
     """Attention of the config's kind: (result [B, T, D], the layer's cache with these tokens written, or None)."""
     form = latent_attention if model.attention.kind == "mla" else grouped_query_attention
-    o_BTHV, cache = form(p, x_BTD, where, cache, model)
-    return project(o_BTHV, p["w_o_HVD"], axes=2), cache
+    o_BTHV, cache = form(p, x_BTD, where, cache, model, mesh)
+    return collectives.add(project(o_BTHV, p["w_o_HVD"], axes=2), ("tensor",), mesh), cache
 
 
 def latent_attention(
-    p: Params, x_BTD: Array, where: Where, cache: caches.Layer | None, model: Model
+    p: Params, x_BTD: Array, where: Where, cache: caches.Layer | None, model: Model, mesh: Mesh = SINGLE
 ) -> tuple[Array, caches.Layer | None]:
     """MLA before W^O, [B, T, H, V]: absorbed over a cache that holds earlier tokens, expanded otherwise."""
     if "w_dq_DQ" in p:
@@ -66,23 +67,26 @@ def latent_attention(
         }
         if not isinstance(where.offset, int):
             return absorbed(p, q_nope_BTHN, q_rope_BTHR, cache["latent_BSC"], cache["rope_BSR"], where, model), cache
-    return expanded(p, q_nope_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR, where, model), cache
+    latent_BSC, k_rope_BSR = context.whole(latent_BSC, mesh), context.whole(k_rope_BSR, mesh)
+    return expanded(p, q_nope_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR, where, model, mesh), cache
 
 
 def expanded(
-    p: Params, q_nope_BTHN: Array, q_rope_BTHR: Array, latent_BSC: Array, k_rope_BSR: Array, where: Where, model: Model
+    p: Params,
+    q_nope_BTHN: Array,
+    q_rope_BTHR: Array,
+    latent_BSC: Array,
+    k_rope_BSR: Array,
+    where: Where,
+    model: Model,
+    mesh: Mesh,
 ) -> Array:
     """o_i = softmax(q_i k_i / sqrt(d_h + d_h^R)) v_i with k_i = [W^UK_i c ; k^R] and v_i = W^UV_i c (eq. 9 to 19)."""
     k_nope_BSHN, v_BSHV = project(latent_BSC, p["w_uk_CHN"]), project(latent_BSC, p["w_uv_CHV"])
     k_rope_BSHR = jnp.broadcast_to(k_rope_BSR[:, :, None], (*k_nope_BSHN.shape[:3], k_rope_BSR.shape[-1]))
-    return blockwise_attention(
-        jnp.concatenate([q_nope_BTHN, q_rope_BTHR], axis=-1),
-        jnp.concatenate([k_nope_BSHN, k_rope_BSHR], axis=-1),
-        v_BSHV,
-        scale=rope.softmax_scale(model),
-        segments_BT=where.segments_BT,
-        segments_BS=where.segments_BT,
-    )
+    q_BTHK = jnp.concatenate([q_nope_BTHN, q_rope_BTHR], axis=-1)
+    k_BSHK = jnp.concatenate([k_nope_BSHN, k_rope_BSHR], axis=-1)
+    return _causal(q_BTHK, k_BSHK, v_BSHV, where, model, mesh)
 
 
 def absorbed(
@@ -104,12 +108,11 @@ def absorbed(
 
 
 def grouped_query_attention(
-    p: Params, x_BTD: Array, where: Where, cache: caches.Layer | None, model: Model
+    p: Params, x_BTD: Array, where: Where, cache: caches.Layer | None, model: Model, mesh: Mesh = SINGLE
 ) -> tuple[Array, caches.Layer | None]:
     """GQA before W^O, [B, T, H, V]; MHA with as many KV heads as heads, MQA with one (App. D.1)."""
     q_BTHR = rope.rotate(project(x_BTD, p["w_q_DHR"]), where.phases_BTR)
     k_BSJR, v_BSJV = rope.rotate(project(x_BTD, p["w_k_DJR"]), where.phases_BTR), project(x_BTD, p["w_v_DJV"])
-    segments_BS = where.segments_BT
     if cache is not None:
         cache = {
             "key_BSJR": caches.write(cache["key_BSJR"], k_BSJR, where.offset),
@@ -117,14 +120,23 @@ def grouped_query_attention(
         }
         if not isinstance(where.offset, int):
             k_BSJR, v_BSJV = (cache[name].astype(x_BTD.dtype) for name in ("key_BSJR", "value_BSJV"))
-            segments_BS = where.segments_BS
-    o_BTHV = blockwise_attention(
-        q_BTHR,
-        k_BSJR,
-        v_BSJV,
-        scale=rope.softmax_scale(model),
-        segments_BT=where.segments_BT,
-        segments_BS=segments_BS,
-        offset=where.offset,
-    )
-    return o_BTHV, cache
+    k_BSJR, v_BSJV = context.whole(k_BSJR, mesh), context.whole(v_BSJV, mesh)
+    return _causal(q_BTHR, k_BSJR, v_BSJV, where, model, mesh), cache
+
+
+def _causal(q_BTHK: Array, k_BSJK: Array, v_BSJV: Array, where: Where, model: Model, mesh: Mesh) -> Array:
+    """Attention of this device's queries: with context parallelism they are two chunks, far from each other."""
+    segments_BS = where.segments_BS[:, : k_BSJK.shape[1]]  # a cache has more slots than a prefill has keys
+
+    def run(q_BTHK: Array, segments_BT: Array, offset: Array | int) -> Array:
+        scale = rope.softmax_scale(model)
+        return blockwise_attention(
+            q_BTHK, k_BSJK, v_BSJV, scale=scale, segments_BT=segments_BT, segments_BS=segments_BS, offset=offset
+        )
+
+    if mesh.context == 1:
+        return run(q_BTHK, where.segments_BT, where.offset)
+    chunks = zip(jnp.split(q_BTHK, 2, axis=1), jnp.split(where.segments_BT, 2, axis=1), strict=True)
+    length = q_BTHK.shape[1] // 2
+    parts = [run(q, segments, at * length) for (q, segments), at in zip(chunks, context.places(mesh), strict=True)]
+    return jnp.concatenate(parts, axis=1)

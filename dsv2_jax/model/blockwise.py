@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from dsv2_jax.model.matmul import dot, from_bits, to_bits, transpose
+from dsv2_jax.model.matmul import dot, from_bits, to_bits, transpose, weight_gradient
 
 _MASKED = -1e30
 
@@ -31,9 +31,14 @@ def attention(
     J divides H: each KV head serves H / J heads. A query that sees nothing gives finite values without meaning.
     """
     t = q_BTHK.shape[1]
-    if isinstance(offset, int) and offset == 0 and 1 < t <= k_BSJK.shape[1]:
+    if t == 1:
+        return _plain(q_BTHK, k_BSJK, v_BSJV, scale, segments_BT, segments_BS, offset)
+    if isinstance(offset, int) and offset == 0 and t <= k_BSJK.shape[1]:
         return _causal(q_BTHK, k_BSJK[:, :t], v_BSJV[:, :t], segments_BT, segments_BS[:, :t], scale)
-    return _plain(q_BTHK, k_BSJK, v_BSJV, scale, segments_BT, segments_BS, offset)
+    pad = -k_BSJK.shape[1] % _keys(k_BSJK.shape[1])
+    k_BSJK, v_BSJV = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (k_BSJK, v_BSJV))
+    segments_BS = jnp.pad(segments_BS, ((0, 0), (0, pad)), constant_values=-1)
+    return _shifted(q_BTHK, k_BSJK, v_BSJV, segments_BT, segments_BS, jnp.asarray(offset, jnp.int32), scale)
 
 
 def _plain(
@@ -149,3 +154,112 @@ def _causal_bwd(scale: float, kept: tuple, g_BTHV: Array) -> tuple:
 
 
 _causal.defvjp(_causal_fwd, _causal_bwd)
+
+
+# Queries behind an offset that is known only when the program runs: keys come in blocks too, those behind the last
+# query are never touched, and the softmax is put together block by block.
+
+
+def _keys(slots: int) -> int:
+    """Keys of a block."""
+    return min(512, slots)
+
+
+def _scores(group: _Group, q: Array, k: Array, start: int, stop: int, block: Array, offset: Array) -> Array:
+    """Scaled products of the query rows of the tokens from `start` to `stop` with one block of keys, masked."""
+    size = _keys(len(group.segments_S))
+    slots_S = block * size + jnp.arange(size)
+    times = jnp.repeat(jnp.arange(start, stop), group.width)[:, None] + offset
+    segments = jnp.repeat(group.segments_T[start:stop], group.width)[:, None]
+    sees = (slots_S <= times) & (lax.dynamic_slice_in_dim(group.segments_S, block * size, size) == segments)
+    return jnp.where(sees, dot(q, lax.dynamic_slice_in_dim(k, block * size, size), (1, 1)), _MASKED)
+
+
+def _seen(group: _Group, stop: int, offset: Array) -> Array:
+    """How many blocks of keys the tokens before `stop` see any of."""
+    size = _keys(len(group.segments_S))
+    return jnp.minimum((offset + stop + size - 1) // size, len(group.segments_S) // size)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _shifted(
+    q_BTHK: Array, k_BSJK: Array, v_BSJV: Array, segments_BT: Array, segments_BS: Array, offset: Array, scale: float
+) -> Array:
+    return _shifted_fwd(q_BTHK, k_BSJK, v_BSJV, segments_BT, segments_BS, offset, scale)[0]
+
+
+def _shifted_fwd(
+    q_BTHK: Array, k_BSJK: Array, v_BSJV: Array, segments_BT: Array, segments_BS: Array, offset: Array, scale: float
+) -> tuple[Array, tuple]:
+    (b, t, h, _), j, dtype = q_BTHK.shape, k_BSJK.shape[2], q_BTHK.dtype
+    size, width = _keys(k_BSJK.shape[1]), v_BSJV.shape[3]
+
+    def body(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        o_BTHV, lse_BTH1 = carry
+        group = _Group(i, h, j, segments_BT, segments_BS)
+        q, k, v = group.read(q_BTHK, h // j), group.read(k_BSJK, 1), group.read(v_BSJV, 1)
+        outs, sums = [], []
+        for start, stop in _blocks(t):
+            rows = q[start * group.width : stop * group.width]
+
+            def keys(block: Array, carry: tuple, rows: Array = rows, start: int = start, stop: int = stop) -> tuple:
+                o, top, total = carry
+                scores = _scores(group, rows, k, start, stop, block, offset) * scale
+                higher = jnp.maximum(top, jnp.max(scores, axis=1, keepdims=True))
+                p, fade = jnp.exp(scores - higher), jnp.exp(top - higher)
+                part = dot(p.astype(dtype), lax.dynamic_slice_in_dim(v, block * size, size))
+                return o * fade + part, higher, total * fade + jnp.sum(p, axis=1, keepdims=True)
+
+            one = jnp.zeros((len(rows), 1), jnp.float32)
+            begin = (jnp.zeros((len(rows), width), jnp.float32), one + 2 * _MASKED, one)
+            o, top, total = lax.fori_loop(0, _seen(group, stop, offset), keys, begin)
+            outs.append(o / total)
+            sums.append(top + jnp.log(total))
+        o_BTHV = group.write(o_BTHV, jnp.concatenate(outs).astype(dtype), h // j)
+        return o_BTHV, group.write(lse_BTH1, jnp.concatenate(sums), h // j)
+
+    empty = (to_bits(jnp.zeros((b, t, h, width), dtype)), jnp.zeros((b, t, h, 1), jnp.float32))
+    bits_BTHV, lse_BTH1 = lax.fori_loop(0, b * j, body, empty)
+    o_BTHV, lse_BTH1 = checkpoint_name(from_bits(bits_BTHV), "attention"), checkpoint_name(lse_BTH1, "attention")
+    return o_BTHV, (q_BTHK, k_BSJK, v_BSJV, segments_BT, segments_BS, offset, o_BTHV, lse_BTH1)
+
+
+def _shifted_bwd(scale: float, kept: tuple, g_BTHV: Array) -> tuple:
+    q_BTHK, k_BSJK, v_BSJV, segments_BT, segments_BS, offset, o_BTHV, lse_BTH1 = kept
+    (b, t, h, _), j, dtype = q_BTHK.shape, k_BSJK.shape[2], q_BTHK.dtype
+    size = _keys(k_BSJK.shape[1])
+
+    def body(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        group = _Group(i, h, j, segments_BT, segments_BS)
+        q, o, lse, g = (group.read(x, h // j) for x in (q_BTHK, o_BTHV, lse_BTH1, g_BTHV))
+        k, v = group.read(k_BSJK, 1), group.read(v_BSJV, 1)
+        mean = jnp.sum(g.astype(jnp.float32) * o.astype(jnp.float32), axis=1, keepdims=True)
+        dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+        for start, stop in _blocks(t):
+            rows = slice(start * group.width, stop * group.width)
+
+            def keys(block: Array, carry: tuple, rows: slice = rows, start: int = start, stop: int = stop) -> tuple:
+                dq, dk, dv = carry
+                at = block * size
+                p = jnp.exp(_scores(group, q[rows], k, start, stop, block, offset) * scale - lse[rows])
+                dp = dot(g[rows], lax.dynamic_slice_in_dim(v, at, size), (1, 1))
+                ds = (p * (dp - mean[rows]) * scale).astype(dtype)
+                dk_part, dv_part = weight_gradient(ds, q[rows]), weight_gradient(p.astype(dtype), g[rows])
+                return (
+                    dq + dot(ds, lax.dynamic_slice_in_dim(k, at, size)),
+                    lax.dynamic_update_slice_in_dim(dk, lax.dynamic_slice_in_dim(dk, at, size) + dk_part, at, 0),
+                    lax.dynamic_update_slice_in_dim(dv, lax.dynamic_slice_in_dim(dv, at, size) + dv_part, at, 0),
+                )
+
+            begin = (jnp.zeros(q[rows].shape, jnp.float32), dk, dv)
+            part, dk, dv = lax.fori_loop(0, _seen(group, stop, offset), keys, begin)
+            dq.append(part)
+        grads = ((jnp.concatenate(dq).astype(dtype), h // j), (dk.astype(dtype), 1), (dv.astype(dtype), 1))
+        dq_BTHK, dk_BSJK, dv_BSJV = (group.write(x, new, heads) for x, (new, heads) in zip(carry, grads, strict=True))
+        return dq_BTHK, dk_BSJK, dv_BSJV
+
+    start = tuple(to_bits(jnp.zeros_like(x)) for x in (q_BTHK, k_BSJK, v_BSJV))
+    return (*(from_bits(x) for x in lax.fori_loop(0, b * j, body, start)), None, None, None)
+
+
+_shifted.defvjp(_shifted_fwd, _shifted_bwd)

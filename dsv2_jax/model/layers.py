@@ -10,6 +10,7 @@ from jax import Array
 from dsv2_jax.config import Compute, Model
 from dsv2_jax.model import parameters
 from dsv2_jax.model.matmul import project
+from dsv2_jax.parallel.mesh import platform
 
 KEPT_FLOAT32 = ("norm", "w_router", "w_embed")  # the gate is float32 (section 2.2); embedding rows are cast when read
 
@@ -17,7 +18,7 @@ KEPT_FLOAT32 = ("norm", "w_router", "w_embed")  # the gate is float32 (section 2
 def compute_dtype(compute: Compute) -> Any:
     """The dtype of activations and matmul operands; `auto` is float32 on CPU and bfloat16 elsewhere."""
     if compute.dtype == "auto":
-        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+        return jnp.dtype(jnp.float32 if platform() == "cpu" else jnp.bfloat16)
     return jnp.dtype(compute.dtype)
 
 
@@ -39,6 +40,8 @@ def declare(module: nn.Module, model: Model, names: list[str]) -> dict[str, Arra
     def initializer(name: str) -> Any:
         return nn.initializers.ones if name.startswith("norm") else nn.initializers.normal(model.initializer_range)
 
+    if not module.is_initializing():  # applied on a mesh, these are this device's shards
+        return {name: module.get_variable("params", name) for name in names}
     return {name: module.param(name, initializer(name), parameters.shape(name, model)) for name in names}
 
 

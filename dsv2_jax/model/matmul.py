@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from dsv2_jax.parallel.mesh import platform
+
 
 def project(x: Array, w: Array, axes: int = 1) -> Array:
     """Contracts the last `axes` dimensions of x with the first `axes` of w: float32 sums, the result in x's dtype."""
-    if jax.default_backend() == "cpu":
+    if platform() == "cpu":
         return _project_cpu(x, w, axes)
     return _dot(x, w, axes)
 
@@ -40,13 +42,13 @@ def weight_gradient(x_ND: Array, g_NF: Array) -> Array:
     XLA's CPU library multiplies only row-major operands at full speed; for others it falls back to a slower routine,
     which in bfloat16 first widens both. So on CPU the transpose is made.
     """
-    return dot(transpose(x_ND), g_NF) if jax.default_backend() == "cpu" else dot(x_ND, g_NF, (0, 0))
+    return dot(transpose(x_ND), g_NF) if platform() == "cpu" else dot(x_ND, g_NF, (0, 0))
 
 
 def transpose(x_ND: Array) -> Array:
     """x^T; on CPU row-major in memory, kept from folding back into the product it is for."""
     n, d = x_ND.shape
-    if jax.default_backend() != "cpu" or (x_ND.dtype == jnp.bfloat16 and d % 2):
+    if platform() != "cpu" or (x_ND.dtype == jnp.bfloat16 and d % 2):
         return x_ND.T
     if x_ND.dtype != jnp.bfloat16:
         return lax.optimization_barrier(x_ND.T)

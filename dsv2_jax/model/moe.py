@@ -4,42 +4,51 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from dsv2_jax.config import Moe
+from dsv2_jax.config import SINGLE, Mesh, Moe
 from dsv2_jax.model import router
 from dsv2_jax.model.grouped import grouped_swiglu
 from dsv2_jax.model.layers import swiglu
+from dsv2_jax.parallel import collectives, expert
+from dsv2_jax.parallel.mesh import BATCH
 
 
 def mixture(
-    p: dict[str, Array], x_BTD: Array, valid_BT: Array, exempt_B: Array | None, moe: Moe
+    p: dict[str, Array], x_BTD: Array, valid_BT: Array, exempt_B: Array | None, moe: Moe, mesh: Mesh = SINGLE
 ) -> tuple[Array, dict[str, Array]]:
     """The MoE layer's FFN without its residual: (result [B, T, D] in x's dtype, statistics).
 
     valid_BT bool: padding goes to no expert. exempt_B bool: sequences that are never dropped; None is evaluation, where
-    nothing is dropped. Statistics: those of `router.balance`, `dropped` (share of the valid pairs) and `experts_BTK`.
+    nothing is dropped. Statistics: those of `router.balance`, `dropped` (share of the valid pairs), which add up over
+    the devices, and `experts_BTK`.
     """
     routing = router.route(x_BTD, p["w_router_DE"], moe)
     valid_BT1 = valid_BT[..., None]
     kept_BTK = jnp.broadcast_to(valid_BT1, routing.experts_BTK.shape)
-    if exempt_B is not None and moe.capacity_factor:
-        kept_BTK &= router.drop(routing, valid_BT, exempt_B, moe)
+    dropping = exempt_B is not None and moe.capacity_factor > 0
+    if dropping:
+        kept_BTK &= router.drop(routing, valid_BT, exempt_B, moe, mesh)
+
+    def experts(x_ND: Array, experts_NK: Array, gates_NK: Array) -> Array:
+        return grouped_swiglu(x_ND, experts_NK, gates_NK, p["w_gate_EDF"], p["w_up_EDF"], p["w_down_EFD"])
 
     tokens = (-1, moe.num_experts_per_tok)
-    y_ND = grouped_swiglu(
+    y_ND = expert.dispatch(
         x_BTD.reshape(-1, x_BTD.shape[-1]),
         jnp.where(kept_BTK, routing.experts_BTK, moe.n_routed_experts).reshape(tokens),
         routing.gates_BTK.reshape(tokens),
-        p["w_gate_EDF"],
-        p["w_up_EDF"],
-        p["w_down_EFD"],
+        experts,
+        moe,
+        mesh,
+        expert.most_rows(moe, mesh, *valid_BT.shape, dropping=dropping),
     )
     y_BTD = y_ND.reshape(x_BTD.shape)
     if moe.n_shared_experts:
         y_BTD += swiglu(x_BTD, p["w_gate_DX"], p["w_up_DX"], p["w_down_XD"])
 
-    pairs = jnp.maximum(valid_BT.sum() * moe.num_experts_per_tok, 1)
-    statistics = router.balance(routing, valid_BT, moe) | {
-        "dropped": jax.lax.stop_gradient((valid_BT1 & ~kept_BTK).sum() / pairs),
+    pairs = collectives.add(valid_BT.sum() * moe.num_experts_per_tok, (*BATCH, "context"), mesh)
+    dropped = (valid_BT1 & ~kept_BTK).sum() / (jnp.maximum(pairs, 1) * mesh.tensor)
+    statistics = router.balance(routing, valid_BT, moe, mesh) | {
+        "dropped": jax.lax.stop_gradient(dropped),
         "experts_BTK": routing.experts_BTK,
     }
-    return y_BTD, statistics
+    return collectives.add(y_BTD, ("tensor",), mesh), statistics

@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from dsv2_jax.config import Compute, Model
+from dsv2_jax.config import SINGLE, Compute, Mesh, Model
 from dsv2_jax.model import cache as caches
 from dsv2_jax.model import parameters, rope
 from dsv2_jax.model.attention import Where, attend
 from dsv2_jax.model.layers import compute_dtype, declare, rms_norm, swiglu
 from dsv2_jax.model.matmul import project
 from dsv2_jax.model.moe import mixture
+from dsv2_jax.parallel import collectives, context, sharding
 
 REMAT = {  # what the backward pass finds stored of a layer; all else it computes again
     "none": None,
@@ -41,6 +42,7 @@ class Layer(nn.Module):
 
     model: Model
     sparse: bool
+    mesh: Mesh = SINGLE
 
     @nn.compact
     def __call__(
@@ -48,37 +50,55 @@ class Layer(nn.Module):
     ) -> tuple[Array, tuple[caches.Layer | None, dict[str, Array]]]:
         """(x [B, T, D] behind the layer, (its cache, its statistics))."""
         p = declare(self, self.model, parameters.layer_names(self.model, self.sparse))
+        p = sharding.gather(p, self.model, self.mesh)
         epsilon = self.model.rms_norm_eps
         with jax.named_scope("attention"):
-            y_BTD, cache = attend(p, rms_norm(x_BTD, p["norm_attention_D"], epsilon), where, cache, self.model)
+            y_BTD, cache = attend(
+                p, rms_norm(x_BTD, p["norm_attention_D"], epsilon), where, cache, self.model, self.mesh
+            )
             x_BTD += y_BTD
         with jax.named_scope("ffn"):
             u_BTD = rms_norm(x_BTD, p["norm_ffn_D"], epsilon)
             if self.sparse:
-                y_BTD, statistics = mixture(p, u_BTD, where.segments_BT > 0, exempt_B, self.model.moe)
+                y_BTD, statistics = mixture(p, u_BTD, where.segments_BT > 0, exempt_B, self.model.moe, self.mesh)
             else:
                 y_BTD, statistics = swiglu(u_BTD, p["w_gate_DI"], p["w_up_DI"], p["w_down_ID"]), {}
+                y_BTD = collectives.add(y_BTD, ("tensor",), self.mesh)
             return x_BTD + y_BTD, (cache, statistics)
 
 
 class Embed(nn.Module):
-    """Rows of the embedding table."""
+    """Rows of the embedding table.
+
+    Devices that hold columns of the table look up each other's tokens and swap: what travels is a row for every token,
+    not the table, and back comes its gradient.
+    """
 
     model: Model
+    mesh: Mesh = SINGLE
 
     @nn.compact
     def __call__(self, tokens_BT: Array, dtype: Any) -> Array:
-        return declare(self, self.model, ["w_embed_WD"])["w_embed_WD"][tokens_BT].astype(dtype)
+        table_WD = declare(self, self.model, ["w_embed_WD"])["w_embed_WD"]
+        if self.mesh.shard == "optimizer":
+            return table_WD[tokens_BT].astype(dtype)
+        rows, columns = sharding.split("w_embed_WD", self.model, self.mesh)
+        table_WD = collectives.gather(table_WD, rows, 0, self.mesh)
+        tokens_N = collectives.gather(tokens_BT.reshape(-1), columns, 0, self.mesh)
+        x_ND = collectives.swap(table_WD[tokens_N].astype(dtype), columns, 0, 1, self.mesh)
+        return x_ND.reshape(*tokens_BT.shape, -1)
 
 
 class Head(nn.Module):
     """The last norm; declares the output matrix, which `logits` and the chunked loss multiply by."""
 
     model: Model
+    mesh: Mesh = SINGLE
 
     @nn.compact
     def __call__(self, x_BTD: Array) -> Array:
         p = declare(self, self.model, ["norm_D", "w_head_DW"])
+        p = sharding.gather({"norm_D": p["norm_D"]}, self.model, self.mesh)
         return rms_norm(x_BTD, p["norm_D"], self.model.rms_norm_eps)
 
 
@@ -87,6 +107,7 @@ class Transformer(nn.Module):
 
     model: Model
     compute: Compute = Compute()
+    mesh: Mesh = SINGLE
     unrolled: bool = False
 
     @nn.compact
@@ -106,16 +127,17 @@ class Transformer(nn.Module):
         unrolled; the tokens are written behind its filled slots. prefill: the cache is known to be empty, so the
         expanded form serves.
         """
-        where = Where(rope.phases(self.model, positions_BT), segments_BT, segments_BT, 0)
+        segments_BS = context.whole(segments_BT, self.mesh)
+        where = Where(rope.phases(self.model, positions_BT), segments_BT, segments_BS, 0)
         if cache is not None:
             offset = 0 if prefill else cache.length
             where = where._replace(offset=offset, segments_BS=caches.write(cache.segments_BS, segments_BT, offset))
-        x_BTD = Embed(self.model, name="embed")(tokens_BT, compute_dtype(self.compute))
+        x_BTD = Embed(self.model, self.mesh, name="embed")(tokens_BT, compute_dtype(self.compute))
         run = self._unrolled if self.unrolled else self._scanned
         x_BTD, layers, statistics = run(x_BTD, cache, where, exempt_B)
         if cache is not None:
             cache = caches.Cache(layers, where.segments_BS, cache.length + tokens_BT.shape[1])
-        return Output(Head(self.model, name="head")(x_BTD), cache, statistics)
+        return Output(Head(self.model, self.mesh, name="head")(x_BTD), cache, statistics)
 
     def _kinds(self) -> list[tuple[str, int]]:
         return [(k, n) for k, n in (("dense", self.model.dense_layers), ("moe", self.model.moe_layers)) if n]
@@ -127,7 +149,7 @@ class Transformer(nn.Module):
         policy, statistics = REMAT[self.compute.remat], {}
         body = call if policy is None else nn.remat(call, policy=policy, prevent_cse=False)
         for kind, count in self._kinds():
-            layer = Layer(self.model, kind == "moe", name=kind)
+            layer = Layer(self.model, kind == "moe", self.mesh, name=kind)
             scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=count)
             x_BTD, statistics = scan(layer, x_BTD, None)
         return x_BTD, None, statistics
@@ -137,7 +159,7 @@ class Transformer(nn.Module):
         statistics: list[dict[str, Array]] = []
         names = [(kind, i) for kind, count in self._kinds() for i in range(count)]
         for index, (kind, i) in enumerate(names):
-            call: Any = Layer(self.model, kind == "moe", name=f"{kind}_{i}")
+            call: Any = Layer(self.model, kind == "moe", self.mesh, name=f"{kind}_{i}")
             before = cache.layers[index] if cache is not None else None
             x_BTD, (after, figures) = call(x_BTD, before, where, exempt_B)
             layers.append(after)
@@ -158,11 +180,20 @@ def init(model: Model, key: Array) -> Any:
 
 
 def forward(
-    params: Any, batch: dict[str, Array], *, model: Model, compute: Compute, exempt_B: Array | None = None
+    params: Any,
+    batch: dict[str, Array],
+    *,
+    model: Model,
+    compute: Compute,
+    mesh: Mesh = SINGLE,
+    exempt_B: Array | None = None,
 ) -> Output:
-    """The network over a packed batch {"tokens_BT", "positions_BT", "segments_BT"}; params cast by `layers.cast`."""
+    """The network over a packed batch {"tokens_BT", "positions_BT", "segments_BT"}; params cast by `layers.cast`.
+
+    On a mesh it runs inside shard_map, on this device's part of the batch and its shards of the parameters.
+    """
     inputs = (batch[name] for name in ("tokens_BT", "positions_BT", "segments_BT"))
-    return Transformer(model, compute).apply({"params": params}, *inputs, exempt_B=exempt_B)  # pyright: ignore
+    return Transformer(model, compute, mesh).apply({"params": params}, *inputs, exempt_B=exempt_B)  # pyright: ignore
 
 
 def logits(params: Any, hidden_BTD: Array) -> Array:

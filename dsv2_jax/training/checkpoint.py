@@ -10,7 +10,6 @@ Orbax writes a checkpoint beside its final name and renames it when every byte i
 """
 
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -20,19 +19,31 @@ from pathlib import Path
 from typing import Any
 
 import grain
-import grain.checkpoint
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
 from dsv2_jax.config import Config, check, from_json, to_json
 from dsv2_jax.model import parameters
+from dsv2_jax.parallel import processes, sharding
+from dsv2_jax.parallel.mesh import sizes
 from dsv2_jax.training.step import State
 
 # What a run may change when it goes on: none of it changes what one step computes from the same state and batch.
 # `tokens` moves the schedule's fractions, and is how a finished run is made longer.
-FREE = ("workdir", "resume", "tokens", "cadence", "data.folder", "compute.remat", "compute.loss_chunk")
+FREE = (
+    "workdir",
+    "resume",
+    "tokens",
+    "cadence",
+    "data.folder",
+    "mesh",
+    "processes",
+    "compute.remat",
+    "compute.loss_chunk",
+)
 
 _WORTH_SLICING = 64 * 2**20  # bytes of a stacked parameter
 
@@ -70,36 +81,42 @@ class Checkpoints:
             args=ocp.args.Composite(
                 params=_in_slices(state.params),
                 optimizer=ocp.args.StandardSave(state.optimizer),
-                data=grain.checkpoint.CheckpointSave(batches),
+                data=ocp.args.JsonSave(batches.get_state()),
                 progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
             ),
         )
 
-    def restore(self, initial: Callable[[], State], batches: grain.DatasetIterator) -> tuple[State, Progress]:
-        """The newest checkpoint, and `batches` moved to where it was then; without one, `initial()`.
+    def restore(
+        self, initial: Callable[[], State], batches: grain.DatasetIterator, shardings: State
+    ) -> tuple[State, Progress]:
+        """The newest checkpoint, and `batches` moved to where it was then; without one, `initial()`, jitted.
 
-        Raises ValueError for a checkpoint of parameters alone.
+        Either is laid out by `shardings`, whatever the layout of the run that saved it. Raises ValueError for a
+        checkpoint of parameters alone.
         """
         step = self._manager.latest_step()
         if step is None:
-            return initial(), Progress()
+            return jax.jit(initial, out_shardings=shardings)(), Progress()
         check(
             (self._run / "checkpoints" / str(step) / "optimizer").exists(),
             f"the checkpoint of step {step} in {self._run} holds parameters only, as an imported model's does: "
             "it can be evaluated, but there is no training to go on with",
         )
-        shapes = jax.eval_shape(initial)
-        shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=_first_device()), shapes)
+        shapes = jax.tree.map(
+            lambda s, on: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=on), jax.eval_shape(initial), shardings
+        )
         items = self._manager.restore(
             step,
             args=ocp.args.Composite(
                 params=ocp.args.StandardRestore(shapes.params),
                 optimizer=ocp.args.StandardRestore(shapes.optimizer),
-                data=grain.checkpoint.CheckpointRestore(batches),
+                data=ocp.args.JsonRestore(),
                 progress=ocp.args.JsonRestore(),
             ),
         )
-        return State(items["params"], items["optimizer"], jnp.int32(step)), Progress(**items["progress"])
+        batches.set_state(items["data"])
+        steps = jax.device_put(np.int32(step), shardings.step)
+        return State(items["params"], items["optimizer"], steps), Progress(**items["progress"])
 
 
 def latest_step(run: Path) -> int:
@@ -119,10 +136,10 @@ def read_config(run: Path) -> Config:
     return from_json(Config, path.read_text(encoding="utf-8"))
 
 
-def restore_params(run: Path, step: int | None = None) -> tuple[Config, dict]:
+def restore_params(run: Path, step: int | None = None, mesh: jax.sharding.Mesh | None = None) -> tuple[Config, dict]:
     """The config and the float32 parameters of a run: the tree of `parameters.tree`, from the newest or a given step.
 
-    Raises FileNotFoundError if run or step is missing, ValueError if the checkpoint is not what the config says.
+    With a mesh, laid over it by `sharding.param_specs`, else on the first device. Raises FileNotFoundError if run or step is missing, ValueError if the checkpoint is not what the config says.
     """
     config = read_config(run)
     step = latest_step(run) if step is None else step
@@ -133,8 +150,11 @@ def restore_params(run: Path, step: int | None = None) -> tuple[Config, dict]:
     reader = ocp.StandardCheckpointHandler()  # a Checkpointer around it would warn that one item is not a checkpoint
     stored = jax.tree.map(lambda array: tuple(array.shape), reader.metadata(folder).tree)
     _check_shapes(expected, stored, run)
-    float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32, sharding=_first_device())
-    shapes = {part: {name: float32(shape) for name, shape in named.items()} for part, named in expected.items()}
+    placed = sharding.on(mesh, sharding.param_specs(config.model, sizes(mesh)))
+    shapes = {
+        part: {name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=placed[part][name]) for name, shape in n.items()}
+        for part, n in expected.items()
+    }
     return config, reader.restore(folder, args=ocp.args.StandardRestore(shapes))
 
 
@@ -166,7 +186,8 @@ def open_run(config: Config) -> None:
         check(config.resume, f"{run} holds a run already; choose another --workdir, or leave out --no-resume to go on")
         check_same(read_config(run), config)
     run.mkdir(parents=True, exist_ok=True)
-    write_config(run, config)
+    if processes.is_first():
+        write_config(run, config)
 
 
 def has_checkpoint(run: Path) -> bool:
@@ -244,7 +265,3 @@ def _in_slices(params: dict) -> ocp.args.StandardSave:
         return ocp.SaveArgs(chunk_byte_size=size, shard_axes=axes)
 
     return ocp.args.StandardSave(params, save_args=jax.tree_util.tree_map_with_path(leaf, params))
-
-
-def _first_device() -> jax.sharding.Sharding:
-    return jax.sharding.SingleDeviceSharding(jax.devices()[0])

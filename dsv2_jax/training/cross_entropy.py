@@ -6,22 +6,26 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from dsv2_jax.config import SINGLE, Mesh
 from dsv2_jax.model.matmul import dot, weight_gradient
+from dsv2_jax.parallel import collectives
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def cross_entropy(h_ND: Array, w_head_DW: Array, targets_N: Array, weights_N: Array, chunk: int) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def cross_entropy(
+    h_ND: Array, w_head_DW: Array, targets_N: Array, weights_N: Array, chunk: int, mesh: Mesh = SINGLE
+) -> Array:
     """Sum over n of weights[n] * -log softmax(h[n] @ w_head)[targets[n]], a float32 scalar.
 
     h and w_head in the compute dtype, targets int32, weights float32 (not differentiated). Logits are float32 and
     exist for `chunk` tokens at a time. Differentiated, one pass makes the loss and both gradients: the logits are
-    never computed twice.
+    never computed twice. Over the tensor axis w_head is this device's share of the vocabulary, and so is the result.
     """
 
     def add(nll: Array, part: tuple[Array, Array, Array]) -> tuple[Array, None]:
         h, targets, weights = part
-        logits, lse = _logits(h, w_head_DW)
-        return nll + _nll(logits, lse, targets, weights), None
+        logits, lse = _logits(h, w_head_DW, mesh)
+        return nll + _nll(logits, lse, _own(targets, w_head_DW, mesh), weights, mesh), None
 
     return lax.scan(add, jnp.float32(0), _chunks(h_ND, targets_N, weights_N, chunk))[0]
 
@@ -36,25 +40,37 @@ def _chunks(h_ND: Array, targets_N: Array, weights_N: Array, chunk: int) -> tupl
     )
 
 
-def _logits(h_ND: Array, w_DW: Array) -> tuple[Array, Array]:
+def _logits(h_ND: Array, w_DW: Array, mesh: Mesh) -> tuple[Array, Array]:
+    """This device's logits, and the logarithm of the sum over the whole vocabulary."""
     logits_NW = dot(h_ND, w_DW)
-    return logits_NW, jax.nn.logsumexp(logits_NW, axis=-1)
+    lse_N = jax.nn.logsumexp(logits_NW, axis=-1)
+    if mesh.tensor > 1:
+        lse_N = jax.nn.logsumexp(collectives.gather(lse_N[None], ("tensor",), 0, mesh), axis=0)
+    return logits_NW, lse_N
 
 
-def _nll(logits_NW: Array, lse_N: Array, targets_N: Array, weights_N: Array) -> Array:
-    return jnp.sum(weights_N * (lse_N - jnp.take_along_axis(logits_NW, targets_N[:, None], axis=1)[:, 0]))
+def _own(targets_N: Array, w_DW: Array, mesh: Mesh) -> Array:
+    """Targets as columns of this device's logits; outside of them for those of other devices."""
+    return targets_N - collectives.index(("tensor",), mesh) * w_DW.shape[1]
+
+
+def _nll(logits_NW: Array, lse_N: Array, targets_N: Array, weights_N: Array, mesh: Mesh) -> Array:
+    hit_N = (targets_N >= 0) & (targets_N < logits_NW.shape[1])
+    chosen_N = jnp.take_along_axis(logits_NW, targets_N[:, None], axis=1, mode="clip")[:, 0]
+    return jnp.sum(weights_N * (lse_N / mesh.tensor - jnp.where(hit_N, chosen_N, 0)))
 
 
 def _fwd(
-    h_ND: Array, w_DW: Array, targets_N: Array, weights_N: Array, chunk: int
+    h_ND: Array, w_DW: Array, targets_N: Array, weights_N: Array, chunk: int, mesh: Mesh
 ) -> tuple[Array, tuple[Array, Array, Array]]:
     def add(carry: tuple[Array, Array], part: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Array]:
         nll, dw_DW = carry
         h, targets, weights = part
-        logits, lse = _logits(h, w_DW)
+        logits, lse = _logits(h, w_DW, mesh)
+        targets = _own(targets, w_DW, mesh)
         hit = targets[:, None] == jnp.arange(w_DW.shape[1], dtype=targets.dtype)
         g = (weights[:, None] * (jnp.exp(logits - lse[:, None]) - hit)).astype(h.dtype)
-        nll = nll + _nll(logits, lse, targets, weights)
+        nll = nll + _nll(logits, lse, targets, weights, mesh)
         return (nll, dw_DW + weight_gradient(h, g)), dot(g, w_DW, (1, 1)).astype(h.dtype)
 
     start = (jnp.float32(0), jnp.zeros(w_DW.shape, jnp.float32))
@@ -63,7 +79,7 @@ def _fwd(
     return nll, (dh_ND, dw_DW.astype(w_DW.dtype), weights_N)
 
 
-def _bwd(_: int, kept: tuple[Array, Array, Array], g: Array) -> tuple[Array, Array, None, Array]:
+def _bwd(_chunk: int, _mesh: Mesh, kept: tuple[Array, Array, Array], g: Array) -> tuple[Array, Array, None, Array]:
     dh_ND, dw_DW, weights_N = kept
     return (dh_ND * g).astype(dh_ND.dtype), (dw_DW * g).astype(dw_DW.dtype), None, jnp.zeros_like(weights_N)
 

@@ -5,7 +5,6 @@ and the input pipeline's state are in the checkpoint, and every random number co
 """
 
 import dataclasses
-import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,9 +15,13 @@ from dsv2_jax.config import Config
 from dsv2_jax.data import corpora, pipeline, tokenizer
 from dsv2_jax.evaluation import perplexity
 from dsv2_jax.model import transformer
+from dsv2_jax.parallel import mesh as device_mesh
+from dsv2_jax.parallel import processes, sharding
+from dsv2_jax.parallel.feed import Feed
+from dsv2_jax.parallel.processes import Stop
 from dsv2_jax.training import checkpoint, metrics, optimizer, plots
 from dsv2_jax.training.checkpoint import Checkpoints, Progress
-from dsv2_jax.training.step import State, create, train_step
+from dsv2_jax.training.step import State, create, state_specs, train_step
 
 STOPPED = 75  # exit code after SIGTERM: saved, start it again and it goes on (EX_TEMPFAIL)
 
@@ -35,35 +38,42 @@ class Outcome:
 def train(config: Config) -> Outcome:
     """Trains the model of the config until `config.tokens` tokens, in the folder `config.workdir`, or until SIGTERM.
 
-    Raises ValueError for a folder whose run had other settings, and whatever the data's checks raise.
+    Runs on all devices of all processes, laid out by `config.mesh`. Raises ValueError for a mesh that does not fit, a
+    folder whose run had other settings, and whatever the data's checks raise.
     """
-    run = config.workdir
+    run, config = config.workdir, resolve(config)
+    mesh = device_mesh.make(config.mesh)
     checkpoint.open_run(config)
-    corpus = corpora.prepare(config.data)
-    words = tokenizer.for_config(config.data, config.model.vocab_size, corpus)
-    checkpoint.keep_tokenizer(run, words.save)
-    batches = pipeline.train_batches(config, corpus, words)
+    with processes.first_before_others("data"):
+        corpus = corpora.prepare(config.data)
+        words = tokenizer.for_config(config.data, config.model.vocab_size, corpus)
+        if processes.is_first():
+            checkpoint.keep_tokenizer(run, words.save)
+        micro_rows = config.batch.micro_size or config.batch.size
+        feed = Feed(mesh, config.mesh, micro_rows)
+        batches = pipeline.train_batches(config, corpus, words, mine=feed.mine)
+        pipeline.tokenised(corpus, "held_out", words)
 
     def evaluate(limit: int | None) -> dict[str, Any]:
-        rows = config.batch.micro_size or config.batch.size
-        held_out = pipeline.held_out_batches(config, corpus, words, rows=rows, limit=limit)
-        return perplexity.evaluate(state.params, held_out, config=config, bytes_per_token=words.bytes_per_token)
+        held_out = pipeline.held_out_batches(config, corpus, words, rows=micro_rows, limit=limit, mine=feed.mine)
+        return perplexity.evaluate(state.params, held_out, config=config, feed=feed, mesh=mesh)
 
     def initial_state() -> State:
         return create(transformer.init(config.model, jax.random.key(config.seed)), config)
 
+    shardings = sharding.on(mesh, state_specs(config))
     with Checkpoints(run, config.cadence.keep) as checkpoints, Stop() as stop:
-        state, progress = checkpoints.restore(jax.jit(initial_state), batches)
-        with metrics.Log(config, words.bytes_per_token, progress) as log:
+        state, progress = checkpoints.restore(initial_state, batches, shardings)
+        with metrics.Log(config, progress) as log:
             if progress.step:
                 log.say(f"going on from step {progress.step:,} in {run}")
-            while progress.tokens < config.tokens and not stop.asked:
+            while progress.tokens < config.tokens and not stop.asked(progress.step):
                 rows = optimizer.batch_size(config, progress.tokens)
                 lr = optimizer.learning_rate(config, progress.step, progress.tokens)
-                batch = step_batch(batches, rows)
-                state, figures = train_step(state, batch, lr, config=config)
+                batch = feed(step_batch(batches, rows // micro_rows))
+                state, figures = train_step(state, batch, lr, config=config, mesh=mesh)
                 progress = Progress(step=progress.step + 1, tokens=progress.tokens + rows * config.batch.length)
-                log.record(progress, lr, batch, figures)
+                log.record(progress, lr, figures)
                 if progress.tokens >= config.tokens:
                     break
                 if progress.step % config.cadence.evaluate == 0:
@@ -74,19 +84,27 @@ def train(config: Config) -> Outcome:
 
             log.flush()
             finished = progress.tokens >= config.tokens
-            if finished and not final_line(config, progress):
+            if finished and not processes.agreed(bool(final_line(config, progress))):
                 log.held_out(progress, evaluate(None), whole=True)
             checkpoints.save(state, batches, progress)
     if not finished:
         return Outcome(progress=progress, finished=False, held_out={})
-    plots.draw(run)
+    if processes.is_first():
+        plots.draw(run)
     return Outcome(progress=progress, finished=True, held_out=final_line(config, progress))
 
 
-def step_batch(batches: Iterator[dict[str, np.ndarray]], rows: int) -> dict[str, np.ndarray]:
-    """The batch of one step: leaves [A, B, T], as many micro-batches B as make `rows` sequences."""
-    micro = [next(batches)]
-    micro += [next(batches) for _ in range(rows // len(micro[0]["tokens_BT"]) - 1)]
+def resolve(config: Config) -> Config:
+    """The config with the sizes of its mesh for the devices at hand. Raises ValueError if anything does not fit."""
+    mesh = config.mesh.resolve(jax.device_count())
+    sharding.check_model(config.model, mesh)
+    sharding.check_batch(config.batch.micro_size or config.batch.size, config.batch.length, config.model, mesh)
+    return dataclasses.replace(config, mesh=mesh)
+
+
+def step_batch(batches: Iterator[dict[str, np.ndarray]], micro_batches: int) -> dict[str, np.ndarray]:
+    """The batch of one step: leaves [A, B, T], as many micro-batches B as asked for."""
+    micro = [next(batches) for _ in range(micro_batches)]
     return {name: np.stack([m[name] for m in micro]) for name in micro[0]}
 
 
@@ -94,20 +112,3 @@ def final_line(config: Config, progress: Progress) -> dict[str, Any]:
     """The metrics line of the whole held-out split at this step, {} if it is not written yet."""
     lines = [m for m in metrics.read(config.workdir) if m["step"] == progress.step and m.get("held_out_whole")]
     return lines[-1] if lines else {}
-
-
-class Stop:
-    """While entered, SIGTERM no longer ends the process: it sets `asked`, and the loop ends after its step."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def __enter__(self) -> "Stop":
-        self._before = signal.signal(signal.SIGTERM, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._before)
-
-    def _ask(self, *_: object) -> None:
-        self.asked = True

@@ -7,6 +7,7 @@ from jax import Array
 from dsv2_jax.config import Config
 from dsv2_jax.model import transformer
 from dsv2_jax.model.layers import cast, compute_dtype
+from dsv2_jax.parallel import sharding
 from dsv2_jax.training.cross_entropy import cross_entropy
 
 BALANCES = ("expert_balance", "device_balance", "communication_balance")
@@ -21,24 +22,30 @@ def loss(
     total_weight: Array | float,
     share: Array | float,
 ) -> tuple[Array, dict[str, Array]]:
-    """One micro-batch's part of a step's loss and metrics; the parts of all micro-batches add up to the step's.
+    """One micro-batch's part of a step's loss and metrics, on one device: over both the parts add up to the step's.
 
     batch leaves [B, T]. exempt_B bool: sequences spared from dropping; None: nothing is dropped. total_weight: sum of
     the weights of the whole step. share: one over the number of micro-batches. Metrics, float32: `nll` in nats per
-    token; with experts also the three balance losses summed over layers, `dropped` (share of token-expert pairs) and
+    token, `tokens` and `bytes` (targets that count, and the UTF-8 bytes they stand for); with experts also the three balance losses summed over layers, `dropped` (share of token-expert pairs) and
     `load_LE` (an expert's share of the choices times E).
     """
-    dtype = compute_dtype(config.compute)
+    model, mesh, dtype = config.model, config.mesh, compute_dtype(config.compute)
     operands = cast(params, dtype)
-    out = transformer.forward(operands, batch, model=config.model, compute=config.compute, exempt_B=exempt_B)
+    out = transformer.forward(operands, batch, model=model, compute=config.compute, mesh=mesh, exempt_B=exempt_B)
+    head = sharding.gather({"w_head_DW": operands["head"]["w_head_DW"]}, model, mesh)
     nll: Array = cross_entropy(
-        out.hidden_BTD.reshape(-1, config.model.hidden_size),
-        operands["head"]["w_head_DW"],
+        out.hidden_BTD.reshape(-1, model.hidden_size),
+        head["w_head_DW"],
         batch["targets_BT"].reshape(-1),
         batch["weights_BT"].reshape(-1),
         config.compute.loss_chunk,
+        mesh,
     )
-    metrics = {"nll": nll / total_weight}
+    metrics = {
+        "nll": nll / total_weight,
+        "tokens": batch["weights_BT"].sum() / mesh.tensor,
+        "bytes": (batch["weights_BT"] * batch["bytes_BT"]).sum() / mesh.tensor,
+    }
     if not out.statistics:
         return metrics["nll"], metrics
     metrics |= {name: out.statistics[name].sum() * share for name in BALANCES}

@@ -21,6 +21,7 @@ import tensorboardX
 
 from dsv2_jax.config import Config, Model
 from dsv2_jax.model import parameters
+from dsv2_jax.parallel import processes
 from dsv2_jax.training.checkpoint import Progress
 
 # Dense bf16 FLOP/s of one JAX device, from Google Cloud's page of each TPU version (v6e 918, tpu7x 2307 a chip, whose
@@ -97,17 +98,19 @@ def truncate(run: Path, step: int) -> None:
 class Log:
     """Writes metrics.jsonl and tensorboard/, and shows progress; a context manager.
 
-    `bytes_per_token` int32 [V] gives each token's bytes of text. Opening it for a run that goes on from `progress`
-    drops whatever was logged after that.
+    Opening it for a run that goes on from `progress` drops whatever was logged after that. Of several processes only
+    the first one logs; in the others this does nothing.
     """
 
-    def __init__(self, config: Config, bytes_per_token: np.ndarray, progress: Progress) -> None:
+    def __init__(self, config: Config, progress: Progress) -> None:
         self._config = config
-        self._bytes_V = bytes_per_token
+        self._first = processes.is_first()
         self._in_flight: collections.deque = collections.deque()
         self._clock: tuple[float, int] | None = None  # when, and at how many tokens: the first step only compiles
         peak = peak_flops(config.compute.dtype)
         self._mfu_per_token = flops_per_token(config.model, config.batch.length) / peak if peak else None
+        if not self._first:
+            return
         truncate(config.workdir, progress.step)
         self._file = (config.workdir / "metrics.jsonl").open("a", encoding="utf-8")
         self._board = tensorboardX.SummaryWriter(str(config.workdir / "tensorboard"), purge_step=progress.step + 1)
@@ -117,17 +120,15 @@ class Log:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if not self._first:
+            return
         self._display.close()
         self._board.close()
         self._file.close()
 
-    def record(
-        self, progress: Progress, lr: float, batch: dict[str, np.ndarray], metrics: dict[str, jax.Array]
-    ) -> None:
-        """Takes the metrics of the step that `progress` counts last, and its batch; written when they are there."""
-        weights = batch["weights_BT"]
-        text_bytes = float((weights * self._bytes_V[batch["targets_BT"]]).sum())
-        self._in_flight.append((progress, lr, float(weights.sum()), text_bytes, metrics))
+    def record(self, progress: Progress, lr: float, metrics: dict[str, jax.Array]) -> None:
+        """Takes the metrics of the step that `progress` counts last; written when they are there."""
+        self._in_flight.append((progress, lr, metrics))
         while len(self._in_flight) > _IN_FLIGHT:
             self._write_oldest()
 
@@ -139,6 +140,8 @@ class Log:
     def held_out(self, progress: Progress, result: dict[str, Any], whole: bool) -> None:
         """Writes an evaluation's result; with the load of every expert if it is of the `whole` held-out split."""
         self.flush()
+        if not self._first:
+            return
         load_LE = result.get("load_LE")
         line = {f"held_out_{k}": v for k, v in result.items() if k != "load_LE"}
         if load_LE is not None:
@@ -153,17 +156,21 @@ class Log:
 
     def say(self, text: str) -> None:
         """Prints a sentence above the progress bar."""
-        self._display.say(text)
+        if self._first:
+            self._display.say(text)
 
     def _write_oldest(self) -> None:
-        progress, lr, weight, text_bytes, on_device = self._in_flight.popleft()
+        progress, lr, on_device = self._in_flight.popleft()
         metrics = jax.device_get(on_device)
+        if not self._first:
+            return
         now = time.perf_counter()
         skipped = bool(metrics["skipped"])
         if skipped:
             self.say(f"step {progress.step:,}: loss or gradient norm is not finite; the update was refused")
         if progress.step % self._config.cadence.log == 0 or progress.tokens >= self._config.tokens or skipped:
             load_LE = metrics.pop("load_LE", None)
+            weight, text_bytes = float(metrics.pop("tokens")), float(metrics.pop("bytes"))
             line = {"step": progress.step, "tokens": progress.tokens} | {k: float(v) for k, v in metrics.items()}
             line |= {"bits_per_byte": bits_per_byte(line["nll"], weight, text_bytes), "lr": lr, "skipped": int(skipped)}
             line |= load_summary(load_LE) if load_LE is not None else {}

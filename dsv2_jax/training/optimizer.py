@@ -15,12 +15,11 @@ _RAMP_SIZES = 8  # at most so many batch sizes before the full one: each is a pr
 
 
 def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
-    """AdamW for a learning rate of 1: clip by the global norm, Adam, then decoupled weight decay on matrices.
+    """AdamW for a learning rate of 1 and clipped gradients: Adam, then decoupled weight decay on matrices.
 
     Multiply the updates by minus the learning rate of the step. State and arithmetic are float32.
     """
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
         optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
         optax.add_decayed_weights(config.weight_decay, mask=is_decayed),
     )

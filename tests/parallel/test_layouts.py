@@ -1,0 +1,135 @@
+"""A step on any mesh is the step of a single device: losses, gradients, and which pairs are dropped."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from configs import models
+from dsv2_jax.config import SINGLE, Attention, Batch, Compute, Config, Mesh, Model, Optimizer
+from dsv2_jax.model import transformer
+from dsv2_jax.parallel import mesh as device_mesh
+from dsv2_jax.parallel import sharding
+from dsv2_jax.parallel.feed import Feed
+from dsv2_jax.training.loop import resolve
+from dsv2_jax.training.step import create, state_specs, train_step
+
+ROWS, LENGTH, STEPS, LR = 16, 32, 3, 1e-3
+
+# Layout and the sequences that share a budget: within one device, or spread over several.
+LAYOUTS = {
+    "data": (Mesh(data=8, fsdp=1), 2),
+    "fsdp": (Mesh(fsdp=8), 1),
+    "expert": (Mesh(fsdp=1, expert=8), 16),
+    "context": (Mesh(fsdp=1, context=8), 8),
+    "tensor": (Mesh(fsdp=1, tensor=8), 16),
+    "zero1": (Mesh(fsdp=8, shard="optimizer"), 2),
+    "fsdp+expert": (Mesh(fsdp=2, expert=4), 4),
+    "data+expert": (Mesh(data=4, fsdp=1, expert=2), 4),
+    "expert+context": (Mesh(fsdp=1, expert=4, context=2), 16),
+    "fsdp+expert+tensor": (Mesh(fsdp=2, expert=2, tensor=2), 2),
+    "data+fsdp+context": (Mesh(data=2, fsdp=2, context=2), 4),
+    "zero1+fsdp+expert": (Mesh(fsdp=2, expert=4, shard="optimizer"), 8),
+}
+
+
+def config(mesh: Mesh, budget: int, dropping: bool = True) -> Config:
+    """A V2-like model, 8 groups of which 3 are kept, small and with dims that eight devices divide."""
+    tiny = models.tiny()
+    moe = dataclasses.replace(
+        tiny.moe, budget_sequences=budget, capacity_factor=0.7 if dropping else 0.0, exempt_fraction=0.3
+    )
+    attention = Attention(
+        num_attention_heads=8, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=12
+    )
+    return Config(
+        workdir=Path(),
+        tokens=ROWS * LENGTH,
+        model=dataclasses.replace(tiny, moe=moe, attention=attention),
+        batch=Batch(size=ROWS, length=LENGTH, micro_size=ROWS),
+        # AdamW divides gradients by their size: with a small epsilon, numbers whose gradient is all rounding would differ.
+        optimizer=Optimizer(clip_norm=0.5, epsilon=1e-4),
+        compute=Compute(dtype="float32", remat="full" if mesh.size("fsdp", "expert") == 8 else "none", loss_chunk=64),
+        mesh=mesh,
+    )
+
+
+def batch(model) -> dict[str, np.ndarray]:
+    """Packed rows with documents of several lengths, the last ones ending in padding; micro-batches of one."""
+    rng = np.random.default_rng(0)
+    segments_BT = np.ones((ROWS, LENGTH), np.int32)
+    segments_BT[::2, 11:] = 2
+    segments_BT[1::4, 25:] = 0
+    positions_BT = np.where(segments_BT == 2, np.arange(LENGTH) - 11, np.arange(LENGTH)).astype(np.int32)
+    tokens_BT = rng.integers(0, model.vocab_size, (2, ROWS, LENGTH)).astype(np.int32)
+    leaves = {
+        "tokens_BT": tokens_BT[0],
+        "targets_BT": tokens_BT[1],
+        "positions_BT": positions_BT,
+        "segments_BT": segments_BT,
+        "bytes_BT": rng.integers(0, 5, (ROWS, LENGTH)).astype(np.int32),
+        "weights_BT": (segments_BT > 0).astype(np.float32),
+    }
+    return {name: leaf[None] for name, leaf in leaves.items()}
+
+
+@functools.cache
+def initial(model: Model) -> dict:
+    """Parameters to start from, the same numbers for every layout."""
+    return jax.device_get(jax.jit(lambda: transformer.init(model, jax.random.key(1)))())
+
+
+def run(wanted: Config, steps: int) -> tuple[list[dict], dict, dict]:
+    """(metrics of every step, parameters after the last, gradients of the first, scaled) as host arrays."""
+    wanted = resolve(wanted) if wanted.mesh != SINGLE else wanted
+    mesh = device_mesh.make(wanted.mesh) if wanted.mesh != SINGLE else None
+    feed = Feed(mesh, wanted.mesh, ROWS)
+    state = create(initial(wanted.model), wanted)
+    state = jax.device_put(state, sharding.on(mesh, state_specs(wanted)))
+    history, first = [], None
+    for _ in range(steps):
+        state, metrics = train_step(state, feed(batch(wanted.model)), LR, config=wanted, mesh=mesh)
+        history.append(jax.device_get(metrics))
+        first = first or jax.device_get(state.optimizer[0].mu)
+    return history, jax.device_get(state.params), first
+
+
+@pytest.fixture(autouse=True)
+def forget_programs():
+    """Every layout compiles a program of its own; all of them together would not fit in memory maps."""
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def alone():
+    """Runs on one device, by budget and dropping: each is made once."""
+    made = {}
+
+    def get(budget: int, dropping: bool):
+        if (budget, dropping) not in made:
+            made[budget, dropping] = run(config(SINGLE, budget, dropping), STEPS)
+        return made[budget, dropping]
+
+    return get
+
+
+@pytest.mark.parametrize("dropping", [True, False], ids=["dropping", "dropless"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_equals_one_device(name, dropping, alone):
+    mesh, budget = LAYOUTS[name]
+    ours, theirs = run(config(mesh, budget, dropping), STEPS), alone(budget, dropping)
+    for step, (a, b) in enumerate(zip(ours[0], theirs[0], strict=True)):
+        assert (b["dropped"] > 0.05) == dropping
+        for figure, value in b.items():
+            np.testing.assert_allclose(a[figure], value, rtol=1e-5, atol=1e-6, err_msg=f"{figure}, step {step}")
+    for what, a, b in (("parameter", ours[1], theirs[1]), ("gradient", ours[2], theirs[2])):
+        for part, named in b.items():
+            for name_, value in named.items():
+                scale = np.abs(value).max()
+                np.testing.assert_allclose(
+                    a[part][name_], value, rtol=1e-5, atol=1e-5 * scale, err_msg=f"{what} {part}.{name_}"
+                )
