@@ -115,6 +115,7 @@ def run_ours(case: str, rounds: int) -> Callable[[], float]:
             "positions_BT": jnp.broadcast_to(jnp.arange(LENGTH), tokens_BT.shape),
             "segments_BT": ones_BT,
             "weights_BT": ones_BT.astype(jnp.float32),
+            "bytes_BT": ones_BT,
         }
         state = create(params, config)
 

@@ -5,7 +5,7 @@ from dsv2_jax.config import Attention, Model, Moe, Rope
 
 def v2() -> Model:
     """DeepSeek-V2: 236B parameters, 21B activated (section 3.1.2)."""
-    return Model(moe=Moe(budget_sequences=8))
+    return Model()
 
 
 def v2_lite() -> Model:

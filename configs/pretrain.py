@@ -1,5 +1,6 @@
 """Pretraining presets: the paper's recipe for its own models, and the same recipe shrunk to a laptop and to a test."""
 
+import dataclasses
 from pathlib import Path
 
 from configs import models
@@ -8,9 +9,10 @@ from dsv2_jax.config import Batch, Cadence, Compute, Config, Data, Optimizer
 
 def v2() -> Config:
     """DeepSeek-V2, 236B, 8.1T tokens (section 3.1.2)."""
+    model = models.v2()
     return Config(
         workdir=Path("runs/v2"),
-        model=models.v2(),
+        model=dataclasses.replace(model, moe=dataclasses.replace(model.moe, budget_sequences=8)),
         batch=Batch(size=9216, micro_size=2304, ramp_from=2304, ramp_tokens=225_000_000_000),
     )
 

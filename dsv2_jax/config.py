@@ -124,7 +124,7 @@ class Moe:
         )
 
     def budget(self, tokens: int) -> int:
-        """Token-expert pairs that one group may compute for so many tokens in training: the average, times the factor."""
+        """Token-expert pairs that a group may compute of so many tokens in training: the average times the factor."""
         return int(self.capacity_factor * tokens * self.num_experts_per_tok / self.n_group)
 
 

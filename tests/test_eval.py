@@ -155,6 +155,7 @@ def test_perplexity_over_a_padded_last_batch(tmp_path):
             "segments_BT": seen.astype(np.int32),
             "weights_BT": seen.astype(np.float32),
         }
+        batch["bytes_BT"] = bytes_per_token[batch["targets_BT"]].astype(np.int32)
         batches.append(batch)
         logits, statistics = outputs(params, batch, model=model)
         total += nll_of(np.asarray(logits), batch["targets_BT"])[seen].sum()
@@ -162,7 +163,7 @@ def test_perplexity_over_a_padded_last_batch(tmp_path):
         chosen = chosen + np.stack([np.bincount(layer.ravel(), minlength=16) for layer in experts])
         text_bytes += bytes_per_token[batch["targets_BT"]][seen].sum()
         count += seen.sum()
-    figures = perplexity.evaluate(params, batches, config=config, bytes_per_token=bytes_per_token)
+    figures = perplexity.evaluate(params, batches, config=config)
     assert (figures["tokens"], figures["bytes"]) == (count, text_bytes)
     assert figures["nll"] == pytest.approx(total / count, rel=1e-6)
     assert figures["perplexity"] == pytest.approx(np.exp(total / count), rel=1e-5)
@@ -173,4 +174,4 @@ def test_perplexity_over_a_padded_last_batch(tmp_path):
 def test_perplexity_of_nothing_is_refused(tmp_path):
     config = Config(workdir=tmp_path, model=models.tiny(), batch=Batch(size=2, length=16), tokens=1000)
     with pytest.raises(ValueError, match="it holds no token to predict"):
-        perplexity.evaluate({}, [], config=config, bytes_per_token=np.ones(384))
+        perplexity.evaluate({}, [], config=config)

@@ -174,6 +174,7 @@ def test_loss_and_gradients_are_those_of_transformers(make, tmp_path):
         "positions_BT": jnp.broadcast_to(jnp.arange(40), (2, 40)),
         "segments_BT": jnp.ones_like(tokens),
         "weights_BT": jnp.ones((2, 40)),
+        "bytes_BT": jnp.ones((2, 40), jnp.int32),
     }
 
     def total(p):

@@ -21,19 +21,20 @@ def evaluate(
     batches: Iterable[dict[str, np.ndarray]],
     *,
     config: Config,
-    feed: Feed = Feed(None, SINGLE, 0),
+    feed: Feed | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, Any]:
     """Means over all weighted targets of the batches; nothing is dropped and no balance loss counts.
 
-    Batches [B, T] are this process's rows, which `feed` puts on the mesh. Returns `nll` (nats per token), `perplexity`,
-    `bits_per_byte` (comparable between tokenizers: nats of all targets, ends of documents included, over the UTF-8
-    bytes they stand for), `tokens`, `bytes`, and with experts `load_LE`, each expert's share of the choices times E.
-    Raises ValueError when the batches hold no target.
+    Batches [B, T] are this process's rows, which `feed` puts on the mesh if there is one. Returns `nll` (nats per
+    token), `perplexity`, `bits_per_byte` (comparable between tokenizers: nats of all targets, ends of documents
+    included, over the UTF-8 bytes they stand for), `tokens`, `bytes`, and with experts `load_LE`, each expert's share
+    of the choices times E. Raises ValueError when the batches hold no target.
     """
     nll, load_LE, tokens, text_bytes = 0.0, 0.0, 0.0, 0.0
     for batch in batches:
-        one = feed({name: leaf[None] for name, leaf in batch.items()})
+        one = {name: leaf[None] for name, leaf in batch.items()}
+        one = feed(one) if feed else one
         figures = jax.device_get(_sums(params, one, config=config, mesh=mesh))
         nll += float(figures["nll"])
         load_LE = load_LE + figures.get("load_LE", 0.0) * float(figures["tokens"])

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -115,7 +116,7 @@ def load_params(hf: Path, mesh: jax.sharding.Mesh | None = None) -> tuple[Model,
         source = sources[part, name]
         lead = len(next(iter(source)))
 
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: Any) -> np.ndarray:
             ranges = [range(*at.indices(size)) for at, size in zip(index, shape, strict=True)]
             values = np.empty([len(r) for r in ranges], np.float32)
             for at in itertools.product(*ranges[:lead]):

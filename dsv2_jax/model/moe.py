@@ -25,7 +25,7 @@ def mixture(
     valid_BT1 = valid_BT[..., None]
     kept_BTK = jnp.broadcast_to(valid_BT1, routing.experts_BTK.shape)
     dropping = exempt_B is not None and moe.capacity_factor > 0
-    if dropping:
+    if exempt_B is not None and dropping:
         kept_BTK &= router.drop(routing, valid_BT, exempt_B, moe, mesh)
 
     def experts(x_ND: Array, experts_NK: Array, gates_NK: Array) -> Array:

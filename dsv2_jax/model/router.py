@@ -93,7 +93,7 @@ def drop(routing: Routing, valid_BT: Array, exempt_B: Array, moe: Moe, mesh: Mes
     come first and are kept even when they alone exceed the budget; padding comes last. Which pairs are kept does not
     depend on the mesh: devices that hold parts of sequences with one budget tell each other their affinities.
     """
-    b, t, k = routing.experts_BTK.shape
+    b, _, k = routing.experts_BTK.shape
     scores_BTE = jax.lax.stop_gradient(routing.scores_BTE)
     affinity_BTK = jnp.take_along_axis(scores_BTE, routing.experts_BTK, axis=-1)
     priority_BTK = jnp.where(exempt_B[:, None, None], 2.0, affinity_BTK)

@@ -63,7 +63,7 @@ def agreed(answer: bool) -> bool:
 
 
 class Stop:
-    """While entered, SIGTERM does not end the process: `asked` then says, in all processes at the same step, to stop."""
+    """While entered, SIGTERM does not end the process: `asked` says to stop, in all processes at the same step."""
 
     def __init__(self) -> None:
         self._asked = False

@@ -139,7 +139,8 @@ def read_config(run: Path) -> Config:
 def restore_params(run: Path, step: int | None = None, mesh: jax.sharding.Mesh | None = None) -> tuple[Config, dict]:
     """The config and the float32 parameters of a run: the tree of `parameters.tree`, from the newest or a given step.
 
-    With a mesh, laid over it by `sharding.param_specs`, else on the first device. Raises FileNotFoundError if run or step is missing, ValueError if the checkpoint is not what the config says.
+    With a mesh, laid over it by `sharding.param_specs`, else on the first device. Raises FileNotFoundError if run or
+    step is missing, ValueError if the checkpoint is not what the config says.
     """
     config = read_config(run)
     step = latest_step(run) if step is None else step

@@ -26,8 +26,9 @@ def loss(
 
     batch leaves [B, T]. exempt_B bool: sequences spared from dropping; None: nothing is dropped. total_weight: sum of
     the weights of the whole step. share: one over the number of micro-batches. Metrics, float32: `nll` in nats per
-    token, `tokens` and `bytes` (targets that count, and the UTF-8 bytes they stand for); with experts also the three balance losses summed over layers, `dropped` (share of token-expert pairs) and
-    `load_LE` (an expert's share of the choices times E).
+    token, `tokens` and `bytes` (targets that count, and the UTF-8 bytes they stand for); with experts also the three
+    balance losses summed over layers, `dropped` (share of token-expert pairs) and `load_LE` (an expert's share of the
+    choices times E).
     """
     model, mesh, dtype = config.model, config.mesh, compute_dtype(config.compute)
     operands = cast(params, dtype)

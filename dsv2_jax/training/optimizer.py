@@ -6,6 +6,7 @@ The schedules are plain Python on the host: token counts of real runs (8.1e12) d
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from dsv2_jax.config import Config
@@ -23,6 +24,11 @@ def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
         optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
         optax.add_decayed_weights(config.weight_decay, mask=is_decayed),
     )
+
+
+def clip(gradients: Any, norm: jax.Array, config: OptimizerConfig) -> Any:
+    """Gradients of the global norm `norm`, shrunk to `clip_norm` where they exceed it."""
+    return jax.tree.map(lambda g: g * jnp.minimum(1.0, config.clip_norm / norm), gradients)
 
 
 def is_decayed(params: Any) -> Any:

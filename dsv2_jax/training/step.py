@@ -18,7 +18,7 @@ from dsv2_jax.config import AXES, SINGLE, Config
 from dsv2_jax.parallel import collectives, sharding
 from dsv2_jax.parallel.mesh import BATCH
 from dsv2_jax.training.loss import loss as pretraining_loss
-from dsv2_jax.training.optimizer import adamw
+from dsv2_jax.training.optimizer import adamw, clip
 
 Metrics = dict[str, jax.Array]
 # loss(params, batch, *, config, exempt_B, total_weight, share) -> (scalar, metrics), both adding up over micro-batches
@@ -91,8 +91,8 @@ def _step(
     norm = jnp.sqrt(sharding.sum_of_squares(gradients, config.model, mesh))
     finite = jnp.isfinite(value) & jnp.isfinite(norm)
 
-    clipped = jax.tree.map(lambda g: g * jnp.minimum(1.0, config.optimizer.clip_norm / norm), gradients)
     held = sharding.optimizer_part(state.params, config.model, mesh)
+    clipped = clip(gradients, norm, config.optimizer)
     updates, optimizer = adamw(config.optimizer).update(clipped, state.optimizer, held)
     params = jax.tree.map(lambda p, u: p - lr * u, held, updates)
     params, optimizer = jax.tree.map(

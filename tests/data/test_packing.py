@@ -9,24 +9,26 @@ from dsv2_jax.data.packing import Rows, join
 
 
 def _rows(documents, length):
-    return Rows(join(np.array(ids, np.int32) for ids in documents), length)
+    return Rows(join(np.array(ids, np.int32) for ids in documents), length, 2 * np.arange(1000))
 
 
 def test_rows_worked_by_hand():
     documents = [[0, 5, 6, 7, 1], [0, 1], [0, 8, 9, 1]]
     rows = _rows(documents, 3)
     assert len(rows) == 3
-    batch = rows.batch(range(3), 4)
+    batch = rows.batch([0, 1, 2, -1])
     assert batch["tokens_BT"].tolist() == [[0, 5, 6], [7, 0, 0], [8, 9, 0], [0, 0, 0]]
     assert batch["targets_BT"].tolist() == [[5, 6, 7], [1, 1, 8], [9, 1, 0], [0, 0, 0]]
     assert batch["positions_BT"].tolist() == [[0, 1, 2], [0, 0, 0], [0, 1, 0], [0, 0, 0]]
     assert batch["segments_BT"].tolist() == [[1, 1, 1], [1, 2, 3], [1, 1, 0], [0, 0, 0]]
     assert batch["weights_BT"].tolist() == [[1, 1, 1], [1, 1, 1], [1, 1, 0], [0, 0, 0]]
+    assert batch["bytes_BT"].tolist() == [[10, 12, 14], [2, 2, 16], [18, 2, 0], [0, 0, 0]]
     assert {name: a.dtype.name for name, a in batch.items()} == {
         "tokens_BT": "int32",
         "targets_BT": "int32",
         "positions_BT": "int32",
         "segments_BT": "int32",
+        "bytes_BT": "int32",
         "weights_BT": "float32",
     }
 
@@ -38,7 +40,7 @@ def test_every_pair_of_every_document_is_there_once_in_order(length):
     expected = [pair for ids in documents for pair in itertools.pairwise(ids)]
     rows = _rows(documents, length)
     assert len(rows) == -(-len(expected) // length)
-    batch = rows.batch(range(len(rows)), len(rows) + 1)
+    batch = rows.batch([*range(len(rows)), -1])
     real = batch["weights_BT"] == 1
     assert list(zip(batch["tokens_BT"][real], batch["targets_BT"][real], strict=True)) == expected
     assert ((batch["segments_BT"] > 0) == real).all()
@@ -46,28 +48,32 @@ def test_every_pair_of_every_document_is_there_once_in_order(length):
 
 
 def test_a_segment_never_joins_two_documents_and_its_positions_count_from_zero():
-    documents = [[100 * i + j for j in range(2 + 5 * i % 17)] for i in range(30)]
+    documents = [[30 * i + j for j in range(2 + 5 * i % 17)] for i in range(30)]
     rows = _rows(documents, 12)
-    batch = rows.batch(range(len(rows)), len(rows))
+    batch = rows.batch(range(len(rows)))
     for row in range(len(rows)):
         tokens, segments = batch["tokens_BT"][row], batch["segments_BT"][row]
         for segment in range(1, segments.max() + 1):
             here = np.flatnonzero(segments == segment)
             assert (np.diff(here) == 1).all()
-            assert len(set(tokens[here] // 100)) == 1
+            assert len(set(tokens[here] // 30)) == 1
             assert (np.diff(tokens[here]) == 1).all()
             assert batch["positions_BT"][row, here].tolist() == list(range(len(here)))
 
 
 def test_any_row_can_be_read_by_itself_and_the_last_batch_is_padded():
-    documents = [[100 * i + j for j in range(2 + 7 * i % 13)] for i in range(25)]
+    documents = [[30 * i + j for j in range(2 + 7 * i % 13)] for i in range(25)]
     rows = _rows(documents, 10)
-    whole = rows.batch(range(len(rows)), len(rows))
+    whole = rows.batch(range(len(rows)))
     for row in (len(rows) - 1, 3, 0):
-        alone = rows.batch([row], 1)
+        alone = rows.batch([row])
         assert all((alone[name][0] == whole[name][row]).all() for name in whole)
     batches = list(rows.batches(4))
     assert len(batches) == -(-len(rows) // 4)
     joined = {name: np.concatenate([b[name] for b in batches]) for name in whole}
     assert all((joined[name][: len(rows)] == whole[name]).all() for name in whole)
     assert (joined["segments_BT"][len(rows) :] == 0).all()
+    parts = [list(rows.batches(4, mine=mine)) for mine in ([0, 3], [1, 2])]
+    for batch, (first, second) in zip(batches, zip(*parts, strict=True), strict=True):
+        assert all((first[name] == batch[name][[0, 3]]).all() for name in batch)
+        assert all((second[name] == batch[name][[1, 2]]).all() for name in batch)

@@ -42,7 +42,11 @@ def packed(ids: np.ndarray) -> dict[str, jax.Array]:
 
 def training_batch(ids: np.ndarray) -> dict[str, jax.Array]:
     inputs = packed(ids[:, :-1])
-    return inputs | {"targets_BT": jnp.asarray(ids[:, 1:], jnp.int32), "weights_BT": jnp.ones(ids[:, 1:].shape)}
+    return (
+        inputs
+        | {"targets_BT": jnp.asarray(ids[:, 1:], jnp.int32), "weights_BT": jnp.ones(ids[:, 1:].shape)}
+        | {"bytes_BT": jnp.ones(ids[:, 1:].shape, jnp.int32)}
+    )
 
 
 def run_logits(case, ids):

@@ -50,7 +50,7 @@ def config(mesh: Mesh, budget: int, dropping: bool = True) -> Config:
         tokens=ROWS * LENGTH,
         model=dataclasses.replace(tiny, moe=moe, attention=attention),
         batch=Batch(size=ROWS, length=LENGTH, micro_size=ROWS),
-        # AdamW divides gradients by their size: with a small epsilon, numbers whose gradient is all rounding would differ.
+        # AdamW divides gradients by their size: with a small epsilon, those that are all rounding would decide.
         optimizer=Optimizer(clip_norm=0.5, epsilon=1e-4),
         compute=Compute(dtype="float32", remat="full" if mesh.size("fsdp", "expert") == 8 else "none", loss_chunk=64),
         mesh=mesh,

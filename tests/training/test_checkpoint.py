@@ -34,6 +34,16 @@ def numbers():
     return iter(grain.MapDataset.range(1000).shuffle(seed=3).to_iter_dataset())
 
 
+HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def restore(checkpoints, config, batches, seed=0):
+    def initial():
+        return create(random_params(config, seed), config)
+
+    return checkpoints.restore(initial, batches, jax.tree.map(lambda _: HERE, jax.eval_shape(initial)))
+
+
 def test_state_data_and_progress_come_back(config):
     state = create(random_params(config), config)
     state = state._replace(optimizer=jax.tree.map(lambda x: x + 3, state.optimizer))
@@ -52,7 +62,7 @@ def test_state_data_and_progress_come_back(config):
         next(batches)
     fresh = numbers()
     with Checkpoints(config.workdir, 2) as checkpoints:
-        restored, progress = checkpoints.restore(lambda: create(random_params(config, 1), config), fresh)
+        restored, progress = restore(checkpoints, config, fresh, seed=1)
     assert progress == Progress(step=5, tokens=9 * 10**12)
     assert [next(fresh) for _ in range(3)] == following
     assert int(restored.step) == 5
@@ -62,7 +72,7 @@ def test_state_data_and_progress_come_back(config):
 
 def test_without_a_checkpoint_a_run_begins(config):
     with Checkpoints(config.workdir, 2) as checkpoints:
-        state, progress = checkpoints.restore(lambda: create(random_params(config), config), numbers())
+        state, progress = restore(checkpoints, config, numbers())
     assert progress == Progress() and int(state.step) == 0
 
 
@@ -76,7 +86,7 @@ def test_the_newest_are_kept_and_leftovers_of_a_kill_are_not_seen(config):
     (folder / "12.orbax-checkpoint-tmp").mkdir()
     assert checkpoint.latest_step(config.workdir) == 9
     with Checkpoints(config.workdir, 2) as checkpoints:
-        _, progress = checkpoints.restore(lambda: create(random_params(config), config), numbers())
+        _, progress = restore(checkpoints, config, numbers())
     assert progress.step == 9
     assert not (folder / "12.orbax-checkpoint-tmp").exists()
 
@@ -91,7 +101,7 @@ def test_parameters_alone(config):
     with pytest.raises(ValueError, match="already holds a checkpoint of step 0"):
         checkpoint.save_params(config.workdir, config, params)
     with Checkpoints(config.workdir, 2) as checkpoints, pytest.raises(ValueError, match="holds parameters only"):
-        checkpoints.restore(lambda: create(params, config), numbers())
+        restore(checkpoints, config, numbers())
 
 
 def test_missing_runs_are_named(config, tmp_path):

@@ -21,23 +21,17 @@ def config(tmp_path):
     return dataclasses.replace(PRESETS["tiny"](), workdir=workdir, tokens=100 * 128, cadence=Cadence(log=5))
 
 
-BYTES = np.array([0, 1, 4], np.int32)  # of three tokens
-BATCH = {
-    "targets_BT": np.array([[[2, 2, 1, 0]]], np.int32),
-    "weights_BT": np.array([[[1, 1, 1, 0]]], np.float32),
-}
-
-
 def record(log, steps, **changes):
     for step in steps:
-        values = {"loss": step + 0.5, "nll": step, "grad_norm": 2.0, "skipped": 0.0, "dropped": 0.25} | changes
+        values = {"loss": step + 0.5, "nll": step, "grad_norm": 2.0, "skipped": 0.0, "dropped": 0.25}
+        values |= {"tokens": 3, "bytes": 9} | changes
         figures = {name: jnp.float32(value) for name, value in values.items()}
         figures["load_LE"] = jnp.array([[0.5, 1.5], [1.0, 1.0]])
-        log.record(Progress(step=step, tokens=128 * step), 1e-3, BATCH, figures)
+        log.record(Progress(step=step, tokens=128 * step), 1e-3, figures)
 
 
 def test_lines_at_the_cadence_hold_their_own_step(config):
-    with metrics.Log(config, BYTES, Progress()) as log:
+    with metrics.Log(config, Progress()) as log:
         record(log, range(1, 13))
         log.flush()
     lines = metrics.read(config.workdir)
@@ -45,14 +39,14 @@ def test_lines_at_the_cadence_hold_their_own_step(config):
     line = lines[1]
     assert (line["tokens"], line["loss"], line["nll"], line["lr"]) == (1280, 10.5, 10.0, 1e-3)
     assert (line["load_max"], line["load_min"], line["dropped"], line["skipped"]) == (1.5, 0.5, 0.25, 0)
-    # Three counted tokens of 10 nats each stand for 4 + 4 + 1 bytes.
+    # Three counted tokens of 10 nats each stand for 9 bytes.
     assert line["bits_per_byte"] == pytest.approx(10 * 3 / 9 / math.log(2))
     assert line["tokens_per_second"] > 0 and line["mfu"] > 0
     assert list((config.workdir / "tensorboard").iterdir())
 
 
 def test_a_refused_step_has_its_line_and_its_sentence(config, capsys):
-    with metrics.Log(config, BYTES, Progress()) as log:
+    with metrics.Log(config, Progress()) as log:
         record(log, [1])
         record(log, [2], loss=math.nan, nll=math.nan, skipped=1.0)
         record(log, [3])
@@ -63,18 +57,18 @@ def test_a_refused_step_has_its_line_and_its_sentence(config, capsys):
 
 
 def test_a_resumed_run_has_every_step_once(config):
-    with metrics.Log(config, BYTES, Progress()) as log:
+    with metrics.Log(config, Progress()) as log:
         record(log, range(1, 26))
         log.flush()
     path = config.workdir / "metrics.jsonl"
     with path.open("a") as file:
         file.write('{"step": 30, "lo')  # killed in the middle of a line
-    with metrics.Log(config, BYTES, Progress(step=12, tokens=12 * 128)) as log:
+    with metrics.Log(config, Progress(step=12, tokens=12 * 128)) as log:
         assert [line["step"] for line in metrics.read(config.workdir)] == [5, 10]
         record(log, range(13, 21))
         log.flush()
     assert [line["step"] for line in metrics.read(config.workdir)] == [5, 10, 15, 20]
-    with metrics.Log(config, BYTES, Progress()):
+    with metrics.Log(config, Progress()):
         pass
     assert metrics.read(config.workdir) == []
 
@@ -82,7 +76,7 @@ def test_a_resumed_run_has_every_step_once(config):
 def test_evaluations_are_lines_too_and_give_the_pictures(config):
     result = {"nll": 2.0, "perplexity": math.exp(2), "bits_per_byte": 1.5, "tokens": 10, "bytes": 20}
     result["load_LE"] = np.array([[0.0, 2.5], [1.0, 1.0]])
-    with metrics.Log(config, BYTES, Progress()) as log:
+    with metrics.Log(config, Progress()) as log:
         record(log, range(1, 11))
         log.held_out(Progress(step=10, tokens=1280), result, whole=False)
         record(log, range(11, 101))
@@ -98,7 +92,7 @@ def test_evaluations_are_lines_too_and_give_the_pictures(config):
 
 
 def test_lines_are_strict_json(config):
-    with metrics.Log(config, BYTES, Progress()) as log:
+    with metrics.Log(config, Progress()) as log:
         record(log, range(1, 6), grad_norm=math.inf)
         log.flush()
 

@@ -33,7 +33,8 @@ def test_several_steps_are_pytorchs():
         lr = 1e-2 * (step + 1)
         size = 10.0 if step % 2 else 0.01  # clipped, and not
         gradients = {name: (size * rng.normal(size=value.shape)).astype(np.float32) for name, value in start.items()}
-        updates, state = ours.update({"dense": gradients}, state, params)
+        norm = optax.global_norm(gradients)
+        updates, state = ours.update({"dense": optimizer.clip(gradients, norm, config)}, state, params)
         params = optax.apply_updates(params, jax.tree.map(lambda u, lr=lr: -lr * u, updates))
         for name, parameter in theirs.items():
             parameter.grad = torch.tensor(gradients[name])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import PRESETS
-from dsv2_jax.config import Optimizer
+from dsv2_jax.config import Batch, Optimizer
 from dsv2_jax.model import transformer
 from dsv2_jax.training.step import create, exempt_sequences, train_step
 
@@ -29,6 +29,7 @@ def batch_of(config, micro_batches, rows, seed=0):
         "positions_BT": np.broadcast_to(np.arange(shape[2], dtype=np.int32), shape),
         "segments_BT": np.ones(shape, np.int32),
         "weights_BT": rng.integers(0, 2, shape).astype(np.float32),
+        "bytes_BT": rng.integers(0, 6, shape).astype(np.int32),
     }
 
 
@@ -49,7 +50,7 @@ def test_one_step_by_hand():
     assert (float(metrics["share"]), float(metrics["skipped"]), int(state.step)) == (1.0, 0.0, 1)
     expected = [0.5 - 0.01 * (1 + 0.1 * 0.5), -1.0 - 0.01 * (1 - 0.1 * 1.0)]
     np.testing.assert_allclose(state.params["layer"]["w_D"], expected, rtol=1e-6)
-    adam = state.optimizer[1]
+    adam = state.optimizer[0]
     np.testing.assert_allclose(adam.mu["layer"]["w_D"], 0.1 * np.sqrt(0.5), rtol=1e-6)  # of the clipped gradient
     np.testing.assert_allclose(adam.nu["layer"]["w_D"], 0.05 * 0.5, rtol=1e-5)
 
@@ -96,6 +97,18 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(poison):
     state, metrics = train_step(state, batch, 0.01, config=config, loss=linear_loss)
     assert float(metrics["skipped"]) == 0
     assert (np.asarray(state.params["layer"]["w_D"]) != before.params["layer"]["w_D"]).all()
+
+
+def test_exempt_sequences_of_a_budget_are_a_tenth_of_them_rounded_by_chance():
+    preset = PRESETS["tiny"]()
+    for together, numbers in ((25, {2, 3}), (10, {1}), (5, {0, 1}), (0, {50})):
+        moe = dataclasses.replace(preset.model.moe, budget_sequences=together)
+        model, batch = dataclasses.replace(preset.model, moe=moe), Batch(size=500, length=4)
+        config = dataclasses.replace(preset, model=model, batch=batch)
+        drawn = np.asarray(exempt_sequences(config, jnp.int32(7), (8, 500)))
+        per_budget = drawn.reshape(8, -1, together or 500).sum(axis=-1)
+        assert set(per_budget.ravel().tolist()) == numbers
+        assert drawn.mean() == pytest.approx(0.1, abs=0.015)
 
 
 def test_exempt_sequences_are_a_tenth_and_new_every_step():
