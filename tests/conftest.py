@@ -1,10 +1,27 @@
-"""Fixtures that all tests share; JAX on 8 virtual CPU devices with a compilation cache."""
+"""Fixtures that all tests share; JAX on 8 virtual CPU devices with a compilation cache, and TPUs to compile for."""
 
+import functools
 import os
 from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# libtpu describes and compiles for TPUs that are not there, if nothing makes it look for them.
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+os.environ["TPU_ACCELERATOR_TYPE"] = "v5litepod-4"
+os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+
+
+@pytest.fixture(scope="session")
+def tpus():
+    """tpus("v5p:2x2x2"): descriptions of so many TPU devices, for which programs can be compiled and not run."""
+    from jax.experimental import topologies
+
+    return functools.cache(lambda name: topologies.get_topology_desc(platform="tpu", topology_name=name).devices)

@@ -43,7 +43,8 @@ def mixture(
     )
     y_BTD = y_ND.reshape(x_BTD.shape)
     if moe.n_shared_experts:
-        y_BTD += swiglu(x_BTD, p["w_gate_DX"], p["w_up_DX"], p["w_down_XD"])
+        with jax.named_scope("shared_experts"):  # they wait for no transfer, so they run beside it
+            y_BTD += swiglu(x_BTD, p["w_gate_DX"], p["w_up_DX"], p["w_down_XD"])
 
     pairs = collectives.add(valid_BT.sum() * moe.num_experts_per_tok, (*BATCH, "context"), mesh)
     dropped = (valid_BT1 & ~kept_BTK).sum() / (jnp.maximum(pairs, 1) * mesh.tensor)

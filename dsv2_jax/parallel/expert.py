@@ -80,9 +80,11 @@ def dispatch(
     plan = make_plan(experts_NK // own, most_devices(moe, mesh.expert), mesh)
     rows_PD, gates_PK = expand(x_ND, plan), expand(gates_NK, plan)
     ids_PK = _local(experts_NK[plan.tokens_P], plan.devices_P[:, None], own)
-    x_SD, gates_SK = exchange(rows_PD, plan.sizes_XX, rows), exchange(gates_PK, plan.sizes_XX, rows)
-    ids_SK = exchange(ids_PK - own, plan.sizes_XX, rows) + own  # rows that nobody sent are 0, so of no expert
-    y_SD = experts(x_SD, ids_SK, gates_SK)
+    # Gates and ids travel in one array of float32; rows that nobody sent come out as 0, which must be no expert.
+    notes_PK = jnp.concatenate([gates_PK, (ids_PK - own).astype(jnp.float32)], axis=1)
+    x_SD, notes_SK = exchange(rows_PD, plan.sizes_XX, rows), exchange(notes_PK, plan.sizes_XX, rows)
+    gates_SK, ids_SK = jnp.split(notes_SK, 2, axis=1)
+    y_SD = experts(x_SD, ids_SK.astype(jnp.int32) + own, gates_SK)
     return merge(exchange(y_SD, plan.sizes_XX.T, len(rows_PD)), plan)
 
 
@@ -140,8 +142,6 @@ def exchange(rows_PD: Array, sizes_XX: Array, room: int) -> Array:
     sizes_XX int32: rows of device i for device j. A sender's runs lie in the order of the receivers, without gaps.
     Rows behind the last are 0. Transposed, the exchange of the transposed sizes.
     """
-    if not jnp.issubdtype(rows_PD.dtype, jnp.inexact):
-        return _move(rows_PD, sizes_XX, room)
     return _exchange(room, len(rows_PD), rows_PD, sizes_XX)
 
 

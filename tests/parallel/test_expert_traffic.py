@@ -1,0 +1,127 @@
+"""What travels between the devices of the expert axis, read from programs compiled for real TPUs."""
+
+import dataclasses
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from configs import models
+from dsv2_jax.config import Mesh
+from dsv2_jax.model.grouped import grouped_swiglu
+from dsv2_jax.model.moe import mixture
+from dsv2_jax.parallel import expert
+from dsv2_jax.parallel import mesh as device_mesh
+
+pytestmark = pytest.mark.tpu
+MESH = Mesh(fsdp=1, expert=8)
+MOE = dataclasses.replace(models.v2().moe, budget_sequences=8)  # 160 experts of which 6, in 8 groups of which 3
+# Programs that leave gathers and scatters to the SparseCore cannot be printed.
+READABLE = {
+    "xla_tpu_offload_gather_to_sparsecore": False,
+    "xla_tpu_enable_offloading_scatter_to_sparsecore": False,
+}
+BYTES = {"bf16": 2, "f32": 4, "s32": 4}
+TOKENS, WIDTH, INNER = 512, 5120, 128
+
+
+def compiled(function, devices, arguments, specs):
+    """The scheduled HLO of a function under shard_map on TPUs; every argument as ((shape, dtype), spec)."""
+    mesh = device_mesh.make(MESH, devices)
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=tuple(specs), out_specs=PartitionSpec("expert"), check_vma=False)
+    shapes = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+        for (shape, dtype), spec in zip(arguments, specs, strict=True)
+    ]
+    return jax.jit(mapped).lower(*shapes).compile(READABLE).as_text()
+
+
+def bytes_moved(hlo: str) -> int:
+    """Bytes that can leave a device in all ragged all-to-alls: of operand and result, the smaller one."""
+    total = 0
+    for line in hlo.splitlines():
+        found = re.search(r"= (.*?) ragged-all-to-all(-start)?\(", line)
+        if not found:
+            continue
+        shapes = [
+            (d, math.prod(map(int, s.split(",")))) for d, s in re.findall(r"(bf16|f32|s32)\[([\d,]+)\]", found[1])
+        ]
+        sizes = [BYTES[dtype] * count for dtype, count in shapes if count > 8]  # eight offsets and sizes are no data
+        if not found[2]:
+            operand = re.search(r"ragged-all-to-all\((\S+?)[,)]", line)
+            assert operand
+            source = re.search(
+                rf"^\s*(?:ROOT )?{re.escape(operand[1])} = (bf16|f32|s32)\[([\d,]+)\]", hlo, re.MULTILINE
+            )
+            assert source, operand[1]
+            sizes.append(BYTES[source[1]] * math.prod(map(int, source[2].split(","))))
+        total += min(sizes)
+    return total
+
+
+def test_a_token_is_sent_at_most_once_to_a_device(tpus):
+    """Half the bytes of one copy per (token, expert): M = 3 copies, not K = 6, each with a few more ids and gates."""
+
+    def traffic(moe, tokens, choices):
+        def dispatch(x_ND, experts_NK, gates_NK, w_gate, w_up, w_down):
+            def experts(x, ids, gates):
+                return grouped_swiglu(x, ids, gates, w_gate, w_up, w_down)
+
+            rows = expert.most_rows(MOE, MESH, 1, TOKENS, dropping=False)
+            return expert.dispatch(x_ND, experts_NK, gates_NK, experts, moe, MESH, rows * choices_of_a_copy)
+
+        choices_of_a_copy = MOE.num_experts_per_tok // choices
+        split = PartitionSpec("expert")
+        weights = [((160, *s), jnp.bfloat16) for s in ((WIDTH, INNER), (WIDTH, INNER), (INNER, WIDTH))]
+        arguments = [
+            ((8 * tokens, WIDTH), jnp.bfloat16),
+            ((8 * tokens, choices), jnp.int32),
+            ((8 * tokens, choices), jnp.float32),
+            *weights,
+        ]
+        return bytes_moved(compiled(dispatch, tpus("v5p:2x2x2"), arguments, [split] * 6))
+
+    ours = traffic(MOE, TOKENS, 6)
+    per_expert = traffic(dataclasses.replace(MOE, num_experts_per_tok=1, topk_group=1), 6 * TOKENS, 1)
+    # A copy of every token: bfloat16 there and back, and a row of gates and ids, which a TPU pads to 128 float32.
+    copy = TOKENS * (2 * WIDTH * 2 + 128 * 4)
+    assert (ours, per_expert) == (3 * copy, 6 * copy)
+    assert ours / per_expert <= 0.55
+
+
+def test_shared_experts_run_while_tokens_travel(tpus):
+    """In the schedule, the shared experts' products stand between the start of a transfer and its end."""
+
+    def layer(x_BTD, *weights):
+        names = ("w_router_DE", "w_gate_EDF", "w_up_EDF", "w_down_EFD", "w_gate_DX", "w_up_DX", "w_down_XD")
+        p = dict(zip(names, weights, strict=True))
+        b, t = x_BTD.shape[:2]
+        return mixture(p, x_BTD, jnp.ones((b, t), bool), jnp.zeros(b, bool), MOE, MESH)[0]
+
+    split, whole = PartitionSpec("expert"), PartitionSpec()
+    shared = 2 * MOE.moe_intermediate_size
+    bf16, f32 = jnp.bfloat16, jnp.float32
+    arguments = [
+        ((8, TOKENS, WIDTH), bf16),
+        ((WIDTH, 160), f32),
+        ((160, WIDTH, INNER), bf16),
+        ((160, WIDTH, INNER), bf16),
+        ((160, INNER, WIDTH), bf16),
+        ((WIDTH, shared), bf16),
+        ((WIDTH, shared), bf16),
+        ((shared, WIDTH), bf16),
+    ]
+    specs = [split, whole, split, split, split, whole, whole, whole]
+    lines = compiled(layer, tpus("v5p:2x2x2"), arguments, specs).splitlines()
+    hidden = f"bf16\\[{3 * TOKENS},"  # the operand of the transfer of hidden states, in whatever shape its width has
+    start = next(i for i, line in enumerate(lines) if re.search(rf"ragged-all-to-all-start = \(\({hidden}", line))
+    name = re.search(r"(%ragged-all-to-all-start[.\d]*) =", lines[start])
+    assert name
+    done = next(
+        i for i, line in enumerate(lines) if re.search(rf"ragged-all-to-all-done\({re.escape(name[1])}\)", line)
+    )
+    between = [line for line in lines[start:done] if "shared_experts" in line and "dot_general" in line]
+    assert between, "nothing of the shared experts is scheduled inside the transfer"
