@@ -53,4 +53,9 @@ def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
 
 def swiglu(x_BTD: Array, w_gate_DI: Array, w_up_DI: Array, w_down_ID: Array) -> Array:
     """down(silu(gate(x)) * up(x)), [B, T, D] in x's dtype."""
-    return project(jax.nn.silu(project(x_BTD, w_gate_DI)) * project(x_BTD, w_up_DI), w_down_ID)
+    return project(gated(x_BTD, w_gate_DI, w_up_DI), w_down_ID)
+
+
+def gated(x_BTD: Array, w_gate_DI: Array, w_up_DI: Array) -> Array:
+    """silu(gate(x)) * up(x), [B, T, I] in x's dtype."""
+    return jax.nn.silu(project(x_BTD, w_gate_DI)) * project(x_BTD, w_up_DI)

@@ -7,7 +7,8 @@ from jax import Array
 from dsv2_jax.config import SINGLE, Mesh, Moe
 from dsv2_jax.model import router
 from dsv2_jax.model.grouped import grouped_swiglu
-from dsv2_jax.model.layers import swiglu
+from dsv2_jax.model.layers import gated
+from dsv2_jax.model.matmul import project
 from dsv2_jax.parallel import collectives, expert
 from dsv2_jax.parallel.mesh import BATCH
 
@@ -32,7 +33,11 @@ def mixture(
         return grouped_swiglu(x_ND, experts_NK, gates_NK, p["w_gate_EDF"], p["w_up_EDF"], p["w_down_EFD"])
 
     tokens = (-1, moe.num_experts_per_tok)
-    y_ND = expert.dispatch(
+    beside = None
+    if moe.n_shared_experts:
+        up = expert.Work(_shared_up, (x_BTD, p["w_gate_DX"], p["w_up_DX"]))
+        beside = up, expert.Work(_shared_down, (p["w_down_XD"],))
+    y_ND, shared = expert.dispatch(
         x_BTD.reshape(-1, x_BTD.shape[-1]),
         jnp.where(kept_BTK, routing.experts_BTK, moe.n_routed_experts).reshape(tokens),
         routing.gates_BTK.reshape(tokens),
@@ -40,11 +45,11 @@ def mixture(
         moe,
         mesh,
         expert.most_rows(moe, mesh, *valid_BT.shape, dropping=dropping),
+        beside,
     )
     y_BTD = y_ND.reshape(x_BTD.shape)
-    if moe.n_shared_experts:
-        with jax.named_scope("shared_experts"):  # they wait for no transfer, so they run beside it
-            y_BTD += swiglu(x_BTD, p["w_gate_DX"], p["w_up_DX"], p["w_down_XD"])
+    if shared is not None:
+        y_BTD += shared
 
     pairs = collectives.add(valid_BT.sum() * moe.num_experts_per_tok, (*BATCH, "context"), mesh)
     dropped = (valid_BT1 & ~kept_BTK).sum() / (jnp.maximum(pairs, 1) * mesh.tensor)
@@ -53,3 +58,13 @@ def mixture(
         "experts_BTK": routing.experts_BTK,
     }
     return collectives.add(y_BTD, ("tensor",), mesh), statistics
+
+
+def _shared_up(x_BTD: Array, w_gate_DX: Array, w_up_DX: Array) -> Array:
+    with jax.named_scope("shared_experts"):
+        return gated(x_BTD, w_gate_DX, w_up_DX)
+
+
+def _shared_down(hidden_BTX: Array, w_down_XD: Array) -> Array:
+    with jax.named_scope("shared_experts"):
+        return project(hidden_BTX, w_down_XD)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from dsv2_jax.config import Mesh, Moe
 from dsv2_jax.parallel import collectives
@@ -40,6 +41,13 @@ class Plan(NamedTuple):
     sizes_XX: Array
 
 
+class Work(NamedTuple):
+    """function(*arguments): work that waits for no transfer. The function is one of a module, for it is a jit key."""
+
+    function: Callable[..., Array]
+    arguments: tuple[Array, ...]
+
+
 def most_devices(moe: Moe, devices: int) -> int:
     """Devices that one token can be sent to: its K experts lie in M groups, each on its own run of devices."""
     return min(moe.num_experts_per_tok, devices, moe.topk_group * math.ceil(devices / moe.n_group))
@@ -62,9 +70,19 @@ def most_rows(moe: Moe, mesh: Mesh, b: int, t: int, *, dropping: bool) -> int:
 
 
 def dispatch(
-    x_ND: Array, experts_NK: Array, gates_NK: Array, experts: Experts, moe: Moe, mesh: Mesh, rows: int
-) -> Array:
-    """`experts` applied where each expert lives: y_ND of this device's tokens.
+    x_ND: Array,
+    experts_NK: Array,
+    gates_NK: Array,
+    experts: Experts,
+    moe: Moe,
+    mesh: Mesh,
+    rows: int,
+    beside: tuple[Work, Work] | None = None,
+) -> tuple[Array, Array | None]:
+    """`experts` applied where each expert lives: (y_ND of this device's tokens, the result of `beside`).
+
+    Of the work `beside`, the first part runs while rows travel out; the second takes its result as one more argument,
+    the first one, and runs while rows come back.
 
     experts_NK int32: ids over all devices, E where a pair is dropped. gates_NK float32. `experts` gets rows from all
     devices with ids among its own E / X experts, E / X for none. `rows` bounds what it can get (see `most_rows`).
@@ -72,20 +90,47 @@ def dispatch(
     scattered: the same traffic, and nothing to sort.
     """
     own = moe.n_routed_experts // mesh.expert
-    if mesh.expert == 1:
-        return experts(x_ND, experts_NK, gates_NK)
-    if mesh.expert <= most_devices(moe, mesh.expert):
+    out, back = beside or (None, None)
+    if mesh.expert <= most_devices(moe, mesh.expert):  # one device, too
         x, gates, ids = (collectives.gather(a, AXIS, 0, mesh) for a in (x_ND, gates_NK, experts_NK))
-        return collectives.scatter(experts(x, _local(ids, collectives.index(AXIS, mesh), own), gates), AXIS, 0, mesh)
+        y = experts(x, _local(ids, collectives.index(AXIS, mesh), own), gates)
+        meanwhile = back.function(out.function(*out.arguments), *back.arguments) if out and back else None
+        return collectives.scatter(y, AXIS, 0, mesh), meanwhile
     plan = make_plan(experts_NK // own, most_devices(moe, mesh.expert), mesh)
     rows_PD, gates_PK = expand(x_ND, plan), expand(gates_NK, plan)
     ids_PK = _local(experts_NK[plan.tokens_P], plan.devices_P[:, None], own)
     # Gates and ids travel in one array of float32; rows that nobody sent come out as 0, which must be no expert.
     notes_PK = jnp.concatenate([gates_PK, (ids_PK - own).astype(jnp.float32)], axis=1)
-    x_SD, notes_SK = exchange(rows_PD, plan.sizes_XX, rows), exchange(notes_PK, plan.sizes_XX, rows)
+    notes_SK = exchange(notes_PK, plan.sizes_XX, rows)
+    # XLA is told to schedule the work between the start of a transfer and its end. Left alone it puts it behind, for it
+    # does not know how long a ragged transfer takes. The barriers keep out of a group what needs its results.
+    with set_xla_metadata(_scheduling_group_id="0"):
+        arrived = exchange(rows_PD, plan.sizes_XX, rows), _run(out)
+    x_SD, meanwhile = lax.optimization_barrier(arrived)
     gates_SK, ids_SK = jnp.split(notes_SK, 2, axis=1)
     y_SD = experts(x_SD, ids_SK.astype(jnp.int32) + own, gates_SK)
-    return merge(exchange(y_SD, plan.sizes_XX.T, len(rows_PD)), plan)
+    with set_xla_metadata(_scheduling_group_id="1"):
+        arrived = exchange(y_SD, plan.sizes_XX.T, len(rows_PD)), _run(back, meanwhile)
+    back_PD, meanwhile = lax.optimization_barrier(arrived)
+    return merge(back_PD, plan), meanwhile
+
+
+def _run(work: Work | None, *first: Array | None) -> Array | None:
+    return _forward_group(work.function, *first, *work.arguments) if work else None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _forward_group(function: Callable[..., Array], *arguments: Array) -> Array:
+    """The function, whose gradient leaves the scheduling group: in one of a layer's backward pass both would stand."""
+    return function(*arguments)
+
+
+def _forward_group_bwd(function: Callable[..., Array], arguments: tuple[Array, ...], g: Array) -> tuple[Array, ...]:
+    with set_xla_metadata(_scheduling_group_id=None):
+        return jax.vjp(function, *arguments)[1](g)
+
+
+_forward_group.defvjp(lambda function, *arguments: (function(*arguments), arguments), _forward_group_bwd)
 
 
 def _local(ids: Array, device: Array | int, own: int) -> Array:
@@ -151,10 +196,12 @@ def _exchange(room: int, room_back: int, rows_PD: Array, sizes_XX: Array) -> Arr
     return _move(rows_PD, sizes_XX, room)
 
 
-_exchange.defvjp(
-    lambda room, _, rows, sizes: (_move(rows, sizes, room), sizes),
-    lambda _, room_back, sizes, g: (_move(g, sizes.T, room_back), None),
-)
+def _exchange_bwd(_: int, room_back: int, sizes_XX: Array, g_SD: Array) -> tuple[Array, None]:
+    with set_xla_metadata(_scheduling_group_id=None):
+        return _move(g_SD, sizes_XX.T, room_back), None
+
+
+_exchange.defvjp(lambda room, _, rows, sizes: (_move(rows, sizes, room), sizes), _exchange_bwd)
 
 
 def _move(rows_PD: Array, sizes_XX: Array, room: int) -> Array:

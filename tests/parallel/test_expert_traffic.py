@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,13 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import models
-from dsv2_jax.config import Mesh
+from dsv2_jax.config import Batch, Compute, Config, Mesh
+from dsv2_jax.model import transformer
 from dsv2_jax.model.grouped import grouped_swiglu
 from dsv2_jax.model.moe import mixture
-from dsv2_jax.parallel import expert
+from dsv2_jax.parallel import expert, sharding
 from dsv2_jax.parallel import mesh as device_mesh
+from dsv2_jax.training.step import create, state_specs, train_step
 
 pytestmark = pytest.mark.tpu
 MESH = Mesh(fsdp=1, expert=8)
@@ -31,7 +34,9 @@ TOKENS, WIDTH, INNER = 512, 5120, 128
 def compiled(function, devices, arguments, specs):
     """The scheduled HLO of a function under shard_map on TPUs; every argument as ((shape, dtype), spec)."""
     mesh = device_mesh.make(MESH, devices)
-    mapped = jax.shard_map(function, mesh=mesh, in_specs=tuple(specs), out_specs=PartitionSpec("expert"), check_vma=False)
+    mapped = jax.shard_map(
+        function, mesh=mesh, in_specs=tuple(specs), out_specs=PartitionSpec("expert"), check_vma=False
+    )
     shapes = [
         jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
         for (shape, dtype), spec in zip(arguments, specs, strict=True)
@@ -71,7 +76,7 @@ def test_a_token_is_sent_at_most_once_to_a_device(tpus):
                 return grouped_swiglu(x, ids, gates, w_gate, w_up, w_down)
 
             rows = expert.most_rows(MOE, MESH, 1, TOKENS, dropping=False)
-            return expert.dispatch(x_ND, experts_NK, gates_NK, experts, moe, MESH, rows * choices_of_a_copy)
+            return expert.dispatch(x_ND, experts_NK, gates_NK, experts, moe, MESH, rows * choices_of_a_copy)[0]
 
         choices_of_a_copy = MOE.num_experts_per_tok // choices
         split = PartitionSpec("expert")
@@ -116,12 +121,40 @@ def test_shared_experts_run_while_tokens_travel(tpus):
     ]
     specs = [split, whole, split, split, split, whole, whole, whole]
     lines = compiled(layer, tpus("v5p:2x2x2"), arguments, specs).splitlines()
-    hidden = f"bf16\\[{3 * TOKENS},"  # the operand of the transfer of hidden states, in whatever shape its width has
-    start = next(i for i, line in enumerate(lines) if re.search(rf"ragged-all-to-all-start = \(\({hidden}", line))
-    name = re.search(r"(%ragged-all-to-all-start[.\d]*) =", lines[start])
-    assert name
-    done = next(
-        i for i, line in enumerate(lines) if re.search(rf"ragged-all-to-all-done\({re.escape(name[1])}\)", line)
+    starts = [re.search(r"(%\S+) = \(\(bf16.* ragged-all-to-all-start\(", line) for line in lines]
+    transfers = [(i, found[1]) for i, found in enumerate(starts) if found]
+    assert len(transfers) == 2, "hidden states move once each way"
+    for start, name in transfers:
+        done = next(i for i, line in enumerate(lines) if f"ragged-all-to-all-done({name})" in line)
+        beside = [line for line in lines[start:done] if "shared_experts/dot_general" in line]
+        assert beside, f"nothing of the shared experts is scheduled inside {name}"
+
+
+def test_a_training_step_compiles_for_a_pod(tpus):
+    """Forward and backward, layers scanned and recomputed: the compiler takes the schedule that is asked of it."""
+    tiny = models.tiny()
+    mesh = Mesh(fsdp=2, expert=4, tensor=1)
+    model = dataclasses.replace(tiny, moe=dataclasses.replace(tiny.moe, budget_sequences=4))
+    config = Config(
+        workdir=Path(),
+        tokens=16 * 128,
+        model=model,
+        batch=Batch(size=16, length=128, micro_size=8),
+        compute=Compute(dtype="bfloat16"),
+        mesh=mesh,
     )
-    between = [line for line in lines[start:done] if "shared_experts" in line and "dot_general" in line]
-    assert between, "nothing of the shared experts is scheduled inside the transfer"
+    devices = device_mesh.make(mesh, tpus("v5p:2x2x2"))
+    state = jax.eval_shape(lambda: create(transformer.init(model, jax.random.key(0)), config))
+    state = jax.tree.map(
+        lambda s, on: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=on),
+        state,
+        sharding.on(devices, state_specs(config)),
+    )
+    names = dict.fromkeys(("tokens_BT", "targets_BT", "positions_BT", "segments_BT", "bytes_BT"), jnp.int32)
+    batch = {
+        name: jax.ShapeDtypeStruct((2, 8, 128), dtype, sharding=NamedSharding(devices, sharding.batch_spec(name)))
+        for name, dtype in (names | {"weights_BT": jnp.float32}).items()
+    }
+    program = train_step.lower(state, batch, 1e-3, config=config, mesh=devices).compile(READABLE)
+    assert program.memory_analysis().temp_size_in_bytes > 0
+    assert "ragged-all-to-all" in program.as_text()
