@@ -20,7 +20,7 @@ from dsv2_jax.model.attention import Where, attend
 from dsv2_jax.model.layers import compute_dtype, declare, rms_norm, swiglu
 from dsv2_jax.model.matmul import project
 from dsv2_jax.model.moe import mixture
-from dsv2_jax.parallel import collectives, context, sharding
+from dsv2_jax.parallel import collectives, context, pipeline, sharding
 
 REMAT = {  # what the backward pass finds stored of a layer; all else it computes again
     "none": None,
@@ -120,12 +120,14 @@ class Transformer(nn.Module):
         exempt_B: Array | None = None,
         cache: caches.Cache | None = None,
         prefill: bool = False,
+        micro_batches: int = 1,
     ) -> Output:
         """Runs tokens int32 at positions int32; a token attends earlier tokens of its segment (int32, 0 is padding).
 
         exempt_B bool: given in training only, then experts' budgets hold for all other sequences. cache: only when
         unrolled; the tokens are written behind its filled slots. prefill: the cache is known to be empty, so the
-        expanded form serves.
+        expanded form serves. micro_batches: how many follow each other in the rows, for a pipeline to work on; the
+        result is then of this stage's part of the positions.
         """
         segments_BS = context.whole(segments_BT, self.mesh)
         where = Where(rope.phases(self.model, positions_BT), segments_BT, segments_BS, 0)
@@ -133,8 +135,11 @@ class Transformer(nn.Module):
             offset = 0 if prefill else cache.length
             where = where._replace(offset=offset, segments_BS=caches.write(cache.segments_BS, segments_BT, offset))
         x_BTD = Embed(self.model, self.mesh, name="embed")(tokens_BT, compute_dtype(self.compute))
-        run = self._unrolled if self.unrolled else self._scanned
-        x_BTD, layers, statistics = run(x_BTD, cache, where, exempt_B)
+        if self.unrolled:
+            x_BTD, layers, statistics = self._unrolled(x_BTD, cache, where, exempt_B)
+        else:
+            assert cache is None, "a cache needs the unrolled form"
+            x_BTD, layers, statistics = self._scanned(x_BTD, where, exempt_B, micro_batches)
         if cache is not None:
             cache = caches.Cache(layers, where.segments_BS, cache.length + tokens_BT.shape[1])
         return Output(Head(self.model, self.mesh, name="head")(x_BTD), cache, statistics)
@@ -142,17 +147,41 @@ class Transformer(nn.Module):
     def _kinds(self) -> list[tuple[str, int]]:
         return [(k, n) for k, n in (("dense", self.model.dense_layers), ("moe", self.model.moe_layers)) if n]
 
-    def _scanned(self, x_BTD: Array, cache: caches.Cache | None, where: Where, exempt_B: Array | None) -> Any:
-        assert cache is None, "a cache needs the unrolled form"
-        # The offset is a static 0 here; as a traced scan input it would lose that.
-        call = functools.partial(_scan_body, where=where, exempt_B=exempt_B)
-        policy, statistics = REMAT[self.compute.remat], {}
-        body = call if policy is None else nn.remat(call, policy=policy, prevent_cse=False)
+    def _scanned(self, x_BTD: Array, where: Where, exempt_B: Array | None, micro_batches: int) -> Any:
+        statistics = {}
         for kind, count in self._kinds():
             layer = Layer(self.model, kind == "moe", self.mesh, name=kind)
-            scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=count)
-            x_BTD, statistics = scan(layer, x_BTD, None)
+            if kind == "moe" and self.mesh.pipeline > 1:
+                x_BTD, statistics = self._pipelined(layer, x_BTD, where, exempt_B, micro_batches)
+            else:
+                x_BTD, statistics = self._scan(layer, x_BTD, where, exempt_B, count)
         return x_BTD, None, statistics
+
+    def _scan(self, layer: Layer, x_BTD: Array, where: Where, exempt_B: Array | None, count: int) -> Any:
+        # The offset is a static 0 here; as a traced scan input it would lose that.
+        call = functools.partial(_scan_body, where=where, exempt_B=exempt_B)
+        policy = REMAT[self.compute.remat]
+        body = call if policy is None else nn.remat(call, policy=policy, prevent_cse=False)
+        scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=count)
+        return scan(layer, x_BTD, None)
+
+    def _pipelined(
+        self, layer: Layer, x_BTD: Array, where: Where, exempt_B: Array | None, micro_batches: int
+    ) -> tuple[Array, dict[str, Array]]:
+        def apart(rows: Array) -> Array:
+            return rows.reshape(micro_batches, -1, *rows.shape[1:])
+
+        def stage(layer: Layer, x_BTD: Array, inputs: Any) -> tuple[Array, dict[str, Array]]:
+            phases, segments_BT, segments_BS, exempt_B = inputs
+            here = Where(phases, segments_BT, segments_BS, 0)
+            layers = self.model.moe_layers // self.mesh.pipeline
+            x_BTD, statistics = self._scan(layer, x_BTD, here, exempt_B, layers)
+            return x_BTD, {name: x for name, x in statistics.items() if name != "experts_BTK"}
+
+        inputs = where.phases_BTR, where.segments_BT, where.segments_BS, exempt_B
+        x_ABTD, sums = pipeline.run(stage, layer, apart(x_BTD), jax.tree.map(apart, inputs), self.mesh)
+        statistics = {name: pipeline.all_layers(x / micro_batches, self.mesh) for name, x in sums.items()}
+        return x_ABTD.reshape(-1, *x_ABTD.shape[2:]), statistics
 
     def _unrolled(self, x_BTD: Array, cache: caches.Cache | None, where: Where, exempt_B: Array | None) -> Any:
         layers: list[caches.Layer | None] = []
@@ -187,13 +216,16 @@ def forward(
     compute: Compute,
     mesh: Mesh = SINGLE,
     exempt_B: Array | None = None,
+    micro_batches: int = 1,
 ) -> Output:
     """The network over a packed batch {"tokens_BT", "positions_BT", "segments_BT"}; params cast by `layers.cast`.
 
     On a mesh it runs inside shard_map, on this device's part of the batch and its shards of the parameters.
     """
     inputs = (batch[name] for name in ("tokens_BT", "positions_BT", "segments_BT"))
-    return Transformer(model, compute, mesh).apply({"params": params}, *inputs, exempt_B=exempt_B)  # pyright: ignore
+    return Transformer(model, compute, mesh).apply(  # pyright: ignore
+        {"params": params}, *inputs, exempt_B=exempt_B, micro_batches=micro_batches
+    )
 
 
 def logits(params: Any, hidden_BTD: Array) -> Array:

@@ -233,8 +233,11 @@ def check_batch(rows: int, length: int, model: Model, mesh: Mesh, dropping: bool
         rows % devices == 0,
         f"the {rows} sequences of a micro-batch must be a multiple of mesh.data x mesh.fsdp x mesh.expert = {devices}",
     )
-    parts = 2 * mesh.context if mesh.context > 1 else 1
-    check(length % parts == 0, f"the length of a sequence ({length}) must be a multiple of 2 x mesh.context = {parts}")
+    parts = (2 * mesh.context if mesh.context > 1 else 1) * mesh.pipeline
+    check(
+        length % parts == 0,
+        f"the length of a sequence ({length}) must be a multiple of {parts}, for mesh.context and mesh.pipeline",
+    )
     m = model.moe
     together, shared = rows // mesh.size("data", "fsdp"), m.budget_sequences or rows
     check(

@@ -7,7 +7,7 @@ from jax import Array
 from dsv2_jax.config import Config
 from dsv2_jax.model import transformer
 from dsv2_jax.model.layers import cast, compute_dtype
-from dsv2_jax.parallel import sharding
+from dsv2_jax.parallel import pipeline, sharding
 from dsv2_jax.training.cross_entropy import cross_entropy
 
 BALANCES = ("expert_balance", "device_balance", "communication_balance")
@@ -21,18 +21,30 @@ def loss(
     exempt_B: Array | None,
     total_weight: Array | float,
     share: Array | float,
+    micro_batches: int = 1,
 ) -> tuple[Array, dict[str, Array]]:
     """One micro-batch's part of a step's loss and metrics, on one device: over both the parts add up to the step's.
 
     batch leaves [B, T]. exempt_B bool: sequences spared from dropping; None: nothing is dropped. total_weight: sum of
-    the weights of the whole step. share: one over the number of micro-batches. Metrics, float32: `nll` in nats per
+    the weights of the whole step. share: one over the number of calls. micro_batches: those that follow each other in
+    the rows of this call, for a pipeline. Metrics, float32: `nll` in nats per
     token, `tokens` and `bytes` (targets that count, and the UTF-8 bytes they stand for); with experts also the three
     balance losses summed over layers, `dropped` (share of token-expert pairs) and `load_LE` (an expert's share of the
     choices times E).
     """
     model, mesh, dtype = config.model, config.mesh, compute_dtype(config.compute)
     operands = cast(params, dtype)
-    out = transformer.forward(operands, batch, model=model, compute=config.compute, mesh=mesh, exempt_B=exempt_B)
+    out = transformer.forward(
+        operands,
+        batch,
+        model=model,
+        compute=config.compute,
+        mesh=mesh,
+        exempt_B=exempt_B,
+        micro_batches=micro_batches,
+    )
+    if mesh.pipeline > 1:
+        batch = {name: pipeline.part(leaf, mesh) for name, leaf in batch.items()}
     head = sharding.gather({"w_head_DW": operands["head"]["w_head_DW"]}, model, mesh)
     nll: Array = cross_entropy(
         out.hidden_BTD.reshape(-1, model.hidden_size),

@@ -131,6 +131,11 @@ def _accumulate(state: State, batch: dict[str, jax.Array], config: Config, loss:
         one, exempt_B = inputs
         return jax.value_and_grad(loss, has_aux=True)(state.params, one, exempt_B=exempt_B, **common)
 
+    if mesh.pipeline > 1:  # a pipeline takes all micro-batches at once
+        rows_of = {name: leaf.reshape(-1, leaf.shape[-1]) for name, leaf in batch.items()}
+        whole = functools.partial(loss, micro_batches=micro_batches, **(common | {"share": 1.0}))
+        return jax.value_and_grad(whole, has_aux=True)(state.params, rows_of, exempt_B=exempt_AB.reshape(-1))
+
     inputs = (batch, exempt_AB)
     first = jax.tree.map(lambda x: x[0], inputs)
     if micro_batches == 1:

@@ -36,9 +36,17 @@ LAYOUTS = {
 }
 
 
-def config(mesh: Mesh, budget: int, dropping: bool = True) -> Config:
+# (layout, micro-batches, MoE layers)
+PIPELINES = {
+    "pipeline": (Mesh(fsdp=1, pipeline=8), 8, 8),
+    "pipeline+fsdp+expert": (Mesh(pipeline=2, fsdp=2, expert=2), 2, 2),
+    "data+pipeline+tensor": (Mesh(data=2, pipeline=2, fsdp=1, tensor=2), 4, 2),
+}
+
+
+def config(mesh: Mesh, budget: int, dropping: bool = True, micro_batches: int = 1, moe_layers: int = 2) -> Config:
     """A V2-like model, 8 groups of which 3 are kept, small and with dims that eight devices divide."""
-    tiny = models.tiny()
+    tiny = dataclasses.replace(models.tiny(), num_hidden_layers=1 + moe_layers)
     moe = dataclasses.replace(
         tiny.moe, budget_sequences=budget, capacity_factor=0.7 if dropping else 0.0, exempt_fraction=0.3
     )
@@ -49,7 +57,7 @@ def config(mesh: Mesh, budget: int, dropping: bool = True) -> Config:
         workdir=Path(),
         tokens=ROWS * LENGTH,
         model=dataclasses.replace(tiny, moe=moe, attention=attention),
-        batch=Batch(size=ROWS, length=LENGTH, micro_size=ROWS),
+        batch=Batch(size=ROWS, length=LENGTH, micro_size=ROWS // micro_batches),
         # AdamW divides gradients by their size: with a small epsilon, those that are all rounding would decide.
         optimizer=Optimizer(clip_norm=0.5, epsilon=1e-4),
         compute=Compute(dtype="float32", remat="full" if mesh.size("fsdp", "expert") == 8 else "none", loss_chunk=64),
@@ -57,8 +65,8 @@ def config(mesh: Mesh, budget: int, dropping: bool = True) -> Config:
     )
 
 
-def batch(model) -> dict[str, np.ndarray]:
-    """Packed rows with documents of several lengths, the last ones ending in padding; micro-batches of one."""
+def batch(model: Model, micro_batches: int) -> dict[str, np.ndarray]:
+    """Packed rows with documents of several lengths, the last ones ending in padding."""
     rng = np.random.default_rng(0)
     segments_BT = np.ones((ROWS, LENGTH), np.int32)
     segments_BT[::2, 11:] = 2
@@ -73,7 +81,7 @@ def batch(model) -> dict[str, np.ndarray]:
         "bytes_BT": rng.integers(0, 5, (ROWS, LENGTH)).astype(np.int32),
         "weights_BT": (segments_BT > 0).astype(np.float32),
     }
-    return {name: leaf[None] for name, leaf in leaves.items()}
+    return {name: leaf.reshape(micro_batches, -1, LENGTH) for name, leaf in leaves.items()}
 
 
 @functools.cache
@@ -86,12 +94,14 @@ def run(wanted: Config, steps: int) -> tuple[list[dict], dict, dict]:
     """(metrics of every step, parameters after the last, gradients of the first, scaled) as host arrays."""
     wanted = resolve(wanted) if wanted.mesh != SINGLE else wanted
     mesh = device_mesh.make(wanted.mesh) if wanted.mesh != SINGLE else None
-    feed = Feed(mesh, wanted.mesh, ROWS)
+    micro_batches = wanted.batch.size // wanted.batch.micro_size
+    feed = Feed(mesh, wanted.mesh, ROWS // micro_batches)
+    data = feed(batch(wanted.model, micro_batches))
     state = create(initial(wanted.model), wanted)
     state = jax.device_put(state, sharding.on(mesh, state_specs(wanted)))
     history, first = [], None
     for _ in range(steps):
-        state, metrics = train_step(state, feed(batch(wanted.model)), LR, config=wanted, mesh=mesh)
+        state, metrics = train_step(state, data, LR, config=wanted, mesh=mesh)
         history.append(jax.device_get(metrics))
         first = first or jax.device_get(state.optimizer[0].mu)
     return history, jax.device_get(state.params), first
@@ -121,7 +131,20 @@ def alone():
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_equals_one_device(name, dropping, alone):
     mesh, budget = LAYOUTS[name]
-    ours, theirs = run(config(mesh, budget, dropping), STEPS), alone(budget, dropping)
+    compare(run(config(mesh, budget, dropping), STEPS), alone(budget, dropping), dropping)
+
+
+@pytest.mark.parametrize("dropping", [True, False], ids=["dropping", "dropless"])
+@pytest.mark.parametrize("name", PIPELINES)
+def test_pipeline_equals_one_device(name, dropping):
+    mesh, micro_batches, moe_layers = PIPELINES[name]
+    budget = ROWS // micro_batches // mesh.size("data", "fsdp")
+    ours, theirs = (config(m, budget, dropping, micro_batches, moe_layers) for m in (mesh, SINGLE))
+    compare(run(ours, STEPS), run(theirs, STEPS), dropping)
+
+
+def compare(ours, theirs, dropping):
+    """Figures of every step, parameters behind the last one, gradients of the first."""
     for step, (a, b) in enumerate(zip(ours[0], theirs[0], strict=True)):
         assert (b["dropped"] > 0.05) == dropping
         for figure, value in b.items():

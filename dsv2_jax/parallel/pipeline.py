@@ -1,0 +1,62 @@
+"""Pipeline parallelism: MoE layers in equal stages, for slices that a slow network joins.
+
+Every device runs the embedding and the dense layers; only the first stage's result is used. Then micro-batches follow
+each other through the stages, one further at each tick: of A + P - 1 ticks each stage works in A, the rest is the
+bubble. Differentiated, the ticks run backwards. Last, every stage gets a part of the positions of all micro-batches,
+so that the head, too, is computed once and by all.
+
+    A micro-batches   P stages
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from dsv2_jax.config import Mesh
+from dsv2_jax.parallel import collectives
+
+AXIS = ("pipeline",)
+
+# (module, x_BTD, per-micro-batch inputs) -> (y_BTD, statistics): this device's layers on one micro-batch
+Stage = Callable[[Any, Array, Any], tuple[Array, dict[str, Array]]]
+
+
+def run(stage: Stage, layer: nn.Module, x_ABTD: Array, inputs_A: Any, mesh: Mesh) -> tuple[Array, dict[str, Array]]:
+    """All micro-batches through all stages: (this stage's part of the positions [A, B, T / P, D], statistics).
+
+    inputs_A: what a stage needs beside x, each leaf with a leading A. Statistics are this device's, summed over the
+    micro-batches.
+    """
+    micro_batches, stages = x_ABTD.shape[0], mesh.pipeline
+    place = lax.axis_index(AXIS)
+
+    def tick(layer: Any, carry: tuple[Array, Array], t: Array) -> tuple[tuple[Array, Array], dict[str, Array]]:
+        x_BTD, done_ABTD = carry
+        works = (t >= place) & (t - place < micro_batches)
+        i = jnp.clip(t - place, 0, micro_batches - 1)
+        x_BTD = jnp.where(place == 0, x_ABTD[i], x_BTD)
+        y_BTD, figures = stage(layer, x_BTD, jax.tree.map(lambda leaf: leaf[i], inputs_A))
+        figures = {name: jnp.where(works, figure, 0) for name, figure in figures.items()}
+        done_ABTD = done_ABTD.at[i].set(jnp.where(works & (place == stages - 1), y_BTD, done_ABTD[i]))
+        return (lax.ppermute(y_BTD, AXIS[0], [(s, s + 1) for s in range(stages - 1)]), done_ABTD), figures
+
+    ticks = nn.scan(tick, variable_broadcast="params", split_rngs={"params": False})
+    start = (jnp.zeros_like(x_ABTD[0]), jnp.zeros_like(x_ABTD))
+    (_, done_ABTD), figures = ticks(layer, start, jnp.arange(micro_batches + stages - 1))
+    return collectives.scatter(done_ABTD, AXIS, 2, mesh), {name: figure.sum(axis=0) for name, figure in figures.items()}
+
+
+def part(x_BT: Array, mesh: Mesh) -> Array:
+    """This stage's part of the positions of [B, T, ...], as `run` gives them."""
+    size = x_BT.shape[1] // mesh.pipeline
+    return lax.dynamic_slice_in_dim(x_BT, collectives.index(AXIS, mesh) * size, size, 1)
+
+
+def all_layers(x_L: Array, mesh: Mesh) -> Array:
+    """Figures of this device's layers in their place among those of all stages, which are 0: parts that add up."""
+    whole = jnp.zeros((x_L.shape[0] * mesh.pipeline, *x_L.shape[1:]), x_L.dtype)
+    return lax.dynamic_update_slice_in_dim(whole, x_L, collectives.index(AXIS, mesh) * x_L.shape[0], 0)
