@@ -56,10 +56,9 @@ def _latent_decode_bytes(shape: shapes.LatentDecode) -> float:
 
 
 def _latent_decode_candidates(shape: shapes.LatentDecode) -> Iterable[Any]:
-    pages = [n for n in (1, 2, 4, 8, 16) if 512 <= n * shape.page <= 2048]
-    tokens = max(2, min(16, 512 // shape.heads))
-    for n, streams in itertools.product(pages or [1], (1, 2, 4)):
-        yield decode_kernel.Blocks(pages=n, streams=streams, tokens=tokens)
+    chunks = {min(shape.length, slots) // shape.page for slots in (1024, 2048, 4096)}
+    for pages, streams in itertools.product(sorted(chunks), (1, 2)):
+        yield decode_kernel.Blocks(pages=pages, streams=streams, tokens=max(2, min(16, 512 // shape.heads)))
 
 
 OPS: dict[str, Op] = {

@@ -162,7 +162,7 @@ def _call(
         ),
         out_shape=jax.ShapeDtypeStruct(arrays.q_THC.shape, arrays.q_THC.dtype),
         input_output_aliases={len(scalars) + len(arrays): 0} if kept else {},
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=_VMEM),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=_VMEM, disable_bounds_checks=True),
         interpret=interpret,
         name="latent_decode" if tokens == 1 else "latent_decode_blocks",
     )(*scalars, *arrays, *kept)
@@ -188,8 +188,15 @@ def _kernel(*refs: Ref, pages_of_sequence: int, scale: float) -> None:
             pl.when(at[0] < stream.end)(functools.partial(stream.fetch, *at, (i + 1) % 2))
         for stream, at in zip(streams, now, strict=True):
             pl.when(at[0] < stream.end)(functools.partial(stream.await_pages, *at, i % 2))
-        for stream, at in zip(streams, now, strict=True):
-            stream.attend(*at, i % 2, scale)
+        # A stream that is through computes on, unseen: the branches that would spare it cost the others more.
+        plain = functools.reduce(jnp.logical_and, (stream.sees_all(*at) for stream, at in zip(streams, now, strict=True)))
+        for mask in (False, True):
+
+            @pl.when(plain != mask)
+            def _(mask: bool = mask) -> None:
+                for stream, at in zip(streams, now, strict=True):
+                    stream.attend(*at, i % 2, scale, mask)
+
         for stream, at, following in zip(streams, now, then, strict=True):
             pl.when((at[0] < stream.end) & (following[0] > at[0]))(functools.partial(stream.finish, at[0]))
         return then
@@ -219,7 +226,15 @@ class _Stream:
 
     def fetch(self, job: Array, chunk: Array, half: Array) -> None:
         """Starts the copies of a chunk's pages, and with a job's first chunk those of its queries."""
-        self._each_page(job, chunk, half, lambda copy: copy.start())
+        at = self.jobs.sequence_J[job] * self.pages_of_sequence + chunk * self.pages
+
+        def start(p: int | Array, _: None = None) -> None:
+            for copy in self._copies(self.table[at + p], p, half):
+                copy.start()
+
+        filled = self._filled_pages(job, chunk)
+        pl.when(filled == self.pages)(lambda: [start(p) for p in range(self.pages)] and None)
+        pl.when(filled < self.pages)(lambda: lax.fori_loop(0, filled, start, None))
 
         @pl.when(chunk == 0)
         def _() -> None:
@@ -227,32 +242,44 @@ class _Stream:
 
     def await_pages(self, job: Array, chunk: Array, half: Array) -> None:
         """Waits for what `fetch` started and zeroes the latents of slots that nobody filled."""
-        self._each_page(job, chunk, half, lambda copy: copy.wait())
+        v = self.vmem
+        filled = self._filled_pages(job, chunk)
+
+        @pl.when(filled == self.pages)
+        def _() -> None:  # a wait counts bytes: one for all pages will do
+            for buffer in (v.latent.at[half], v.rope.at[half]):
+                pltpu.make_async_copy(buffer, buffer, v.pages_arrived.at[half]).wait()
+
+        @pl.when(filled < self.pages)
+        def _() -> None:
+            def wait(p: Array, _: None) -> None:
+                for copy in self._copies(0, p, half):
+                    copy.wait()
+
+            lax.fori_loop(0, filled, wait, None)
 
         @pl.when(chunk == 0)
         def _() -> None:
             self._each_query(job, lambda copy: copy.wait())
 
-        filled = self.jobs.visible_J[job] - chunk * self.slots
+        slots = self.jobs.visible_J[job] - chunk * self.slots
 
-        @pl.when(filled < self.slots)
+        @pl.when(slots < self.slots)
         def _() -> None:  # a weight of zero does not silence a NaN
             for p in range(self.pages):
                 rows = lax.broadcasted_iota(jnp.int32, (self.k, 1), 0) + p * self.k
-                page = self.vmem.latent[half, p]
-                self.vmem.latent[half, p] = jnp.where(rows < filled, page, jnp.zeros_like(page))
+                v.latent[half, p] = jnp.where(rows < slots, v.latent[half, p], jnp.zeros((), v.latent.dtype))
 
-    def _each_page(self, job: Array, chunk: Array, half: Array, do: Callable[[Any], None]) -> None:
-        at = self.jobs.sequence_J[job] * self.pages_of_sequence + chunk * self.pages
-        filled = jnp.minimum(pl.cdiv(self.jobs.visible_J[job] - chunk * self.slots, self.k), self.pages)
-        arrived = self.vmem.pages_arrived.at[half]
+    def _filled_pages(self, job: Array, chunk: Array) -> Array:
+        return jnp.minimum(pl.cdiv(self.jobs.visible_J[job] - chunk * self.slots, self.k), self.pages)
 
-        def page(p: Array, _: None) -> None:
-            number = self.table[at + p]
-            do(pltpu.make_async_copy(self.hbm.latent_LKC.at[number], self.vmem.latent.at[half, p], arrived))
-            do(pltpu.make_async_copy(self.hbm.rope_LRK.at[number], self.vmem.rope.at[half, p], arrived))
-
-        lax.fori_loop(0, filled, page, None)
+    def _copies(self, number: int | Array, p: int | Array, half: Array) -> list[Any]:
+        """The copies of one page of the cache to place p of a chunk."""
+        v, arrived = self.vmem, self.vmem.pages_arrived.at[half]
+        return [
+            pltpu.make_async_copy(self.hbm.latent_LKC.at[number], v.latent.at[half, p], arrived),
+            pltpu.make_async_copy(self.hbm.rope_LRK.at[number], v.rope.at[half, p], arrived),
+        ]
 
     def _each_query(self, job: Array, do: Callable[[Any], None]) -> None:
         half, first = job % 2, self.jobs.first_J[job]
@@ -273,7 +300,11 @@ class _Stream:
 
         lax.fori_loop(0, self.jobs.count_J[job], token, None)
 
-    def attend(self, job: Array, chunk: Array, half: Array, scale: float) -> None:
+    def sees_all(self, job: Array, chunk: Array) -> Array:
+        """Whether the job's first token, and so every one, sees all slots of a chunk."""
+        return self.jobs.visible_J[job] - (self.jobs.count_J[job] - 1) >= (chunk + 1) * self.slots
+
+    def attend(self, job: Array, chunk: Array, half: Array, scale: float, mask: bool) -> None:
         """Adds a chunk to the running softmax of the job's rows."""
         v = self.vmem
         tokens, h, c = v.q_c.shape[1:]
@@ -281,11 +312,11 @@ class _Stream:
         rope_RS = jnp.concatenate([v.rope[half, p] for p in range(self.pages)], axis=1)
         scores_MS = _dot(v.q_c[job % 2].reshape(tokens * h, c), latent_SC, (1, 1))
         scores_MS += _dot(v.q_r[job % 2].reshape(tokens * h, -1), rope_RS, (1, 0))
-
-        token_M1 = lax.broadcasted_iota(jnp.int32, (tokens * h, 1), 0) // h
-        visible_M1 = self.jobs.visible_J[job] - chunk * self.slots - (self.jobs.count_J[job] - 1 - token_M1)
-        slot_1S = lax.broadcasted_iota(jnp.int32, (1, self.slots), 1)
-        scores_MS = jnp.where(slot_1S < visible_M1, scores_MS, _MASKED)
+        if mask:
+            token_M1 = lax.broadcasted_iota(jnp.int32, (tokens * h, 1), 0) // h
+            visible_M1 = self.jobs.visible_J[job] - chunk * self.slots - (self.jobs.count_J[job] - 1 - token_M1)
+            slot_1S = lax.broadcasted_iota(jnp.int32, (1, self.slots), 1)
+            scores_MS = jnp.where(slot_1S < visible_M1, scores_MS, _MASKED)
 
         top_ML = v.top[...]
         new_ML = jnp.maximum(top_ML, jnp.max(scores_MS, axis=1, keepdims=True))

@@ -49,7 +49,9 @@ def _matmul(a: jax.Array, b: jax.Array, limit: jax.Array, *, m: int, n: int, k: 
             scratch_shapes=[pltpu.VMEM((m, n), jnp.float32)],
         ),
         out_shape=jax.ShapeDtypeStruct((M, N), jnp.bfloat16),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=32 * 2**20
+        ),
         name="matmul",
     )(limit, a, b)
 
