@@ -275,13 +275,27 @@ class _Machine:
 
 
 def smem_words(values: np.ndarray) -> list[int]:
-    """Integers as the 32-bit words of the scalar memory: rows of a matrix are padded to 128 words."""
-    if values.dtype.itemsize != 4:
-        raise ValueError(f"scalar operands of {values.dtype}: only 32-bit integers have a known layout")
-    if values.ndim > 1:
-        rows = values.reshape(-1, values.shape[-1])
-        values = np.pad(rows, ((0, 0), (0, -rows.shape[1] % 128)))
-    return (values.reshape(-1).astype(np.int64) & _MASK).tolist()
+    """Integers as the 32-bit words of the scalar memory.
+
+    Rows of a matrix are padded to 128 numbers. Narrow integers share words: a vector's in runs of 128, n times n to a
+    word; a matrix's n rows to a row of words, in tiles of 8 rows.
+    """
+    per_word = 4 // min(4, values.dtype.itemsize)
+    words = values.astype(np.int64) & 2 ** (32 // per_word) - 1
+    if words.ndim > 1:
+        words = words.reshape(-1, *words.shape[-2:])
+        words = np.pad(words, ((0, 0), (0, -words.shape[1] % per_word), (0, -words.shape[2] % 128)))
+    if per_word > 1:
+        if words.ndim <= 1:
+            words = np.pad(words.reshape(-1), (0, -words.size % (128 * per_word))).reshape(-1, per_word, 1, 128)
+        else:
+            words = words.reshape(words.shape[0], -1, per_word, words.shape[2] // 128, 128)
+            words = words.reshape(-1, *words.shape[2:])
+        shifts = 32 // per_word * np.arange(per_word)
+        words = np.sum(words << shifts[:, None, None], axis=1)  # [rows of words, tiles of a row, 128]
+        tile = min(8 // per_word, len(words)) if values.ndim > 1 and len(words) % (8 // per_word) == 0 else 1
+        words = words.reshape(-1, tile, *words.shape[1:]).swapaxes(1, 2)
+    return words.reshape(-1).tolist()
 
 
 def _signed(value: int) -> int:

@@ -26,7 +26,7 @@ class Op:
     bytes: Callable[[Any], float]  # that have to move between HBM and the chip, each once
     key: Callable[[Any], Any]  # the shape as tuning.py's table lists it
     blocks: Callable[[str, Any], Any]  # what tuning.py says, for a chip and a shape
-    candidates: Callable[[Any], Iterable[Any]]  # what else there is to try
+    candidates: Callable[[Any], Iterable[Any]]  # what there is to try, smaller blocks first
 
 
 def _latent_decode(shape: shapes.LatentDecode, chip: str, blocks: Any) -> tuple[Callable, tuple]:

@@ -24,7 +24,7 @@ def decode(
     starts_N1: Array,
     *,
     scale: float,
-    implementation: Literal["pallas", "xla"] | None = None,
+    implementation: Literal["pallas", "xla"],
     blocks: Blocks | None = None,
 ) -> Array:
     """softmax(scale (q_c c^T + q_r r^T)) c in float32, [T, H, C] in q's dtype: section 2.1's absorbed form.
@@ -33,25 +33,37 @@ def decode(
     [L, K, C] and rope keys [L, R, K], transposed so that they fill whole tiles. Sequence n has its first lengths[n]
     slots filled, in the order of its pages table[n]; its queries are rows starts[n] to starts[n + 1] - 1, the last of
     them at slot lengths[n] - 1, each seeing the slots up to its own. Rows from starts[N] on are padding and give zero.
-    table, lengths and starts are int32. Slots and pages that are in no sequence may hold anything.
+    Integers are int32, all else of one dtype. Slots and pages that are in no sequence may hold anything.
 
-    implementation: "pallas" where there is a TPU, else "xla", unless named. blocks: those of tuning.py unless given.
-    Raises ValueError for "pallas" off a TPU, or with pages that are not a multiple of 128 slots.
+    blocks: how the kernel cuts the work; tuning.py's unless given. Raises ValueError for shapes, dtypes or an
+    implementation that cannot be: the kernel needs a TPU, and pages of a multiple of 128 slots.
     """
-    chip = chips.here()
-    if (implementation or ("pallas" if chip else "xla")) == "xla":
-        return reference_decode.decode(q_THC, q_THR, latent_LKC, rope_LRK, table_NP, lengths_N, starts_N1, scale=scale)
-    if chip is None:
-        raise ValueError("implementation='pallas' needs a TPU; 'xla' runs everywhere")
-    return decode_kernel.decode(
-        q_THC,
-        q_THR,
-        latent_LKC,
-        rope_LRK,
-        table_NP,
-        lengths_N,
-        starts_N1,
-        scale=scale,
-        blocks=blocks or tuning.latent_decode(chip, q_THC.shape[1], latent_LKC.shape[1]),
-        cores=pltpu.get_tpu_info().num_cores,
-    )
+    arrays = (q_THC, q_THR, latent_LKC, rope_LRK, table_NP, lengths_N, starts_N1)
+    _check(*arrays)
+    match implementation:
+        case "xla":
+            return reference_decode.decode(*arrays, scale=scale)
+        case "pallas":
+            chip = chips.here()
+            if chip is None:
+                raise ValueError('implementation="pallas" needs a TPU: take "xla" here')
+            blocks = blocks or tuning.latent_decode(chip, q_THC.shape[1], latent_LKC.shape[1])
+            cores = pltpu.get_tpu_info().num_cores
+            return decode_kernel.decode(*arrays, scale=scale, blocks=blocks, cores=cores)
+        case _:
+            raise ValueError(f'no implementation {implementation!r}: there are "pallas" and "xla"')
+
+
+def _check(q_c: Array, q_r: Array, latent: Array, rope: Array, table: Array, lengths: Array, starts: Array) -> None:
+    (t, h, c), (pages, k, _), (_, r, _), (n, _) = q_c.shape, latent.shape, rope.shape, table.shape
+    expected = {
+        "q_r": (q_r, (t, h, r), q_c.dtype),
+        "latent": (latent, (pages, k, c), q_c.dtype),
+        "rope": (rope, (pages, r, k), q_c.dtype),
+        "table": (table, table.shape, "int32"),
+        "lengths": (lengths, (n,), "int32"),
+        "starts": (starts, (n + 1,), "int32"),
+    }
+    for name, (given, shape, dtype) in expected.items():
+        if given.shape != shape or given.dtype != dtype:
+            raise ValueError(f"{name} is {given.dtype}{list(given.shape)}, where {dtype}{list(shape)} fits the others")

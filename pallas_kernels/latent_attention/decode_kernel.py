@@ -162,7 +162,9 @@ def _call(
         ),
         out_shape=jax.ShapeDtypeStruct(arrays.q_THC.shape, arrays.q_THC.dtype),
         input_output_aliases={len(scalars) + len(arrays): 0} if kept else {},
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=_VMEM, disable_bounds_checks=True),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",), vmem_limit_bytes=_VMEM, disable_bounds_checks=True
+        ),
         interpret=interpret,
         name="latent_decode" if tokens == 1 else "latent_decode_blocks",
     )(*scalars, *arrays, *kept)
@@ -189,7 +191,9 @@ def _kernel(*refs: Ref, pages_of_sequence: int, scale: float) -> None:
         for stream, at in zip(streams, now, strict=True):
             pl.when(at[0] < stream.end)(functools.partial(stream.await_pages, *at, i % 2))
         # A stream that is through computes on, unseen: the branches that would spare it cost the others more.
-        plain = functools.reduce(jnp.logical_and, (stream.sees_all(*at) for stream, at in zip(streams, now, strict=True)))
+        plain = functools.reduce(
+            jnp.logical_and, (stream.sees_all(*at) for stream, at in zip(streams, now, strict=True))
+        )
         for mask in (False, True):
 
             @pl.when(plain != mask)
@@ -233,7 +237,12 @@ class _Stream:
                 copy.start()
 
         filled = self._filled_pages(job, chunk)
-        pl.when(filled == self.pages)(lambda: [start(p) for p in range(self.pages)] and None)
+
+        @pl.when(filled == self.pages)
+        def _() -> None:
+            for p in range(self.pages):
+                start(p)
+
         pl.when(filled < self.pages)(lambda: lax.fori_loop(0, filled, start, None))
 
         @pl.when(chunk == 0)

@@ -98,5 +98,14 @@ def test_matrix_words() -> None:
     """A matrix fills the scalar memory in rows of 128 words; negative numbers are two's complement."""
     words = machine.smem_words(np.array([[1, 2, 3], [-1, 5, 6]], np.int32))
     assert (len(words), words[:4], words[128:131]) == (256, [1, 2, 3, 0], [2**32 - 1, 5, 6])
-    with pytest.raises(ValueError, match="int8"):
-        machine.smem_words(np.zeros(3, np.int8))
+
+
+def test_packed_words() -> None:
+    """Narrow integers share words: four runs of a vector, four rows of a matrix, whose tiles are 8 rows high."""
+    words = machine.smem_words(np.array([1, -1] + [0] * 126 + [7], np.int8))
+    assert (len(words), words[:3]) == (128, [0x701, 0xFF, 0])
+    matrix = np.zeros((8, 256), np.int8)
+    matrix[[0, 1, 4], [0, 0, 130]] = 1, 2, 3
+    words = machine.smem_words(matrix)
+    # Two rows of words make a tile: both rows of the first 128 columns come before the next columns.
+    assert (len(words), words[0], words[128 * 3 + 2]) == (512, 0x201, 3)

@@ -19,7 +19,7 @@ C, R, K = 128, 64, 128
 SCALE = 0.08
 
 
-# Sequences as (slots filled, queries of this call). All cases have the same shapes, so that one compilation serves them.
+# Sequences as (slots filled, queries of this call). All have the same shapes: one compilation serves them.
 CASES = {
     "one token each, uneven": [(300, 1), (5, 1), (1, 1), (256, 1), (511, 1)],
     "page borders": [(127, 1), (128, 1), (129, 1), (384, 1), (385, 1), (512, 1)],
@@ -110,6 +110,10 @@ def test_mistakes() -> None:
         Blocks(pages=1, streams=1, tokens=1)
     with pytest.raises(ValueError, match="needs a TPU"):
         decode.decode(*arrays, scale=SCALE, implementation="pallas")
+    with pytest.raises(ValueError, match="no implementation 'triton'"):
+        decode.decode(*arrays, scale=SCALE, implementation="triton")
+    with pytest.raises(ValueError, match=r"lengths is int32\[4\], where int32\[6\] fits the others"):
+        decode.decode(*arrays[:5], arrays[5][:4], arrays[6], scale=SCALE, implementation="xla")
 
 
 @pytest.mark.tpu
