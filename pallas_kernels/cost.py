@@ -9,7 +9,7 @@ at the HBM's bandwidth, whichever is longer. XLA's own operations around the ker
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,8 +72,7 @@ def cost(fn: Callable, args: Sequence[Any], chip: str, *, flops: float, bytes: f
     flops, bytes: the useful work of the whole chip, for the roofline. Raises ValueError for an unknown chip, without
     libtpu, for a program without a Pallas kernel and for one that the compiler refuses.
     """
-    if chip not in CHIPS:
-        raise ValueError(f"unknown chip '{chip}'{cli.nearest(chip, CHIPS) or '; there are ' + ', '.join(CHIPS)}")
+    check(chip, CHIPS, "chip")
     kernels = tuple(_kernel_cost(kernel, chip) for kernel in compiler.compile_kernels(fn, args, CHIPS[chip]))
     us = sum(kernel.us for kernel in kernels)
     mxu_us = flops / (CHIPS[chip].peak * CHIPS[chip].cores) * 1e6
@@ -88,6 +87,12 @@ def cost(fn: Callable, args: Sequence[Any], chip: str, *, flops: float, bytes: f
         efficiency=max(mxu_us, hbm_us) / us,
         kernels=kernels,
     )
+
+
+def check(name: str, names: Mapping[str, Any], kind: str) -> None:
+    """Raises ValueError, with the nearest name, for one that does not exist."""
+    if name not in names:
+        raise ValueError(f"unknown {kind} '{name}'{cli.nearest(name, names) or '; there are ' + ', '.join(names)}")
 
 
 def _kernel_cost(kernel: compiler.Kernel, chip: str) -> KernelCost:
@@ -144,8 +149,8 @@ def show(cost: Cost) -> str:
 class Options:
     """What a kernel costs on a chip that is not here."""
 
-    chip: Literal["v5e", "v5p", "v6e", "tpu7x"]
-    shape: Literal["v2", "v2_lite", "nano"]
+    chip: str  # v5e, v5p, v6e or tpu7x
+    shape: str  # v2, v2_lite or nano
     tune: bool = False  # try all candidates for the block sizes; print the table's entry for the best
     json: Path | None = None  # the figures, for a program
 
@@ -156,9 +161,10 @@ def main() -> int:
     if op in ("-h", "--help"):
         print(_USAGE)
         return 0
-    if op not in OPS:
-        cli.fail(f"unknown op '{op}'{cli.nearest(op, OPS) or '; there are ' + ', '.join(OPS)}")
+    check(op, OPS, "op")
     options = cli.parse(Options, rest, f"python -m pallas_kernels.cost {op}")
+    check(options.chip, CHIPS, "chip")
+    check(options.shape, OPS[op].shapes, "shape")
     jax.config.update("jax_platforms", "cpu")  # else JAX looks for a TPU, at length
     found = tune(OPS[op], options.chip, options.shape) if options.tune else None
     result = found or op_cost(OPS[op], options.chip, options.shape)

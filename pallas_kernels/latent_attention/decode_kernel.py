@@ -19,6 +19,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.latent_attention import pages
+
 Ref = Any  # what Pallas hands a kernel: memory that is read and written like an array
 
 _LANES = 128
@@ -101,17 +103,16 @@ def decode(
 
 def _jobs(lengths_N: Array, starts_N1: Array, t: int, slots: int, streams: int, tokens: int) -> _Jobs:
     """The jobs of one call: for `tokens` 1 the padding and the sequences of one query, else all others in blocks."""
-    rows_T = jnp.arange(t, dtype=jnp.int32)
-    n_T = jnp.clip(jnp.searchsorted(starts_N1, rows_T, side="right") - 1, 0, lengths_N.shape[0] - 1)
-    padding_T = rows_T >= starts_N1[-1]
-    alone_T = padding_T | (starts_N1[n_T + 1] - starts_N1[n_T] == 1)
+    rows = pages.rows(lengths_N, starts_N1, t)
+    n_T, rows_T = rows.sequence_T, jnp.arange(t, dtype=jnp.int32)
+    alone_T = ~rows.real_T | (starts_N1[n_T + 1] - starts_N1[n_T] == 1)
     begins_T = alone_T if tokens == 1 else ~alone_T & ((rows_T - starts_N1[n_T]) % tokens == 0)
     j = t if tokens == 1 else min(t, t // tokens + lengths_N.shape[0])
     (first_J,) = jnp.nonzero(begins_T, size=j + 1, fill_value=t)  # one more: the kernel looks at the job after the last
     row_J = jnp.minimum(first_J, t - 1)
-    n_J, end_J = n_T[row_J], starts_N1[n_T[row_J] + 1]
-    count_J = jnp.where(padding_T[row_J], 1, jnp.minimum(tokens, end_J - first_J))
-    visible_J = jnp.where(padding_T[row_J], 0, lengths_N[n_J] - (end_J - first_J - count_J))
+    n_J, real_J = n_T[row_J], rows.real_T[row_J]
+    count_J = jnp.where(real_J, jnp.minimum(tokens, starts_N1[n_J + 1] - first_J), 1)
+    visible_J = jnp.where(real_J, rows.slot_T[row_J] + count_J, 0)
     chunks_J = jnp.where(first_J < t, jnp.maximum(1, -(-visible_J // slots)), 0)
     before_J = jnp.cumsum(chunks_J) - chunks_J
     shares_S1 = -(-jnp.sum(chunks_J) * jnp.arange(streams + 1) // streams)

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels.latent_attention import pages
+
 _MASKED = -1e30
 
 
@@ -21,11 +23,9 @@ def decode(
     """See decode.decode; products in float32 accumulation, the softmax in float32."""
     slots = table_NP.shape[1] * latent_LKC.shape[1]
 
-    def token(row: tuple[Array, Array, Array]) -> Array:
-        t, q_HC, q_HR = row
-        n = jnp.minimum(jnp.searchsorted(starts_N1, t, side="right") - 1, table_NP.shape[0] - 1)
-        visible = jnp.where(t < starts_N1[-1], lengths_N[n] - (starts_N1[n + 1] - 1 - t), 0)
-        sees_S = jnp.arange(slots) < visible
+    def token(row: tuple[pages.Rows, Array, Array]) -> Array:
+        (n, slot, real), q_HC, q_HR = row
+        sees_S = (jnp.arange(slots) <= slot) & real
         # Slots nobody wrote may hold anything, NaN included: a weight of zero would not silence that.
         c_SC = jnp.where(sees_S[:, None], latent_LKC[table_NP[n]].reshape(slots, -1), 0)
         r_SR = rope_LRK[table_NP[n]].swapaxes(1, 2).reshape(slots, -1)
@@ -34,5 +34,5 @@ def decode(
         p_HS = jax.nn.softmax(jnp.where(sees_S, scores_HS * scale, _MASKED), axis=-1)
         return jnp.einsum("hs,sc->hc", p_HS.astype(c_SC.dtype), c_SC, preferred_element_type=jnp.float32)
 
-    tokens = jnp.arange(q_THC.shape[0])
-    return jax.lax.map(token, (tokens, q_THC, q_THR)).astype(q_THC.dtype)
+    rows = pages.rows(lengths_N, starts_N1, q_THC.shape[0])
+    return jax.lax.map(token, (rows, q_THC, q_THR)).astype(q_THC.dtype)

@@ -124,7 +124,8 @@ def _run(*words: str) -> subprocess.CompletedProcess:
     ("words", "told"),
     [
         (["latent_decod", "--chip", "v5e", "--shape", "v2"], "unknown op 'latent_decod'; did you mean latent_decode?"),
-        (["latent_decode", "--chip", "v4", "--shape", "v2"], "--chip"),
+        (["latent_decode", "--chip", "v4", "--shape", "v2"], "unknown chip 'v4'"),
+        (["latent_decode", "--chip", "v5e", "--shape", "v2_light"], "unknown shape 'v2_light'; did you mean v2_lite?"),
         (["latent_decode", "--shape", "v2"], "--chip"),
         (["latent_decode", "--chip", "v5e", "--shape", "v2", "--tunes"], "did you mean --tune?"),
     ],
