@@ -23,7 +23,7 @@ _HEAD = """# What the kernels cost
 
 Made by `python benchmarks/kernels.py --out docs/kernels.md`, without a TPU: estimates from the compiler's own final
 bundles (`pallas_kernels/cost.py`), good for comparing kernels on one chip; differences under 10% say nothing.
-Roofline: the longer of useful FLOPs at the peak and needed bytes at the HBM's bandwidth. Efficiency: roofline / estimate.
+Roofline: the longer of useful FLOPs at the peak and needed bytes at the HBM's. Efficiency: roofline / estimate.
 
 | op | shape | chip | estimate, us | roofline, us | bound | efficiency | VMEM, MiB | doubts |
 |---|---|---|---|---|---|---|---|---|

@@ -10,11 +10,12 @@ from pallas_kernels.chips import Chip
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|\d+)\s+(?:[A-Z]{2}[: ]*)*:\s*(?:>\s*)*\{", re.M)
 _REGION = re.compile(r"Start(?:/End empty)? region (\d+)")
 _COMMENT = re.compile(r"/\*.*?\*/", re.S)
+_DIRECTION = re.compile(r"/\* (\w+)-to-(\w+) \*/")
 _INSTRUCTION = re.compile(r"(?:(?P<target>%\S+) = )?(?P<op>[a-z_][\w.\[\]]*)\s*(?P<rest>.*)")
 _GUARD = re.compile(r"\((!?%\w+_p\d+)(?:, ([^)]*))?\),?\s*")
 _TAG = re.compile(r"\[(?:resolvable|thread):\$\w+\]\s*")
 
-CORE_ID = " $core"  # marks the instruction that reads which core this is
+CORE_ID = " @core"  # marks the instruction that reads which core this is
 DELAY_SLOTS = 4  # bundles behind a branch that are still executed
 _XLU_INTERVAL, _XLU_LATENCY = 4, 69  # cycles of the cross-lane unit, read off the compiler's schedules
 _MATMULS_QUEUED = 4  # that an MXU takes in before the core has to wait
@@ -59,9 +60,17 @@ def parse(text: str) -> Program:
     for i, head in enumerate(heads):
         body = text[head.end() : heads[i + 1].start() if i + 1 < len(heads) else len(text)]
         regions |= dict.fromkeys(_REGION.findall(body), i)
-        body = _COMMENT.sub(lambda comment: CORE_ID if "megacore core id" in comment[0] else " ", body)
+        body = _COMMENT.sub(_note, body)
         bundles.append(tuple(filter(None, map(_instruction, body.split(";;")))))
     return Program(tuple(bundles), regions)
+
+
+def _note(comment: re.Match) -> str:
+    """What of a comment matters: which instruction reads the core's number, and where a general copy goes."""
+    if "megacore core id" in comment[0]:
+        return CORE_ID
+    direction = _DIRECTION.fullmatch(comment[0])
+    return f" @{direction[1]}_to_{direction[2]}" if direction else " "
 
 
 def _instruction(text: str) -> Instruction | None:
@@ -73,9 +82,11 @@ def _instruction(text: str) -> Instruction | None:
     guard = _GUARD.search(rest)
     if guard:
         rest = rest.replace(guard[0], "", 1)
+    rest, _, direction = rest.partition(" @")
+    op = f"dma.{direction}" if match["op"] == "dma.general" and direction else match["op"]
     operands = tuple(x.strip() for x in rest.split(",") if x.strip())
     held, kept = (guard[1], guard[2] or "") if guard else ("", "")
-    return Instruction(match["op"], match["target"] or "", held, kept, operands, text)
+    return Instruction(op, match["target"] or "", held, kept, operands, text)
 
 
 def schedule(bundles: Sequence[Sequence[Instruction]], chip: Chip) -> Schedule:

@@ -245,7 +245,7 @@ class _Machine:
             self.doubts[f"a copy {kind} of unknown size"] += 1
             return
         moment, count = self.now + self.offset, size * _GRANULE
-        if "hbm" in kind or kind == "general":  # the other ends of a general copy are in its descriptor: taken for HBM
+        if "hbm" in kind:
             cycles = count * self.chip.clock / self.chip.hbm
             self.hbm_free = max(moment, self.hbm_free) + cycles
             self.hbm_cycles += cycles

@@ -31,7 +31,10 @@ _LOG2_E = 1.4426950408889634
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Blocks:
-    """How the work is cut: pages of a chunk, streams that advance together, tokens of a prefill job."""
+    """How the work is cut: pages of a chunk, streams that advance together, tokens of a prefill job.
+
+    Prefill jobs take half the chunk, in one stream.
+    """
 
     pages: int
     streams: int
@@ -93,12 +96,18 @@ def decode(
     """See decode.decode. cores: over which the jobs are spread. Raises ValueError unless K is a multiple of 128."""
     if latent_LKC.shape[1] % _LANES:
         raise ValueError(f"pages of {latent_LKC.shape[1]} slots: the kernel needs a multiple of {_LANES}")
-    arrays = _Hbm(q_THC, q_THR, latent_LKC, rope_LRK), table_NP
-    call = functools.partial(_call, scale=scale, blocks=blocks, cores=cores, interpret=interpret)
-    slots, streams = blocks.pages * latent_LKC.shape[1], blocks.streams * cores
-    jobs = functools.partial(_jobs, lengths_N, starts_N1, q_THC.shape[0], slots, streams)
-    o_THC = call(jobs(1), *arrays, None, tokens=1)
-    return call(jobs(blocks.tokens), *arrays, o_THC, tokens=blocks.tokens)
+    hbm = _Hbm(q_THC, q_THR, latent_LKC, rope_LRK)
+    # A prefill job has rows enough to keep the matrix unit busy: half the chunk and one stream are less code to fetch.
+    prefill = dataclasses.replace(blocks, pages=max(1, blocks.pages // 2), streams=1)
+    o_THC = None
+    for cut, tokens in ((blocks, 1), (prefill, blocks.tokens)):
+        slots = cut.pages * latent_LKC.shape[1]
+        jobs = _jobs(lengths_N, starts_N1, q_THC.shape[0], slots, cut.streams * cores, tokens)
+        o_THC = _call(
+            jobs, hbm, table_NP, o_THC, tokens=tokens, scale=scale, blocks=cut, cores=cores, interpret=interpret
+        )
+    assert o_THC is not None
+    return o_THC
 
 
 def _jobs(lengths_N: Array, starts_N1: Array, t: int, slots: int, streams: int, tokens: int) -> _Jobs:

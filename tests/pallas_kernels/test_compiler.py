@@ -22,7 +22,9 @@ def _kernel(numbers: jax.Array, x: jax.Array, name: str | None = None) -> jax.Ar
     grid = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1, grid=(x.shape[1] // 128,), in_specs=[block], out_specs=block
     )
-    return pl.pallas_call(kernel, grid_spec=grid, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), name=name)(numbers, x)
+    return pl.pallas_call(kernel, grid_spec=grid, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), name=name)(
+        numbers, x
+    )
 
 
 def _known(fn, *args) -> list[tuple[str, dict[int, list[int]]]]:

@@ -51,6 +51,13 @@ def test_trips_and_copies() -> None:
     assert trace.doubts == ()
 
 
+def test_general_copy() -> None:
+    """A copy by descriptor counts under the direction that its comment gives."""
+    operands = "[#allocation2], 100, %s2_s1, [#allocation4], [#allocation5], [#allocation6], %s9_s9, 0"
+    trace = _execute(f"     0   :  {{ %1 = dma.general /*src=*/{operands} /* vmem-to-hbm */ }}")
+    assert trace.copied == {"vmem_to_hbm": 3200}
+
+
 def test_time() -> None:
     """A wait takes what copy and latency leave over: 100 cycles and 700, less the bundle between."""
     trace = _execute(LOOP, _0=3)

@@ -124,8 +124,8 @@ def test_compiles(chip: str, shape: str) -> None:
     size = shapes.LATENT_DECODE[shape]
     result = cost.op_cost(OPS["latent_decode"], chip, shape)
     alone, blocks = result.kernels
-    cache = 2 * size.sequences * size.length * size.latent // chips.CHIPS[chip].cores
-    assert cache < alone.copied["hbm_to_vmem"] < 1.4 * cache
+    cache = 2 * size.sequences * size.length * (-(-size.latent // 128) * 128 + size.rope) // chips.CHIPS[chip].cores
+    assert cache < alone.copied["hbm_to_vmem"] < 1.1 * cache
     assert max(alone.vmem, blocks.vmem) < chips.CHIPS[chip].vmem
     assert result.doubts == ()
     assert blocks.us < 5, "a call without prefill chunks hardly pays for them"
