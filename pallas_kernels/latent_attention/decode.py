@@ -1,0 +1,69 @@
+"""Latent attention over a paged cache: absorbed queries, ragged sequences, decode tokens beside prefill chunks.
+
+T query tokens of all sequences, H heads, C latent, R rope dim, N sequences, P pages of a sequence, L pages in all, K
+slots of a page.
+"""
+
+from typing import Literal
+
+from jax import Array
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import chips, tuning
+from pallas_kernels.latent_attention import decode_kernel, reference_decode
+from pallas_kernels.latent_attention.decode_kernel import Blocks
+
+
+def decode(
+    q_THC: Array,
+    q_THR: Array,
+    latent_LKC: Array,
+    rope_LRK: Array,
+    table_NP: Array,
+    lengths_N: Array,
+    starts_N1: Array,
+    *,
+    scale: float,
+    implementation: Literal["pallas", "xla"],
+    blocks: Blocks | None = None,
+) -> Array:
+    """softmax(scale (q_c c^T + q_r r^T)) c in float32, [T, H, C] in q's dtype: section 2.1's absorbed form.
+
+    q_THC: queries times the key's up-projection; q_THR: their rope part. The cache is paged and not padded: latents
+    [L, K, C] and rope keys [L, R, K], transposed so that they fill whole tiles. Sequence n has its first lengths[n]
+    slots filled, in the order of its pages table[n]; its queries are rows starts[n] to starts[n + 1] - 1, the last of
+    them at slot lengths[n] - 1, each seeing the slots up to its own. Rows from starts[N] on are padding and give zero.
+    Integers are int32, all else of one dtype. Slots and pages that are in no sequence may hold anything.
+
+    blocks: how the kernel cuts the work; tuning.py's unless given. Raises ValueError for shapes, dtypes or an
+    implementation that cannot be: the kernel needs a TPU, and pages of a multiple of 128 slots.
+    """
+    arrays = (q_THC, q_THR, latent_LKC, rope_LRK, table_NP, lengths_N, starts_N1)
+    _check(*arrays)
+    match implementation:
+        case "xla":
+            return reference_decode.decode(*arrays, scale=scale)
+        case "pallas":
+            chip = chips.here()
+            if chip is None:
+                raise ValueError('implementation="pallas" needs a TPU: take "xla" here')
+            blocks = blocks or tuning.latent_decode(chip, q_THC.shape[1], latent_LKC.shape[1])
+            cores = pltpu.get_tpu_info().num_cores
+            return decode_kernel.decode(*arrays, scale=scale, blocks=blocks, cores=cores)
+        case _:
+            raise ValueError(f'no implementation {implementation!r}: there are "pallas" and "xla"')
+
+
+def _check(q_c: Array, q_r: Array, latent: Array, rope: Array, table: Array, lengths: Array, starts: Array) -> None:
+    (t, h, c), (pages, k, _), (_, r, _), (n, _) = q_c.shape, latent.shape, rope.shape, table.shape
+    expected = {
+        "q_r": (q_r, (t, h, r), q_c.dtype),
+        "latent": (latent, (pages, k, c), q_c.dtype),
+        "rope": (rope, (pages, r, k), q_c.dtype),
+        "table": (table, table.shape, "int32"),
+        "lengths": (lengths, (n,), "int32"),
+        "starts": (starts, (n + 1,), "int32"),
+    }
+    for name, (given, shape, dtype) in expected.items():
+        if given.shape != shape or given.dtype != dtype:
+            raise ValueError(f"{name} is {given.dtype}{list(given.shape)}, where {dtype}{list(shape)} fits the others")

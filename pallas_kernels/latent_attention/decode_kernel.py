@@ -1,0 +1,372 @@
+"""The kernel of decode.py.
+
+It walks lists of (job, chunk): a job is one token, or a block of consecutive tokens of one sequence; a chunk is
+a run of cache slots. Several lists ("streams") advance together, so that the matrix unit serves one while another's
+softmax is computed; the pages of the next chunk travel meanwhile, whichever job they belong to.
+
+T query tokens of all sequences, H heads, C latent, R rope dim, N sequences, P pages of a sequence, L pages in all, K
+slots of a page, J jobs, S streams, M rows of a job: its tokens times H.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.latent_attention import pages
+
+Ref = Any  # what Pallas hands a kernel: memory that is read and written like an array
+
+_LANES = 128
+_VMEM = 56 * 2**20  # of the 64 MiB that the smallest has
+_MASKED = -1e30
+_LOG2_E = 1.4426950408889634
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """How the work is cut: pages of a chunk, streams that advance together, tokens of a prefill job.
+
+    Prefill jobs take half the chunk, in one stream.
+    """
+
+    pages: int
+    streams: int
+    tokens: int
+
+    def __post_init__(self) -> None:
+        if self.tokens < 2 or self.pages < 1 or self.streams < 1:
+            raise ValueError(f"a chunk needs a page, a prefill job two tokens, and there must be a stream: {self}")
+
+
+class _Jobs(NamedTuple):
+    """What the kernel knows of its jobs, all int32: stream s does jobs bounds[s] to bounds[s + 1] - 1."""
+
+    first_J: Array  # row of the first token
+    count_J: Array  # tokens
+    sequence_J: Array
+    visible_J: Array  # slots that the last token sees
+    bounds_S1: Array
+    steps_S: Array  # chunks of each stream's jobs
+
+
+class _Hbm(NamedTuple):
+    q_THC: Ref
+    q_THR: Ref
+    latent_LKC: Ref
+    rope_LRK: Ref
+
+
+class _Vmem(NamedTuple):
+    """Scratch, S first. Doubled over the next dim are queries (by job), pages (by step) and results (by job)."""
+
+    q_c: Ref  # [S, 2, tokens, H, C]
+    q_r: Ref  # [S, 2, tokens, H, R]
+    latent: Ref  # [S, 2, pages, K, C]
+    rope: Ref  # [S, 2, pages, R, K]
+    out: Ref  # [S, 2, tokens, H, C]
+    top: Ref  # [S, M, 128] float32: each row's largest score so far, in every lane
+    total: Ref  # [S, M, 128] float32: the lanes' shares of the softmax's sum
+    sum: Ref  # [S, M, C] float32
+    q_arrived: Ref  # DMA semaphores [S, 2]
+    pages_arrived: Ref
+    out_left: Ref
+
+
+def decode(
+    q_THC: Array,
+    q_THR: Array,
+    latent_LKC: Array,
+    rope_LRK: Array,
+    table_NP: Array,
+    lengths_N: Array,
+    starts_N1: Array,
+    *,
+    scale: float,
+    blocks: Blocks,
+    cores: int = 1,
+    interpret: bool | pltpu.InterpretParams = False,
+) -> Array:
+    """See decode.decode. cores: over which the jobs are spread. Raises ValueError unless K is a multiple of 128."""
+    if latent_LKC.shape[1] % _LANES:
+        raise ValueError(f"pages of {latent_LKC.shape[1]} slots: the kernel needs a multiple of {_LANES}")
+    hbm = _Hbm(q_THC, q_THR, latent_LKC, rope_LRK)
+    # A prefill job has rows enough to keep the matrix unit busy: half the chunk and one stream are less code to fetch.
+    prefill = dataclasses.replace(blocks, pages=max(1, blocks.pages // 2), streams=1)
+    o_THC = None
+    for cut, tokens in ((blocks, 1), (prefill, blocks.tokens)):
+        slots = cut.pages * latent_LKC.shape[1]
+        jobs = _jobs(lengths_N, starts_N1, q_THC.shape[0], slots, cut.streams * cores, tokens)
+        o_THC = _call(
+            jobs, hbm, table_NP, o_THC, tokens=tokens, scale=scale, blocks=cut, cores=cores, interpret=interpret
+        )
+    assert o_THC is not None
+    return o_THC
+
+
+def _jobs(lengths_N: Array, starts_N1: Array, t: int, slots: int, streams: int, tokens: int) -> _Jobs:
+    """The jobs of one call: for `tokens` 1 the padding and the sequences of one query, else all others in blocks."""
+    rows = pages.rows(lengths_N, starts_N1, t)
+    n_T, rows_T = rows.sequence_T, jnp.arange(t, dtype=jnp.int32)
+    alone_T = ~rows.real_T | (starts_N1[n_T + 1] - starts_N1[n_T] == 1)
+    begins_T = alone_T if tokens == 1 else ~alone_T & ((rows_T - starts_N1[n_T]) % tokens == 0)
+    j = t if tokens == 1 else min(t, t // tokens + lengths_N.shape[0])
+    (first_J,) = jnp.nonzero(begins_T, size=j + 1, fill_value=t)  # one more: the kernel looks at the job after the last
+    row_J = jnp.minimum(first_J, t - 1)
+    n_J, real_J = n_T[row_J], rows.real_T[row_J]
+    count_J = jnp.where(real_J, jnp.minimum(tokens, starts_N1[n_J + 1] - first_J), 1)
+    visible_J = jnp.where(real_J, rows.slot_T[row_J] + count_J, 0)
+    chunks_J = jnp.where(first_J < t, jnp.maximum(1, -(-visible_J // slots)), 0)
+    before_J = jnp.cumsum(chunks_J) - chunks_J
+    shares_S1 = -(-jnp.sum(chunks_J) * jnp.arange(streams + 1) // streams)
+    bounds_S1 = jnp.searchsorted(before_J, shares_S1, side="left")
+    steps_S = jnp.diff(before_J[bounds_S1])
+    return _Jobs(*(x.astype(jnp.int32) for x in (first_J, count_J, n_J, visible_J, bounds_S1, steps_S)))
+
+
+def _call(
+    jobs: _Jobs,
+    arrays: _Hbm,
+    table_NP: Array,
+    o_THC: Array | None,
+    *,
+    tokens: int,
+    scale: float,
+    blocks: Blocks,
+    cores: int,
+    interpret: bool | pltpu.InterpretParams,
+) -> Array:
+    """Runs the jobs. Rows of o_THC that belong to none of them are kept (without o_THC: are left unwritten)."""
+    _, h, c = arrays.q_THC.shape
+    r, k = arrays.rope_LRK.shape[1:]
+    s, dtype = blocks.streams, arrays.latent_LKC.dtype
+    scratch = _Vmem(
+        q_c=pltpu.VMEM((s, 2, tokens, h, c), dtype),
+        q_r=pltpu.VMEM((s, 2, tokens, h, r), dtype),
+        latent=pltpu.VMEM((s, 2, blocks.pages, k, c), dtype),
+        rope=pltpu.VMEM((s, 2, blocks.pages, r, k), dtype),
+        out=pltpu.VMEM((s, 2, tokens, h, c), dtype),
+        top=pltpu.VMEM((s, tokens * h, 128), jnp.float32),
+        total=pltpu.VMEM((s, tokens * h, 128), jnp.float32),
+        sum=pltpu.VMEM((s, tokens * h, c), jnp.float32),
+        q_arrived=pltpu.SemaphoreType.DMA((s, 2)),
+        pages_arrived=pltpu.SemaphoreType.DMA((s, 2)),
+        out_left=pltpu.SemaphoreType.DMA((s, 2)),
+    )
+    kept = () if o_THC is None else (o_THC,)
+    scalars = (*jobs, table_NP.reshape(-1))
+    return pl.pallas_call(
+        functools.partial(_kernel, pages_of_sequence=table_NP.shape[1], scale=scale),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=(cores,),
+            in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * (len(arrays) + len(kept)),
+            out_specs=pl.BlockSpec(memory_space=pl.ANY),
+            scratch_shapes=scratch,
+        ),
+        out_shape=jax.ShapeDtypeStruct(arrays.q_THC.shape, arrays.q_THC.dtype),
+        input_output_aliases={len(scalars) + len(arrays): 0} if kept else {},
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",), vmem_limit_bytes=_VMEM, disable_bounds_checks=True
+        ),
+        interpret=interpret,
+        name="latent_decode" if tokens == 1 else "latent_decode_blocks",
+    )(*scalars, *arrays, *kept)
+
+
+def _kernel(*refs: Ref, pages_of_sequence: int, scale: float) -> None:
+    jobs, table = _Jobs(*refs[:6]), refs[6]
+    hbm, o_THC, vmem = _Hbm(*refs[7:11]), refs[-len(_Vmem._fields) - 1], _Vmem(*refs[-len(_Vmem._fields) :])
+    count = vmem.sum.shape[0]
+    streams = [
+        _Stream(
+            pl.program_id(0) * count + s, jobs, table, pages_of_sequence, hbm, o_THC, _Vmem(*(x.at[s] for x in vmem))
+        )
+        for s in range(count)
+    ]
+    for stream in streams:
+        stream.forget()
+        pl.when(stream.first < stream.end)(functools.partial(stream.fetch, stream.first, jnp.int32(0), jnp.int32(0)))
+
+    def step(i: Array, now: tuple[tuple[Array, Array], ...]) -> tuple[tuple[Array, Array], ...]:
+        then = tuple(stream.after(*at) for stream, at in zip(streams, now, strict=True))
+        for stream, at in zip(streams, then, strict=True):
+            pl.when(at[0] < stream.end)(functools.partial(stream.fetch, *at, (i + 1) % 2))
+        for stream, at in zip(streams, now, strict=True):
+            pl.when(at[0] < stream.end)(functools.partial(stream.await_pages, *at, i % 2))
+        # A stream that is through computes on, unseen: the branches that would spare it cost the others more.
+        plain = functools.reduce(
+            jnp.logical_and, (stream.sees_all(*at) for stream, at in zip(streams, now, strict=True))
+        )
+        for mask in (False, True):
+
+            @pl.when(plain != mask)
+            def _(mask: bool = mask) -> None:
+                for stream, at in zip(streams, now, strict=True):
+                    stream.attend(*at, i % 2, scale, mask)
+
+        for stream, at, following in zip(streams, now, then, strict=True):
+            pl.when((at[0] < stream.end) & (following[0] > at[0]))(functools.partial(stream.finish, at[0]))
+        return then
+
+    steps = functools.reduce(jnp.maximum, (stream.steps for stream in streams))
+    lax.fori_loop(0, steps, step, tuple((stream.first, jnp.int32(0)) for stream in streams))
+    for stream in streams:
+        for back in (2, 1):
+            job = stream.end - back
+            pl.when(job >= stream.first)(functools.partial(stream.await_out, job))
+
+
+class _Stream:
+    """One list of jobs and its scratch, S dropped from the shapes of _Vmem."""
+
+    def __init__(self, s: Array, jobs: _Jobs, table: Ref, pages_of_sequence: int, hbm: _Hbm, o_THC: Ref, vmem: _Vmem):
+        self.jobs, self.table, self.pages_of_sequence = jobs, table, pages_of_sequence
+        self.hbm, self.o_THC, self.vmem = hbm, o_THC, vmem
+        self.first, self.end, self.steps = jobs.bounds_S1[s], jobs.bounds_S1[s + 1], jobs.steps_S[s]
+        self.pages, self.k = vmem.latent.shape[1:3]
+        self.slots = self.pages * self.k
+
+    def after(self, job: Array, chunk: Array) -> tuple[Array, Array]:
+        """The (job, chunk) that follows."""
+        last = (chunk + 1) * self.slots >= self.jobs.visible_J[job]
+        return jnp.where(last, job + 1, job), jnp.where(last, 0, chunk + 1)
+
+    def fetch(self, job: Array, chunk: Array, half: Array) -> None:
+        """Starts the copies of a chunk's pages, and with a job's first chunk those of its queries."""
+        at = self.jobs.sequence_J[job] * self.pages_of_sequence + chunk * self.pages
+
+        def start(p: int | Array, _: None = None) -> None:
+            for copy in self._copies(self.table[at + p], p, half):
+                copy.start()
+
+        filled = self._filled_pages(job, chunk)
+
+        @pl.when(filled == self.pages)
+        def _() -> None:
+            for p in range(self.pages):
+                start(p)
+
+        pl.when(filled < self.pages)(lambda: lax.fori_loop(0, filled, start, None))
+
+        @pl.when(chunk == 0)
+        def _() -> None:
+            self._each_query(job, lambda copy: copy.start())
+
+    def await_pages(self, job: Array, chunk: Array, half: Array) -> None:
+        """Waits for what `fetch` started and zeroes the latents of slots that nobody filled."""
+        v = self.vmem
+        filled = self._filled_pages(job, chunk)
+
+        @pl.when(filled == self.pages)
+        def _() -> None:  # a wait counts bytes: one for all pages will do
+            for buffer in (v.latent.at[half], v.rope.at[half]):
+                pltpu.make_async_copy(buffer, buffer, v.pages_arrived.at[half]).wait()
+
+        @pl.when(filled < self.pages)
+        def _() -> None:
+            def wait(p: Array, _: None) -> None:
+                for copy in self._copies(0, p, half):
+                    copy.wait()
+
+            lax.fori_loop(0, filled, wait, None)
+
+        @pl.when(chunk == 0)
+        def _() -> None:
+            self._each_query(job, lambda copy: copy.wait())
+
+        slots = self.jobs.visible_J[job] - chunk * self.slots
+
+        @pl.when(slots < self.slots)
+        def _() -> None:  # a weight of zero does not silence a NaN
+            for p in range(self.pages):
+                rows = lax.broadcasted_iota(jnp.int32, (self.k, 1), 0) + p * self.k
+                v.latent[half, p] = jnp.where(rows < slots, v.latent[half, p], jnp.zeros((), v.latent.dtype))
+
+    def _filled_pages(self, job: Array, chunk: Array) -> Array:
+        return jnp.minimum(pl.cdiv(self.jobs.visible_J[job] - chunk * self.slots, self.k), self.pages)
+
+    def _copies(self, number: int | Array, p: int | Array, half: Array) -> list[Any]:
+        """The copies of one page of the cache to place p of a chunk."""
+        v, arrived = self.vmem, self.vmem.pages_arrived.at[half]
+        return [
+            pltpu.make_async_copy(self.hbm.latent_LKC.at[number], v.latent.at[half, p], arrived),
+            pltpu.make_async_copy(self.hbm.rope_LRK.at[number], v.rope.at[half, p], arrived),
+        ]
+
+    def _each_query(self, job: Array, do: Callable[[Any], None]) -> None:
+        half, first = job % 2, self.jobs.first_J[job]
+        arrived = self.vmem.q_arrived.at[half]
+
+        def token(t: Array, _: None) -> None:
+            do(pltpu.make_async_copy(self.hbm.q_THC.at[first + t], self.vmem.q_c.at[half, t], arrived))
+            do(pltpu.make_async_copy(self.hbm.q_THR.at[first + t], self.vmem.q_r.at[half, t], arrived))
+
+        lax.fori_loop(0, self.jobs.count_J[job], token, None)
+
+    def _each_result(self, job: Array, do: Callable[[Any], None]) -> None:
+        half, first = job % 2, self.jobs.first_J[job]
+        left = self.vmem.out_left.at[half]
+
+        def token(t: Array, _: None) -> None:
+            do(pltpu.make_async_copy(self.vmem.out.at[half, t], self.o_THC.at[first + t], left))
+
+        lax.fori_loop(0, self.jobs.count_J[job], token, None)
+
+    def sees_all(self, job: Array, chunk: Array) -> Array:
+        """Whether the job's first token, and so every one, sees all slots of a chunk."""
+        return self.jobs.visible_J[job] - (self.jobs.count_J[job] - 1) >= (chunk + 1) * self.slots
+
+    def attend(self, job: Array, chunk: Array, half: Array, scale: float, mask: bool) -> None:
+        """Adds a chunk to the running softmax of the job's rows."""
+        v = self.vmem
+        tokens, h, c = v.q_c.shape[1:]
+        latent_SC = v.latent[half].reshape(self.slots, c)
+        rope_RS = jnp.concatenate([v.rope[half, p] for p in range(self.pages)], axis=1)
+        scores_MS = _dot(v.q_c[job % 2].reshape(tokens * h, c), latent_SC, (1, 1))
+        scores_MS += _dot(v.q_r[job % 2].reshape(tokens * h, -1), rope_RS, (1, 0))
+        if mask:
+            token_M1 = lax.broadcasted_iota(jnp.int32, (tokens * h, 1), 0) // h
+            visible_M1 = self.jobs.visible_J[job] - chunk * self.slots - (self.jobs.count_J[job] - 1 - token_M1)
+            slot_1S = lax.broadcasted_iota(jnp.int32, (1, self.slots), 1)
+            scores_MS = jnp.where(slot_1S < visible_M1, scores_MS, _MASKED)
+
+        top_ML = v.top[...]
+        new_ML = jnp.maximum(top_ML, jnp.max(scores_MS, axis=1, keepdims=True))
+        p_MS = jnp.exp2((scores_MS - new_ML[:, :1]) * (scale * _LOG2_E))
+        shrink_ML = jnp.exp2((top_ML - new_ML) * (scale * _LOG2_E))
+        shares_ML = functools.reduce(jnp.add, jnp.split(p_MS, self.slots // _LANES, axis=1))
+        v.top[...] = new_ML
+        v.total[...] = v.total[...] * shrink_ML + shares_ML
+        v.sum[...] = v.sum[...] * shrink_ML[:, :1] + _dot(p_MS.astype(latent_SC.dtype), latent_SC, (1, 0))
+
+    def finish(self, job: Array) -> None:
+        """Sends a job's result on its way and forgets the job."""
+        pl.when(job - 2 >= self.first)(functools.partial(self.await_out, job - 2))
+        v = self.vmem
+        o_MC = v.sum[...] / jnp.sum(v.total[...], axis=1, keepdims=True)
+        v.out[job % 2] = o_MC.astype(v.out.dtype).reshape(v.out.shape[1:])
+        self._each_result(job, lambda copy: copy.start())
+        self.forget()
+
+    def await_out(self, job: Array) -> None:
+        """Waits until a job's result has left its buffer."""
+        self._each_result(job, lambda copy: copy.wait())
+
+    def forget(self) -> None:
+        """The softmax of no slots yet."""
+        v = self.vmem
+        v.top[...] = jnp.full(v.top.shape, _MASKED, jnp.float32)
+        v.total[...] = jnp.zeros(v.total.shape, jnp.float32)
+        v.sum[...] = jnp.zeros(v.sum.shape, jnp.float32)
+
+
+def _dot(a: Array, b: Array, over: tuple[int, int]) -> Array:
+    dims = (((over[0],), (over[1],)), ((), ()))
+    return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)

@@ -1,0 +1,38 @@
+"""The plain twin of decode_kernel.py, with its arguments, in jax.numpy: for CPUs, and as its judge."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels.latent_attention import pages
+
+_MASKED = -1e30
+
+
+def decode(
+    q_THC: Array,
+    q_THR: Array,
+    latent_LKC: Array,
+    rope_LRK: Array,
+    table_NP: Array,
+    lengths_N: Array,
+    starts_N1: Array,
+    *,
+    scale: float,
+) -> Array:
+    """See decode.decode; products in float32 accumulation, the softmax in float32."""
+    slots = table_NP.shape[1] * latent_LKC.shape[1]
+
+    def token(row: tuple[pages.Rows, Array, Array]) -> Array:
+        (n, slot, real), q_HC, q_HR = row
+        sees_S = (jnp.arange(slots) <= slot) & real
+        # Slots nobody wrote may hold anything, NaN included: a weight of zero would not silence that.
+        c_SC = jnp.where(sees_S[:, None], latent_LKC[table_NP[n]].reshape(slots, -1), 0)
+        r_SR = rope_LRK[table_NP[n]].swapaxes(1, 2).reshape(slots, -1)
+        scores_HS = jnp.einsum("hc,sc->hs", q_HC, c_SC, preferred_element_type=jnp.float32)
+        scores_HS += jnp.einsum("hr,sr->hs", q_HR, r_SR, preferred_element_type=jnp.float32)
+        p_HS = jax.nn.softmax(jnp.where(sees_S, scores_HS * scale, _MASKED), axis=-1)
+        return jnp.einsum("hs,sc->hc", p_HS.astype(c_SC.dtype), c_SC, preferred_element_type=jnp.float32)
+
+    rows = pages.rows(lengths_N, starts_N1, q_THC.shape[0])
+    return jax.lax.map(token, (rows, q_THC, q_THR)).astype(q_THC.dtype)

@@ -1,0 +1,21 @@
+"""The tuning table: entries that make sense, and an answer for every other shape."""
+
+import pytest
+
+from pallas_kernels import chips, shapes, tuning
+
+
+def test_entries() -> None:
+    """Listed are chips that exist and shapes that are priced."""
+    priced = {(shape.heads, shape.page) for shape in shapes.LATENT_DECODE.values()}
+    assert {chip for chip, _ in tuning.LATENT_DECODE} <= set(chips.CHIPS)
+    assert {key for _, key in tuning.LATENT_DECODE} <= priced
+
+
+@pytest.mark.parametrize("heads", [1, 7, 128, 1024])
+@pytest.mark.parametrize("page", [128, 384, 8192])
+def test_unlisted(heads: int, page: int) -> None:
+    """Any shape, and any chip, gets blocks: chunks of one page at least, jobs of two tokens at least."""
+    blocks = tuning.latent_decode("v9", heads, page)
+    assert (blocks.pages, blocks.tokens) >= (1, 2)
+    assert blocks.pages * page <= max(page, 2048)
