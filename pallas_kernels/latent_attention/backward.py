@@ -1,180 +1,276 @@
-"""The backward kernel: one pass over scores for all five gradients, the keys of a chunk and their sums held in VMEM.
+"""The backward kernel: one pass over the scores for all gradients; those of a chunk of keys are summed in VMEM.
 
-Scores are computed again from the softmax's logarithm, held as [keys, queries] as in the forward pass. The gradients of
-a chunk's keys and values stay in VMEM over all queries of all heads that share them, so each is written once, the one
-rope key's summed over all heads. Letters as in forward.py; G query heads a KV head.
+Scores are computed again from the softmax's logarithm, as [keys, queries]. The gradients of a chunk's keys and values
+stay in VMEM over all queries of all heads that share them, so each is written once, the one rope key's summed over all
+heads. Letters as in forward.py; G query heads a KV head.
 """
 
 import functools
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.latent_attention.forward import NN, NT, VMEM_LIMIT, Blocks, dot, join
-from pallas_kernels.latent_attention.visibility import LANES, Bounds, mask, meet, same
+from pallas_kernels.latent_attention.forward import NN, NT, VMEM_LIMIT, dot, join
+from pallas_kernels.latent_attention.visibility import LANES, Blocks, Bounds, mask, mask_corner, place, walk
+
+
+class Operands(NamedTuple):
+    """What the gradients are computed from: see `backward`."""
+
+    q_nope: Any
+    q_rope: Any
+    k_nope: Any
+    k_rope: Any
+    v: Any
+    g: Any
+    lse: Any
+    mean: Any
+    segments_queries: Any
+    segments_keys: Any
+    padding: Any
+
+
+class Gradients(NamedTuple):
+    q_nope: Any
+    q_rope: Any
+    k_nope: Any
+    k_rope: Any
+    v: Any
+
+
+class _Scratch(NamedTuple):
+    q: Any  # a block's queries and cotangents, padding set to 0
+    g: Any
+    turned: Any  # keys, [N + R, keys]
+    dq: Any  # [N + R, queries]
+    dk: Any  # [keys, N + R]
+    dv: Any
+    dk_rope: Any
 
 
 def _kernel(
-    offset_ref,
-    chunk_ref,
-    queries_ref,
-    keys_ref,
-    q_refs,
-    k_refs,
-    v_ref,
-    g_ref,
-    lse_ref,
-    mean_ref,
-    segments_queries_ref,
-    segments_keys_ref,
-    padding_ref,
-    before_refs,
-    dq_refs,
-    dk_refs,
-    dv_ref,
-    q_ref,
-    clean_g_ref,
-    turned_ref,
-    dq_sum_ref,
-    dk_sum_ref,
-    dv_sum_ref,
-    rope_sum_ref,
-    *,
-    scale: float,
-    blocks: Blocks,
+    offset, chunk, queries, keys, x: Operands, before: tuple, grad: Gradients, *scratch, scale: float, blocks: Blocks
 ):
+    own = _Scratch(*scratch)
     batch, j, group, i = pl.program_id(0), pl.program_id(2), pl.program_id(3), pl.program_id(4)
-    groups, steps = pl.num_programs(3), pl.num_programs(4)
-    n = q_refs[0].shape[1]
-    first = offset_ref[0] + i * blocks.queries
-    start = chunk_ref[0] * blocks.chunk
-    queries = Bounds(*queries_ref).at(batch * steps + i)
-    per_chunk = blocks.chunk // blocks.keys
+    groups, steps, n = pl.num_programs(3), pl.num_programs(4), x.q_nope.shape[1]
+    chunks = keys.low.shape[0] // pl.num_programs(0) // (blocks.chunk // blocks.part)
+    here = place(offset[0], batch, i, chunk[0], (steps, chunks), queries, keys, blocks)
 
     @pl.when((group == 0) & (i == 0))
     def _():
-        keep = padding_ref[...] > 0
-        for ref, rows in zip(k_refs, (slice(0, n), slice(n, None)), strict=True):
+        real = x.padding[...] > 0
+        for ref, rows in ((x.k_nope, slice(0, n)), (x.k_rope, slice(n, None))):
             if ref is not None:
-                turned_ref[rows] = jnp.where(keep, ref[...].T, 0).astype(turned_ref.dtype)
-        dk_sum_ref[...] = jnp.zeros_like(dk_sum_ref)
-        dv_sum_ref[...] = jnp.zeros_like(dv_sum_ref)
+                own.turned[rows] = jnp.where(real, ref[...].T, 0).astype(own.turned.dtype)
+        own.dk[...], own.dv[...] = jnp.zeros_like(own.dk), jnp.zeros_like(own.dv)
 
-    whole = queries.only > 0
+    _load_queries(x, own, here.queries)
+    own.dq[...] = jnp.zeros_like(own.dq)
 
-    @pl.when(whole)
-    def _():
-        q_ref[...] = join(*(None if ref is None else ref[...] for ref in q_refs))
-        clean_g_ref[...] = g_ref[...]
-
-    @pl.when(jnp.logical_not(whole))
-    def _():
-        keep = jnp.broadcast_to(segments_queries_ref[...], (LANES, blocks.queries)).T[:, :1] > 0
-        q_ref[...] = jnp.where(keep, join(*(None if ref is None else ref[...] for ref in q_refs)), 0)
-        clean_g_ref[...] = jnp.where(keep, g_ref[...], 0)
-
-    dq_sum_ref[...] = jnp.zeros_like(dq_sum_ref)
-
-    def add(tile: Array, sees: Array | None) -> None:
-        keys = pl.ds(tile, blocks.tile)
-        k = join(*(None if ref is None else ref[keys] for ref in k_refs))
-        s = dot(k, q_ref[...], NT) * (scale * math.log2(math.e))
-        p = jnp.exp2(s - lse_ref[...])
-        ds = p * (dot(v_ref[keys], clean_g_ref[...], NT) - mean_ref[...])
-        if sees is not None:
+    def add(at: Array, keys: int, skip: int, masked: bool) -> None:
+        rows, columns = pl.ds(at, keys), slice(skip, None)
+        p, ds = _scores(x, own, rows, columns, scale)
+        if masked:
+            sees = mask(x.segments_keys[rows], x.segments_queries[:, columns], here.ahead + skip - at)
             p, ds = jnp.where(sees, p, 0), jnp.where(sees, ds, 0)
-        p, ds = p.astype(q_ref.dtype), ds.astype(q_ref.dtype)
-        dv_sum_ref[keys] += dot(p, clean_g_ref[...], NN)
-        dk_sum_ref[keys] += dot(ds, q_ref[...], NN)
-        dq_sum_ref[...] += dot(turned_ref[:, keys], ds, NN)
+        _collect(own, p, ds, rows, columns)
 
-    def step(block: Array, _: None) -> None:
-        at = pl.multiple_of(block * blocks.keys, blocks.keys)
-        keys = Bounds(*keys_ref).at(batch * (keys_ref.low.shape[0] // pl.num_programs(0)) + chunk_ref[0] * per_chunk + block)
-        whole = (start + at + blocks.keys - 1 <= first) & same(queries, keys)
+    def triangle(at: Array) -> None:
+        for start in range(0, blocks.queries, blocks.part):
+            rows, columns = pl.ds(at, start + blocks.part), slice(start, start + blocks.part)
+            p, ds = _scores(x, own, rows, columns, scale)
+            _collect(own, mask_corner(p), mask_corner(ds), rows, columns)
 
-        @pl.when(whole)
-        def _():
-            for t in range(0, blocks.keys, blocks.tile):
-                add(pl.multiple_of(at + t, blocks.tile), None)
+    walk(here, blocks, add, triangle)
 
-        @pl.when(jnp.logical_not(whole) & meet(queries, keys))
-        def _():
-            for t in range(0, blocks.keys, blocks.tile):
-                tile = pl.multiple_of(at + t, blocks.tile)
-
-                @pl.when(start + tile <= first + blocks.queries - 1)
-                def _():
-                    segments_keys = segments_keys_ref[pl.ds(tile, blocks.tile)]
-                    add(tile, mask(segments_keys, segments_queries_ref[...], first - start - tile))
-
-    visible = jnp.clip(pl.cdiv(first + blocks.queries - start, blocks.keys), 0, per_chunk)
-    lax.fori_loop(0, visible, step, None)
-
-    # The queries before the first that sees this chunk share its block of dq: it is set once, then added to.
-    nearest = _nearest(i, chunk_ref, offset_ref, blocks, steps)
-
-    @pl.when((i == nearest) | (i == 0))
+    # The queries before the first that sees the chunk share its block of dq: it is set once, then added to.
+    @pl.when((i == _nearest(i, chunk[0], offset[0], blocks, steps)) | (i == 0))
     def _():
-        dq = dq_sum_ref[...] * scale
-        for ref, rows, before in zip(dq_refs, (slice(0, n), slice(n, None)), before_refs, strict=True):
+        for ref, old, rows in ((grad.q_nope, before[0], slice(0, n)), (grad.q_rope, before[1], slice(n, None))):
             if ref is not None:
-                new = dq[rows].T
-                ref[...] = (new if before is None else before[...] + new).astype(ref.dtype)
+                new = own.dq[rows] * scale
+                ref[...] = new.astype(ref.dtype).T if old is None else old[...] + new.T
 
     @pl.when((group == groups - 1) & (i == steps - 1))
     def _():
-        dv_ref[...] = dv_sum_ref[...].astype(dv_ref.dtype)
-        dk_refs[0][...] = (dk_sum_ref[:, :n] * scale).astype(dk_refs[0].dtype)
-        if dk_refs[1] is not None:
-            rope = dk_sum_ref[:, n:] * scale
-            rope_sum_ref[...] = jnp.where(j == 0, rope, rope_sum_ref[...] + rope)
-            dk_refs[1][...] = rope_sum_ref[...]
+        grad.v[...] = own.dv[...].astype(grad.v.dtype)
+        grad.k_nope[...] = (own.dk[:, :n] * scale).astype(grad.k_nope.dtype)
+        if grad.k_rope is not None:
+            rope = own.dk[:, n:] * scale
+            own.dk_rope[...] = jnp.where(j == 0, rope, own.dk_rope[...] + rope)
+            grad.k_rope[...] = own.dk_rope[...]
 
 
-def _nearest(i: Array, chunk_ref, offset_ref, blocks: Blocks, steps: int) -> Array:
+def _load_queries(x: Operands, own: _Scratch, queries: Bounds) -> None:
+    """Queries and cotangents of padding become 0: what they hold, were it NaN, must not meet a real key."""
+
+    @pl.when(queries.only > 0)
+    def _():
+        own.q[...], own.g[...] = join(x.q_nope[...], None if x.q_rope is None else x.q_rope[...]), x.g[...]
+
+    @pl.when(queries.only <= 0)
+    def _():
+        segments = jnp.broadcast_to(x.segments_queries[...], (LANES, x.segments_queries.shape[1])).T
+        real = segments[:, :1] > 0
+        own.q[...] = jnp.where(real, join(x.q_nope[...], None if x.q_rope is None else x.q_rope[...]), 0)
+        own.g[...] = jnp.where(real, x.g[...], 0)
+
+
+def _scores(x: Operands, own: _Scratch, rows: pl.Slice, columns: slice, scale: float) -> tuple[Array, Array]:
+    """(the weights of the softmax, the gradients of the scores before they are scaled), each [keys, queries]."""
+    k = join(x.k_nope[rows], None if x.k_rope is None else x.k_rope[rows])
+    p = jnp.exp2(dot(k, own.q[columns], NT) * (scale * math.log2(math.e)) - x.lse[:, columns])
+    return p, p * (dot(x.v[rows], own.g[columns], NT) - x.mean[:, columns])
+
+
+def _collect(own: _Scratch, p: Array, ds: Array, rows: pl.Slice, columns: slice) -> None:
+    p, ds = p.astype(own.g.dtype), ds.astype(own.g.dtype)
+    own.dv[rows] += dot(p, own.g[columns], NN)
+    own.dk[rows] += dot(ds, own.q[columns], NN)
+    own.dq[:, columns] += dot(own.turned[:, rows], ds, NN)
+
+
+def _nearest(i: Array, chunk: Array, offset: Array, blocks: Blocks, steps: int) -> Array:
     """i, or the first block of queries that sees the chunk: one before it is the same again, which moves nothing."""
-    ahead = jnp.maximum(chunk_ref[0] * blocks.chunk - offset_ref[0], 0)
-    return jnp.clip(ahead // blocks.queries, i, steps - 1)
+    unseeing = jnp.maximum(chunk * blocks.chunk - offset, 0) // blocks.queries
+    return jnp.minimum(jnp.maximum(i, unseeing), steps - 1)
 
 
 def backward(
-    q: tuple[Array, Array | None],
-    k: tuple[Array, Array | None],
-    v_BJSV: Array,
-    g_BHTV: Array,
-    lse_BH1T: Array,
-    mean_BH1T: Array,
-    segments_BT: Array,
-    segments_BS: Array,
+    x: Operands, offset: Array, queries: Bounds, keys: Bounds, *, scale: float, blocks: Blocks, parts: int, interpret: bool
+) -> Gradients:
+    """Gradients of queries, keys and values, in their dtypes.
+
+    x: q_nope [B, H, T, N], q_rope [B, H, T, R], k_nope [B, J, S, N], k_rope [B, S, R], v [B, J, S, V], g [B, H, T, V],
+    lse and mean (of g o over V) [B, H, 1, T] float32, segments_queries [B, 1, T], segments_keys [B, S, LANES],
+    padding [B, 1, S]. parts: how many sums over heads the rope key's gradient is kept in, for as many cores; divides J.
+    """
+    chunks = x.v.shape[2] // blocks.chunk
+    sweep = functools.partial(
+        _sweep, x, offset, queries, keys, scale=scale, blocks=blocks, parts=parts, interpret=interpret
+    )
+    if chunks == 1:
+        grad = sweep(jnp.int32(0), None)
+    else:
+        float32 = {"dtype": jnp.float32}
+        zeros = Gradients(
+            jnp.zeros_like(x.q_nope, **float32),
+            None if x.q_rope is None else jnp.zeros_like(x.q_rope, **float32),
+            jnp.zeros_like(x.k_nope),
+            None if x.k_rope is None else jnp.zeros((parts, *x.k_rope.shape), jnp.float32),
+            jnp.zeros_like(x.v),
+        )
+        grad = jax.lax.fori_loop(0, chunks, sweep, zeros)
+    if grad.k_rope is not None:
+        grad = grad._replace(k_rope=jnp.sum(grad.k_rope, axis=0))
+    return jax.tree.map(lambda new, old: new.astype(old.dtype), grad, Gradients(*x[:5]))
+
+
+def _sweep(
+    x: Operands,
     offset: Array,
     queries: Bounds,
     keys: Bounds,
+    chunk: Array,
+    before: Gradients | None,
     *,
     scale: float,
     blocks: Blocks,
     parts: int,
     interpret: bool,
-) -> tuple[tuple[Array, Array | None], tuple[Array, Array | None], Array]:
-    """Gradients of (q, k, v); the rope key's in float32. mean: sum over V of g o, [B, H, 1, T] float32.
+) -> Gradients:
+    """Gradients of one chunk of keys, written into `before`, and what it adds to those of the queries."""
+    (b, h, t, n), (_, j, s, v) = x.q_nope.shape, x.v.shape
+    r = None if x.q_rope is None else x.q_rope.shape[3]
+    steps, dtype, shared = t // blocks.queries, x.q_nope.dtype, j // parts
+    one = x.v.shape[2] == blocks.chunk
 
-    parts: how many sums of the rope key's gradient are kept apart, so that as many cores can work: divides J.
-    """
-    s = v_BJSV.shape[2]
-    operands = (q, k, v_BJSV, g_BHTV, lse_BH1T, mean_BH1T, segments_BT, segments_BS)
-    sweep = functools.partial(
-        _sweep, operands, offset, queries, keys, scale=scale, blocks=blocks, parts=parts, interpret=interpret
+    def of_queries(width: int | None) -> pl.BlockSpec | None:
+        return width and pl.BlockSpec(
+            (None, None, blocks.queries, width),
+            lambda b, p, k, g, i, offset, chunk, *_: (
+                b,
+                (p * shared + k) * (h // j) + g,
+                _nearest(i, chunk[0], offset[0], blocks, steps),
+                0,
+            ),
+        )
+
+    def row(b, p, k, g, i, offset, chunk, *_):
+        return b, (p * shared + k) * (h // j) + g, 0, _nearest(i, chunk[0], offset[0], blocks, steps)
+
+    def of_heads(width: int) -> pl.BlockSpec:
+        return pl.BlockSpec(
+            (None, None, blocks.chunk, width), lambda b, p, k, g, i, offset, chunk, *_: (b, p * shared + k, chunk[0], 0)
+        )
+
+    def of_keys(width: int | None) -> pl.BlockSpec | None:
+        return width and pl.BlockSpec(
+            (None, blocks.chunk, width), lambda b, p, k, g, i, offset, chunk, *_: (b, chunk[0], 0)
+        )
+
+    rows = pl.BlockSpec((None, None, 1, blocks.queries), row)
+    dq_specs = (of_queries(n), of_queries(r))
+    gradients = Gradients(
+        *dq_specs,
+        of_heads(n),
+        r and pl.BlockSpec(
+            (None, None, blocks.chunk, r), lambda b, p, k, g, i, offset, chunk, *_: (p, b, chunk[0], 0)
+        ),
+        of_heads(v),
     )
-    if s == blocks.chunk:
-        return sweep(jnp.int32(0), None)
-
-    def body(chunk: Array, grads: tuple) -> tuple:
-        return sweep(chunk, grads)
-
-    zeros = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in jax.tree.leaves(jax.eval_shape(sweep, 0, None))]
-    del zeros, body
-    raise NotImplementedError
+    in_specs = Operands(
+        *dq_specs,
+        of_heads(n),
+        of_keys(r),
+        of_heads(v),
+        of_queries(v),
+        rows,
+        rows,
+        pl.BlockSpec(
+            (None, 1, blocks.queries),
+            lambda b, p, k, g, i, offset, chunk, *_: (b, 0, _nearest(i, chunk[0], offset[0], blocks, steps)),
+        ),
+        of_keys(LANES),
+        pl.BlockSpec((None, 1, blocks.chunk), lambda b, p, k, g, i, offset, chunk, *_: (b, 0, chunk[0])),
+    )
+    shape = jax.ShapeDtypeStruct
+    out_shape = Gradients(
+        shape(x.q_nope.shape, dtype if one else jnp.float32),
+        None if r is None else shape(x.q_rope.shape, dtype if one else jnp.float32),
+        shape(x.k_nope.shape, x.k_nope.dtype),
+        None if r is None else shape((parts, *x.k_rope.shape), jnp.float32),
+        shape(x.v.shape, x.v.dtype),
+    )
+    del s, before
+    return pl.pallas_call(
+        functools.partial(_kernel, scale=scale, blocks=blocks),
+        name="latent_attention_backward",
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=4,
+            grid=(b, parts, shared, h // j, steps),
+            in_specs=[in_specs, (None, None)],
+            out_specs=(gradients,),
+            scratch_shapes=[
+                pltpu.VMEM((blocks.queries, n + (r or 0)), dtype),
+                pltpu.VMEM((blocks.queries, v), dtype),
+                pltpu.VMEM((n + (r or 0), blocks.chunk), dtype),
+                pltpu.VMEM((n + (r or 0), blocks.queries), jnp.float32),
+                pltpu.VMEM((blocks.chunk, n + (r or 0)), jnp.float32),
+                pltpu.VMEM((blocks.chunk, v), jnp.float32),
+                pltpu.VMEM((blocks.chunk if r else 8, r or LANES), jnp.float32),
+            ],
+        ),
+        out_shape=(out_shape,),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=VMEM_LIMIT,
+        ),
+        interpret=interpret,
+    )(offset.reshape(1), chunk.reshape(1), queries, keys, x, (None, None))[0]

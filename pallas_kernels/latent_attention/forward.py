@@ -22,7 +22,7 @@ from pallas_kernels.latent_attention.visibility import (
     Bounds,
     Place,
     mask,
-    mask_causal,
+    mask_corner,
     place,
     walk,
 )
@@ -112,12 +112,10 @@ def _kernel(*refs, scale: float, blocks: Blocks, chunks: int):
         _collect(ref, weights, rows, columns)
 
     def triangle(at: Array) -> None:
-        causal = mask_causal(blocks.part)
         for start in range(0, blocks.queries, blocks.part):
             rows, columns = pl.ds(at, start + blocks.part), slice(start, start + blocks.part)
             weights = jnp.exp2(dot(ref.k(rows), ref.q(columns), NT) * scale - ref.top[:, columns])
-            last = jnp.where(causal, weights[start:], 0)
-            _collect(ref, jnp.concatenate([weights[:start], last]) if start else last, rows, columns)
+            _collect(ref, mask_corner(weights), rows, columns)
 
     walk(here, blocks, add, triangle)
 

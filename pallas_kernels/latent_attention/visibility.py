@@ -74,9 +74,13 @@ def mask(segments_keys: Array, segments_queries: Array, ahead: Array) -> Array:
     return causal & (jnp.tile(segments_keys, (1, queries // LANES)) == real)
 
 
-def mask_causal(size: int) -> Array:
-    """[keys, queries] of a square on the diagonal."""
-    return lax.broadcasted_iota(jnp.int32, (size, size), 0) <= lax.broadcasted_iota(jnp.int32, (size, size), 1)
+def mask_corner(x: Array) -> Array:
+    """x [keys, queries] with its last square set to 0 below the diagonal, where keys come after queries."""
+    size = x.shape[1]
+    start = x.shape[0] - size
+    causal = lax.broadcasted_iota(jnp.int32, (size, size), 0) <= lax.broadcasted_iota(jnp.int32, (size, size), 1)
+    last = jnp.where(causal, x[start:], 0)
+    return jnp.concatenate([x[:start], last]) if start else last
 
 
 class Place(NamedTuple):
