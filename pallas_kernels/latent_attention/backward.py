@@ -7,11 +7,12 @@ heads. Letters as in forward.py; G query heads a KV head.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -54,7 +55,16 @@ class _Scratch(NamedTuple):
 
 
 def _kernel(
-    offset, chunk, queries, keys, x: Operands, before: tuple, grad: Gradients, *scratch, scale: float, blocks: Blocks
+    offset,
+    chunk,
+    queries: Bounds,
+    keys: Bounds,
+    x: Operands,
+    before: Gradients | None,
+    grad: Gradients,
+    *scratch,
+    scale: float,
+    blocks: Blocks,
 ):
     own = _Scratch(*scratch)
     batch, j, group, i = pl.program_id(0), pl.program_id(2), pl.program_id(3), pl.program_id(4)
@@ -92,10 +102,11 @@ def _kernel(
     # The queries before the first that sees the chunk share its block of dq: it is set once, then added to.
     @pl.when((i == _nearest(i, chunk[0], offset[0], blocks, steps)) | (i == 0))
     def _():
-        for ref, old, rows in ((grad.q_nope, before[0], slice(0, n)), (grad.q_rope, before[1], slice(n, None))):
+        for name, rows in (("q_nope", slice(0, n)), ("q_rope", slice(n, None))):
+            ref = getattr(grad, name)
             if ref is not None:
-                new = own.dq[rows] * scale
-                ref[...] = new.astype(ref.dtype).T if old is None else old[...] + new.T
+                new = (own.dq[rows] * scale).astype(ref.dtype).T
+                ref[...] = new if before is None else getattr(before, name)[...] + new
 
     @pl.when((group == groups - 1) & (i == steps - 1))
     def _():
@@ -143,7 +154,15 @@ def _nearest(i: Array, chunk: Array, offset: Array, blocks: Blocks, steps: int) 
 
 
 def backward(
-    x: Operands, offset: Array, queries: Bounds, keys: Bounds, *, scale: float, blocks: Blocks, parts: int, interpret: bool
+    x: Operands,
+    offset: Array,
+    queries: Bounds,
+    keys: Bounds,
+    *,
+    scale: float,
+    blocks: Blocks,
+    parts: int,
+    interpret: bool,
 ) -> Gradients:
     """Gradients of queries, keys and values, in their dtypes.
 
@@ -151,25 +170,31 @@ def backward(
     lse and mean (of g o over V) [B, H, 1, T] float32, segments_queries [B, 1, T], segments_keys [B, S, LANES],
     padding [B, 1, S]. parts: how many sums over heads the rope key's gradient is kept in, for as many cores; divides J.
     """
-    chunks = x.v.shape[2] // blocks.chunk
     sweep = functools.partial(
         _sweep, x, offset, queries, keys, scale=scale, blocks=blocks, parts=parts, interpret=interpret
     )
+    chunks = x.v.shape[2] // blocks.chunk
     if chunks == 1:
         grad = sweep(jnp.int32(0), None)
     else:
-        float32 = {"dtype": jnp.float32}
-        zeros = Gradients(
-            jnp.zeros_like(x.q_nope, **float32),
-            None if x.q_rope is None else jnp.zeros_like(x.q_rope, **float32),
-            jnp.zeros_like(x.k_nope),
-            None if x.k_rope is None else jnp.zeros((parts, *x.k_rope.shape), jnp.float32),
-            jnp.zeros_like(x.v),
-        )
-        grad = jax.lax.fori_loop(0, chunks, sweep, zeros)
+        zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), _shapes(x, parts, chunks))
+        grad = lax.fori_loop(0, chunks, sweep, zeros)
     if grad.k_rope is not None:
         grad = grad._replace(k_rope=jnp.sum(grad.k_rope, axis=0))
     return jax.tree.map(lambda new, old: new.astype(old.dtype), grad, Gradients(*x[:5]))
+
+
+def _shapes(x: Operands, parts: int, chunks: int) -> Gradients:
+    """Of one chunk's kernel: gradients that later chunks or other parts add to are float32."""
+    summed = x.q_nope.dtype if chunks == 1 else jnp.float32
+    rope = x.q_rope is not None
+    return Gradients(
+        q_nope=jax.ShapeDtypeStruct(x.q_nope.shape, summed),
+        q_rope=jax.ShapeDtypeStruct(x.q_rope.shape, summed) if rope else None,
+        k_nope=jax.ShapeDtypeStruct(x.k_nope.shape, x.k_nope.dtype),
+        k_rope=jax.ShapeDtypeStruct((parts, *x.k_rope.shape), jnp.float32) if rope else None,
+        v=jax.ShapeDtypeStruct(x.v.shape, x.v.dtype),
+    )
 
 
 def _sweep(
@@ -185,92 +210,101 @@ def _sweep(
     parts: int,
     interpret: bool,
 ) -> Gradients:
-    """Gradients of one chunk of keys, written into `before`, and what it adds to those of the queries."""
+    """Gradients of one chunk of keys, written into `before`, and those of the queries with what it adds to them."""
     (b, h, t, n), (_, j, s, v) = x.q_nope.shape, x.v.shape
     r = None if x.q_rope is None else x.q_rope.shape[3]
-    steps, dtype, shared = t // blocks.queries, x.q_nope.dtype, j // parts
-    one = x.v.shape[2] == blocks.chunk
-
-    def of_queries(width: int | None) -> pl.BlockSpec | None:
-        return width and pl.BlockSpec(
-            (None, None, blocks.queries, width),
-            lambda b, p, k, g, i, offset, chunk, *_: (
-                b,
-                (p * shared + k) * (h // j) + g,
-                _nearest(i, chunk[0], offset[0], blocks, steps),
-                0,
-            ),
-        )
-
-    def row(b, p, k, g, i, offset, chunk, *_):
-        return b, (p * shared + k) * (h // j) + g, 0, _nearest(i, chunk[0], offset[0], blocks, steps)
-
-    def of_heads(width: int) -> pl.BlockSpec:
-        return pl.BlockSpec(
-            (None, None, blocks.chunk, width), lambda b, p, k, g, i, offset, chunk, *_: (b, p * shared + k, chunk[0], 0)
-        )
-
-    def of_keys(width: int | None) -> pl.BlockSpec | None:
-        return width and pl.BlockSpec(
-            (None, blocks.chunk, width), lambda b, p, k, g, i, offset, chunk, *_: (b, chunk[0], 0)
-        )
-
-    rows = pl.BlockSpec((None, None, 1, blocks.queries), row)
-    dq_specs = (of_queries(n), of_queries(r))
-    gradients = Gradients(
-        *dq_specs,
-        of_heads(n),
-        r and pl.BlockSpec(
-            (None, None, blocks.chunk, r), lambda b, p, k, g, i, offset, chunk, *_: (p, b, chunk[0], 0)
-        ),
-        of_heads(v),
-    )
-    in_specs = Operands(
-        *dq_specs,
-        of_heads(n),
-        of_keys(r),
-        of_heads(v),
-        of_queries(v),
-        rows,
-        rows,
-        pl.BlockSpec(
-            (None, 1, blocks.queries),
-            lambda b, p, k, g, i, offset, chunk, *_: (b, 0, _nearest(i, chunk[0], offset[0], blocks, steps)),
-        ),
-        of_keys(LANES),
-        pl.BlockSpec((None, 1, blocks.chunk), lambda b, p, k, g, i, offset, chunk, *_: (b, 0, chunk[0])),
-    )
-    shape = jax.ShapeDtypeStruct
-    out_shape = Gradients(
-        shape(x.q_nope.shape, dtype if one else jnp.float32),
-        None if r is None else shape(x.q_rope.shape, dtype if one else jnp.float32),
-        shape(x.k_nope.shape, x.k_nope.dtype),
-        None if r is None else shape((parts, *x.k_rope.shape), jnp.float32),
-        shape(x.v.shape, x.v.dtype),
-    )
-    del s, before
+    steps, shared, width = t // blocks.queries, j // parts, n + (r or 0)
+    specs, grad_specs = _specs((n, r, v), (h // j, shared, steps), blocks)
+    grads = _shapes(x, parts, s // blocks.chunk)
+    args = (offset.reshape(1), chunk.reshape(1), queries, keys, x)
     return pl.pallas_call(
         functools.partial(_kernel, scale=scale, blocks=blocks),
         name="latent_attention_backward",
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(b, parts, shared, h // j, steps),
-            in_specs=[in_specs, (None, None)],
-            out_specs=(gradients,),
+            in_specs=[specs, before and _unread_keys(grad_specs)],
+            out_specs=(grad_specs,),
             scratch_shapes=[
-                pltpu.VMEM((blocks.queries, n + (r or 0)), dtype),
-                pltpu.VMEM((blocks.queries, v), dtype),
-                pltpu.VMEM((n + (r or 0), blocks.chunk), dtype),
-                pltpu.VMEM((n + (r or 0), blocks.queries), jnp.float32),
-                pltpu.VMEM((blocks.chunk, n + (r or 0)), jnp.float32),
+                pltpu.VMEM((blocks.queries, width), x.g.dtype),
+                pltpu.VMEM((blocks.queries, v), x.g.dtype),
+                pltpu.VMEM((width, blocks.chunk), x.g.dtype),
+                pltpu.VMEM((width, blocks.queries), jnp.float32),
+                pltpu.VMEM((blocks.chunk, width), jnp.float32),
                 pltpu.VMEM((blocks.chunk, v), jnp.float32),
-                pltpu.VMEM((blocks.chunk if r else 8, r or LANES), jnp.float32),
+                pltpu.VMEM((blocks.chunk, r) if r else (8, LANES), jnp.float32),
             ],
         ),
-        out_shape=(out_shape,),
+        out_shape=(grads,),
+        input_output_aliases={len(jax.tree.leaves(args)) + n: n for n in range(len(jax.tree.leaves(before)))},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary", "arbitrary"),
             vmem_limit_bytes=VMEM_LIMIT,
         ),
         interpret=interpret,
-    )(offset.reshape(1), chunk.reshape(1), queries, keys, x, (None, None))[0]
+    )(*args, before)[0]
+
+
+def _unread_keys(specs: Gradients) -> Gradients:
+    """For gradients so far: those of queries are read, those of keys and values only stay in their place."""
+    there = pl.BlockSpec(memory_space=pl.ANY)
+    return specs._replace(k_nope=there, k_rope=specs.k_rope and there, v=there)
+
+
+class _At(NamedTuple):
+    """Where the grid is: sequence, part, KV head of the part, query head of that, block of queries."""
+
+    b: Array
+    part: Array
+    j: Array
+    group: Array
+    i: Array
+    offset: Any
+    chunk: Any
+
+
+def _specs(widths: tuple, counts: tuple, blocks: Blocks) -> tuple[Operands, Gradients]:
+    """Blocks of operands and gradients. counts: query heads of a KV head, KV heads of a part, blocks of queries."""
+    (n, r, v), (groups, shared, steps) = widths, counts
+
+    def spec(shape: tuple, index: Callable[[_At], tuple]) -> pl.BlockSpec:
+        return pl.BlockSpec(shape, lambda *at: index(_At(*at[:7])))
+
+    def head(at: _At) -> Array:
+        return (at.part * shared + at.j) * groups + at.group
+
+    def i(at: _At) -> Array:
+        return _nearest(at.i, at.chunk[0], at.offset[0], blocks, steps)
+
+    def of_queries(width: int) -> pl.BlockSpec:
+        return spec((None, None, blocks.queries, width), lambda at: (at.b, head(at), i(at), 0))
+
+    def of_heads(width: int) -> pl.BlockSpec:
+        shape = (None, None, blocks.chunk, width)
+        return spec(shape, lambda at: (at.b, at.part * shared + at.j, at.chunk[0], 0))
+
+    def of_keys(width: int) -> pl.BlockSpec:
+        return spec((None, blocks.chunk, width), lambda at: (at.b, at.chunk[0], 0))
+
+    row = spec((None, None, 1, blocks.queries), lambda at: (at.b, head(at), 0, i(at)))
+    operands = Operands(
+        q_nope=of_queries(n),
+        q_rope=r and of_queries(r),
+        k_nope=of_heads(n),
+        k_rope=r and of_keys(r),
+        v=of_heads(v),
+        g=of_queries(v),
+        lse=row,
+        mean=row,
+        segments_queries=spec((None, 1, blocks.queries), lambda at: (at.b, 0, i(at))),
+        segments_keys=of_keys(LANES),
+        padding=spec((None, 1, blocks.chunk), lambda at: (at.b, 0, at.chunk[0])),
+    )
+    gradients = Gradients(
+        q_nope=operands.q_nope,
+        q_rope=operands.q_rope,
+        k_nope=operands.k_nope,
+        k_rope=r and spec((None, None, blocks.chunk, r), lambda at: (at.part, at.b, at.chunk[0], 0)),
+        v=operands.v,
+    )
+    return operands, gradients

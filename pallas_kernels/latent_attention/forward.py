@@ -7,6 +7,7 @@ S keys, H heads, J KV heads, N nope, R rope, V value, P = N + R.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -176,6 +177,16 @@ def _merge(ref: _Refs, chunk: Array, chunks: int) -> None:
         sums[...], total[...], top[...] = ref.sums[...], ref.total[...], ref.top[...]
 
 
+class _At(NamedTuple):
+    """Where the grid is: sequence, head, block of queries, chunk of keys."""
+
+    b: Array
+    h: Array
+    i: Array
+    chunk: Array
+    offset: Any
+
+
 def forward(
     q_nope_BHTN: Array,
     q_rope_BHTR: Array | None,
@@ -197,23 +208,23 @@ def forward(
     blocks.queries divides T, blocks.chunk S; bounds are those of these blocks of queries and of blocks.keys.
     """
     (b, h, t, n), (_, j, s, v) = q_nope_BHTN.shape, v_BJSV.shape
-    r = None if k_rope_BSR is None else k_rope_BSR.shape[2]
-    chunks = s // blocks.chunk
+    r, chunks = None if k_rope_BSR is None else k_rope_BSR.shape[2], s // blocks.chunk
 
-    def nearest(i: Array, chunk: Array, offset_ref) -> Array:
-        """The chunk, or the last that these queries see: one beyond is the same again, which moves nothing."""
-        return jnp.minimum(chunk, (offset_ref[0] + (i + 1) * blocks.queries - 1) // blocks.chunk)
+    def spec(shape: tuple, index: Callable[[_At], tuple]) -> pl.BlockSpec:
+        return pl.BlockSpec(shape, lambda *at: index(_At(*at[:5])))
 
-    def of_queries(width: int | None) -> pl.BlockSpec | None:
-        return width and pl.BlockSpec((None, None, blocks.queries, width), lambda b, h, i, c, *_: (b, h, i, 0))
+    def chunk(at: _At) -> Array:
+        """The grid's chunk, or the last that the queries see: one beyond is the same again, which moves nothing."""
+        return jnp.minimum(at.chunk, (at.offset[0] + (at.i + 1) * blocks.queries - 1) // blocks.chunk)
+
+    def of_queries(width: int) -> pl.BlockSpec:
+        return spec((None, None, blocks.queries, width), lambda at: (at.b, at.h, at.i, 0))
 
     def of_heads(width: int) -> pl.BlockSpec:
-        return pl.BlockSpec(
-            (None, None, blocks.chunk, width), lambda b, hh, i, c, at, *_: (b, hh // (h // j), nearest(i, c, at), 0)
-        )
+        return spec((None, None, blocks.chunk, width), lambda at: (at.b, at.h // (h // j), chunk(at), 0))
 
-    def of_keys(width: int | None) -> pl.BlockSpec | None:
-        return width and pl.BlockSpec((None, blocks.chunk, width), lambda b, h, i, c, at, *_: (b, nearest(i, c, at), 0))
+    def of_keys(width: int) -> pl.BlockSpec:
+        return spec((None, blocks.chunk, width), lambda at: (at.b, chunk(at), 0))
 
     row = pltpu.VMEM((1, blocks.queries), jnp.float32)
     state = [pltpu.VMEM((v, blocks.queries), jnp.float32), row, row]
@@ -225,17 +236,17 @@ def forward(
             grid=(b, h, t // blocks.queries, chunks),
             in_specs=[
                 of_queries(n),
-                of_queries(r),
+                r and of_queries(r),
                 of_heads(n),
-                of_keys(r),
+                r and of_keys(r),
                 of_heads(v),
-                pl.BlockSpec((None, 1, blocks.queries), lambda b, h, i, c, *_: (b, 0, i)),
+                spec((None, 1, blocks.queries), lambda at: (at.b, 0, at.i)),
                 of_keys(LANES),
-                pl.BlockSpec((None, 1, blocks.chunk), lambda b, h, i, c, at, *_: (b, 0, nearest(i, c, at))),
+                spec((None, 1, blocks.chunk), lambda at: (at.b, 0, chunk(at))),
             ],
             out_specs=[
                 of_queries(v),
-                pl.BlockSpec((None, None, 1, blocks.queries), lambda b, h, i, c, *_: (b, h, 0, i)),
+                spec((None, None, 1, blocks.queries), lambda at: (at.b, at.h, 0, at.i)),
             ],
             scratch_shapes=[
                 pltpu.VMEM((v + ONES * blocks.ones, blocks.chunk), v_BJSV.dtype),
