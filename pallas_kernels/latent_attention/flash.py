@@ -33,12 +33,13 @@ def tuning(queries: int, keys: int, kv_heads: int, shared_key: bool, dtype: jnp.
     """
     wide = chip not in ("v5e", "v5p")
     step, span = _block(queries), _block(keys)
-    longest = 4096 if dtype.itemsize == 2 else 2048
-    chunk = _round(-(-keys // -(-keys // longest)), span)
+    longest = 4096 if dtype.itemsize == 2 else 2048  # what VMEM holds of keys, values and their gradients
+    chunks = -(-keys // longest)
+    chunk = _round(-(-keys // chunks), span)
     part = min(512 if wide else 256, step, span)
     by_core = 2 if chip == "v5p" and kv_heads % 2 == 0 else 1  # the two cores of a v5p share the heads
     return Tuning(
-        Blocks(step, chunk, span, part, ones=wide),
+        Blocks(step, chunk * (2 if chunks % 2 == 0 else 1), span, part, ones=wide),
         Blocks(step, chunk, span, min(part, 256), ones=False),
         by_core if shared_key else kv_heads,
     )

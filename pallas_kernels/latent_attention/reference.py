@@ -39,4 +39,5 @@ def attention(
     scores_BJGTS = jnp.where(sees_BTS[:, None, None], scores_BJGTS * scale, _MASKED)
     weights_BJGTS = jax.nn.softmax(scores_BJGTS, axis=-1).astype(v_BJSV.dtype)
     o_BJGTV = jnp.einsum("bjgts,bjsv->bjgtv", weights_BJGTS, v_BJSV, **float32)
-    return o_BJGTV.reshape(b, h, t, v).astype(q_nope_BHTN.dtype)
+    o_BHTV = o_BJGTV.reshape(b, h, t, v).astype(q_nope_BHTN.dtype)
+    return jnp.where(jnp.any(sees_BTS, axis=-1)[:, None, :, None], o_BHTV, 0)
