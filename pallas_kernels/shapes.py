@@ -20,3 +20,23 @@ LATENT_DECODE = {
     "v2_lite": LatentDecode(heads=16, latent=512, rope=64, sequences=64, length=8192, page=256),
     "nano": LatentDecode(heads=4, latent=64, rope=32, sequences=8, length=512, page=128),
 }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentAttention:
+    """Training rows of `tokens`; rope 0 where the heads of keys share nothing (MHA, GQA, MQA)."""
+
+    heads: int
+    kv_heads: int
+    nope: int
+    rope: int
+    value: int
+    tokens: int
+
+
+LATENT_ATTENTION = {
+    "v2": LatentAttention(heads=128, kv_heads=128, nope=128, rope=64, value=128, tokens=4096),
+    "v2_lite": LatentAttention(heads=16, kv_heads=16, nope=128, rope=64, value=128, tokens=4096),
+    "gqa": LatentAttention(heads=64, kv_heads=8, nope=128, rope=0, value=128, tokens=4096),
+    "nano": LatentAttention(heads=4, kv_heads=4, nope=32, rope=32, value=32, tokens=512),
+}

@@ -1,0 +1,310 @@
+"""The backward kernel: one pass over the scores for all gradients; those of a chunk of keys are summed in VMEM.
+
+Scores are computed again from the softmax's logarithm, as [keys, queries]. The gradients of a chunk's keys and values
+stay in VMEM over all queries of all heads that share them, so each is written once, the one rope key's summed over all
+heads. Letters as in forward.py; G query heads a KV head.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.latent_attention.forward import NN, NT, VMEM_LIMIT, dot, join
+from pallas_kernels.latent_attention.visibility import LANES, Blocks, Bounds, mask, mask_corner, place, walk
+
+
+class Operands(NamedTuple):
+    """What the gradients are computed from: see `backward`."""
+
+    q_nope: Any
+    q_rope: Any
+    k_nope: Any
+    k_rope: Any
+    v: Any
+    g: Any
+    lse: Any
+    mean: Any
+    segments_queries: Any
+    segments_keys: Any
+    padding: Any
+
+
+class Gradients(NamedTuple):
+    q_nope: Any
+    q_rope: Any
+    k_nope: Any
+    k_rope: Any
+    v: Any
+
+
+class _Scratch(NamedTuple):
+    q: Any  # a block's queries and cotangents, padding set to 0
+    g: Any
+    turned: Any  # keys, [N + R, keys]
+    dq: Any  # [N + R, queries]
+    dk: Any  # [keys, N + R]
+    dv: Any
+    dk_rope: Any
+
+
+def _kernel(
+    offset,
+    chunk,
+    queries: Bounds,
+    keys: Bounds,
+    x: Operands,
+    before: Gradients | None,
+    grad: Gradients,
+    *scratch,
+    scale: float,
+    blocks: Blocks,
+):
+    own = _Scratch(*scratch)
+    batch, j, group, i = pl.program_id(0), pl.program_id(2), pl.program_id(3), pl.program_id(4)
+    groups, steps, n = pl.num_programs(3), pl.num_programs(4), x.q_nope.shape[1]
+    chunks = keys.low.shape[0] // pl.num_programs(0) // (blocks.chunk // blocks.part)
+    here = place(offset[0], batch, i, chunk[0], (steps, chunks), queries, keys, blocks)
+
+    @pl.when((group == 0) & (i == 0))
+    def _():
+        real = x.padding[...] > 0
+        for ref, rows in ((x.k_nope, slice(0, n)), (x.k_rope, slice(n, None))):
+            if ref is not None:
+                own.turned[rows] = jnp.where(real, ref[...].T, 0).astype(own.turned.dtype)
+        own.dk[...], own.dv[...] = jnp.zeros_like(own.dk), jnp.zeros_like(own.dv)
+
+    _load_queries(x, own, here.queries)
+    own.dq[...] = jnp.zeros_like(own.dq)
+
+    def add(at: Array, keys: int, skip: int, masked: bool) -> None:
+        rows, columns = pl.ds(at, keys), slice(skip, None)
+        p, ds = _scores(x, own, rows, columns, scale)
+        if masked:
+            sees = mask(x.segments_keys[rows], x.segments_queries[:, columns], here.ahead + skip - at)
+            p, ds = jnp.where(sees, p, 0), jnp.where(sees, ds, 0)
+        _collect(own, p, ds, rows, columns)
+
+    def triangle(at: Array) -> None:
+        for start in range(0, blocks.queries, blocks.part):
+            rows, columns = pl.ds(at, start + blocks.part), slice(start, start + blocks.part)
+            p, ds = _scores(x, own, rows, columns, scale)
+            _collect(own, mask_corner(p), mask_corner(ds), rows, columns)
+
+    walk(here, blocks, add, triangle)
+
+    # The queries before the first that sees the chunk share its block of dq: it is set once, then added to.
+    @pl.when((i == _nearest(i, chunk[0], offset[0], blocks, steps)) | (i == 0))
+    def _():
+        for name, rows in (("q_nope", slice(0, n)), ("q_rope", slice(n, None))):
+            ref = getattr(grad, name)
+            if ref is not None:
+                new = (own.dq[rows] * scale).astype(ref.dtype).T
+                ref[...] = new if before is None else getattr(before, name)[...] + new
+
+    @pl.when((group == groups - 1) & (i == steps - 1))
+    def _():
+        grad.v[...] = own.dv[...].astype(grad.v.dtype)
+        grad.k_nope[...] = (own.dk[:, :n] * scale).astype(grad.k_nope.dtype)
+        if grad.k_rope is not None:
+            rope = own.dk[:, n:] * scale
+            own.dk_rope[...] = jnp.where(j == 0, rope, own.dk_rope[...] + rope)
+            grad.k_rope[...] = own.dk_rope[...]
+
+
+def _load_queries(x: Operands, own: _Scratch, queries: Bounds) -> None:
+    """Queries and cotangents of padding become 0: what they hold, were it NaN, must not meet a real key."""
+
+    @pl.when(queries.only > 0)
+    def _():
+        own.q[...], own.g[...] = join(x.q_nope[...], None if x.q_rope is None else x.q_rope[...]), x.g[...]
+
+    @pl.when(queries.only <= 0)
+    def _():
+        segments = jnp.broadcast_to(x.segments_queries[...], (LANES, x.segments_queries.shape[1])).T
+        real = segments[:, :1] > 0
+        own.q[...] = jnp.where(real, join(x.q_nope[...], None if x.q_rope is None else x.q_rope[...]), 0)
+        own.g[...] = jnp.where(real, x.g[...], 0)
+
+
+def _scores(x: Operands, own: _Scratch, rows: pl.Slice, columns: slice, scale: float) -> tuple[Array, Array]:
+    """(the weights of the softmax, the gradients of the scores before they are scaled), each [keys, queries]."""
+    k = join(x.k_nope[rows], None if x.k_rope is None else x.k_rope[rows])
+    p = jnp.exp2(dot(k, own.q[columns], NT) * (scale * math.log2(math.e)) - x.lse[:, columns])
+    return p, p * (dot(x.v[rows], own.g[columns], NT) - x.mean[:, columns])
+
+
+def _collect(own: _Scratch, p: Array, ds: Array, rows: pl.Slice, columns: slice) -> None:
+    p, ds = p.astype(own.g.dtype), ds.astype(own.g.dtype)
+    own.dv[rows] += dot(p, own.g[columns], NN)
+    own.dk[rows] += dot(ds, own.q[columns], NN)
+    own.dq[:, columns] += dot(own.turned[:, rows], ds, NN)
+
+
+def _nearest(i: Array, chunk: Array, offset: Array, blocks: Blocks, steps: int) -> Array:
+    """i, or the first block of queries that sees the chunk: one before it is the same again, which moves nothing."""
+    unseeing = jnp.maximum(chunk * blocks.chunk - offset, 0) // blocks.queries
+    return jnp.minimum(jnp.maximum(i, unseeing), steps - 1)
+
+
+def backward(
+    x: Operands,
+    offset: Array,
+    queries: Bounds,
+    keys: Bounds,
+    *,
+    scale: float,
+    blocks: Blocks,
+    parts: int,
+    interpret: bool,
+) -> Gradients:
+    """Gradients of queries, keys and values, in their dtypes.
+
+    x: q_nope [B, H, T, N], q_rope [B, H, T, R], k_nope [B, J, S, N], k_rope [B, S, R], v [B, J, S, V], g [B, H, T, V],
+    lse and mean (of g o over V) [B, H, 1, T] float32, segments_queries [B, 1, T], segments_keys [B, S, LANES],
+    padding [B, 1, S]. parts: how many sums over heads the rope key's gradient is kept in, for as many cores; divides J.
+    """
+    sweep = functools.partial(
+        _sweep, x, offset, queries, keys, scale=scale, blocks=blocks, parts=parts, interpret=interpret
+    )
+    chunks = x.v.shape[2] // blocks.chunk
+    if chunks == 1:
+        grad = sweep(jnp.int32(0), None)
+    else:
+        zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), _shapes(x, parts, chunks))
+        grad = lax.fori_loop(0, chunks, sweep, zeros)
+    if grad.k_rope is not None:
+        grad = grad._replace(k_rope=jnp.sum(grad.k_rope, axis=0))
+    return jax.tree.map(lambda new, old: new.astype(old.dtype), grad, Gradients(*x[:5]))
+
+
+def _shapes(x: Operands, parts: int, chunks: int) -> Gradients:
+    """Of one chunk's kernel: gradients that later chunks or other parts add to are float32."""
+    summed = x.q_nope.dtype if chunks == 1 else jnp.float32
+    rope = x.q_rope is not None
+    return Gradients(
+        q_nope=jax.ShapeDtypeStruct(x.q_nope.shape, summed),
+        q_rope=jax.ShapeDtypeStruct(x.q_rope.shape, summed) if rope else None,
+        k_nope=jax.ShapeDtypeStruct(x.k_nope.shape, x.k_nope.dtype),
+        k_rope=jax.ShapeDtypeStruct((parts, *x.k_rope.shape), jnp.float32) if rope else None,
+        v=jax.ShapeDtypeStruct(x.v.shape, x.v.dtype),
+    )
+
+
+def _sweep(
+    x: Operands,
+    offset: Array,
+    queries: Bounds,
+    keys: Bounds,
+    chunk: Array,
+    before: Gradients | None,
+    *,
+    scale: float,
+    blocks: Blocks,
+    parts: int,
+    interpret: bool,
+) -> Gradients:
+    """Gradients of one chunk of keys, written into `before`, and those of the queries with what it adds to them."""
+    (b, h, t, n), (_, j, s, v) = x.q_nope.shape, x.v.shape
+    r = None if x.q_rope is None else x.q_rope.shape[3]
+    steps, shared, width = t // blocks.queries, j // parts, n + (r or 0)
+    specs, grad_specs = _specs((n, r, v), (h // j, shared, steps), blocks)
+    grads = _shapes(x, parts, s // blocks.chunk)
+    args = (offset.reshape(1), chunk.reshape(1), queries, keys, x)
+    return pl.pallas_call(
+        functools.partial(_kernel, scale=scale, blocks=blocks),
+        name="latent_attention_backward",
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=4,
+            grid=(b, parts, shared, h // j, steps),
+            in_specs=[specs, before and _unread_keys(grad_specs)],
+            out_specs=(grad_specs,),
+            scratch_shapes=[
+                pltpu.VMEM((blocks.queries, width), x.g.dtype),
+                pltpu.VMEM((blocks.queries, v), x.g.dtype),
+                pltpu.VMEM((width, blocks.chunk), x.g.dtype),
+                pltpu.VMEM((width, blocks.queries), jnp.float32),
+                pltpu.VMEM((blocks.chunk, width), jnp.float32),
+                pltpu.VMEM((blocks.chunk, v), jnp.float32),
+                pltpu.VMEM((blocks.chunk, r) if r else (8, LANES), jnp.float32),
+            ],
+        ),
+        out_shape=(grads,),
+        input_output_aliases={len(jax.tree.leaves(args)) + n: n for n in range(len(jax.tree.leaves(before)))},
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=VMEM_LIMIT,
+        ),
+        interpret=interpret,
+    )(*args, before)[0]
+
+
+def _unread_keys(specs: Gradients) -> Gradients:
+    """For gradients so far: those of queries are read, those of keys and values only stay in their place."""
+    there = pl.BlockSpec(memory_space=pl.ANY)
+    return specs._replace(k_nope=there, k_rope=specs.k_rope and there, v=there)
+
+
+class _At(NamedTuple):
+    """Where the grid is: sequence, part, KV head of the part, query head of that, block of queries."""
+
+    b: Array
+    part: Array
+    j: Array
+    group: Array
+    i: Array
+    offset: Any
+    chunk: Any
+
+
+def _specs(widths: tuple, counts: tuple, blocks: Blocks) -> tuple[Operands, Gradients]:
+    """Blocks of operands and gradients. counts: query heads of a KV head, KV heads of a part, blocks of queries."""
+    (n, r, v), (groups, shared, steps) = widths, counts
+
+    def spec(shape: tuple, index: Callable[[_At], tuple]) -> pl.BlockSpec:
+        return pl.BlockSpec(shape, lambda *at: index(_At(*at[:7])))
+
+    def head(at: _At) -> Array:
+        return (at.part * shared + at.j) * groups + at.group
+
+    def i(at: _At) -> Array:
+        return _nearest(at.i, at.chunk[0], at.offset[0], blocks, steps)
+
+    def of_queries(width: int) -> pl.BlockSpec:
+        return spec((None, None, blocks.queries, width), lambda at: (at.b, head(at), i(at), 0))
+
+    def of_heads(width: int) -> pl.BlockSpec:
+        shape = (None, None, blocks.chunk, width)
+        return spec(shape, lambda at: (at.b, at.part * shared + at.j, at.chunk[0], 0))
+
+    def of_keys(width: int) -> pl.BlockSpec:
+        return spec((None, blocks.chunk, width), lambda at: (at.b, at.chunk[0], 0))
+
+    row = spec((None, None, 1, blocks.queries), lambda at: (at.b, head(at), 0, i(at)))
+    operands = Operands(
+        q_nope=of_queries(n),
+        q_rope=r and of_queries(r),
+        k_nope=of_heads(n),
+        k_rope=r and of_keys(r),
+        v=of_heads(v),
+        g=of_queries(v),
+        lse=row,
+        mean=row,
+        segments_queries=spec((None, 1, blocks.queries), lambda at: (at.b, 0, i(at))),
+        segments_keys=of_keys(LANES),
+        padding=spec((None, 1, blocks.chunk), lambda at: (at.b, 0, at.chunk[0])),
+    )
+    gradients = Gradients(
+        q_nope=operands.q_nope,
+        q_rope=operands.q_rope,
+        k_nope=operands.k_nope,
+        k_rope=r and spec((None, None, blocks.chunk, r), lambda at: (at.part, at.b, at.chunk[0], 0)),
+        v=operands.v,
+    )
+    return operands, gradients
