@@ -3,20 +3,14 @@
 Rows of group e lie behind those of group e - 1, from row 0 on. Letters: P rows, E groups, D contracted, F result.
 """
 
-import functools
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.expert_dispatch.row_pipeline import over_rows
-from pallas_kernels.expert_dispatch.tiles import LANES, Ref, Tiles
-
-Interpret = bool | pltpu.InterpretParams
-
+from pallas_kernels.expert_dispatch.row_pipeline import Tile, over_rows
+from pallas_kernels.expert_dispatch.tiles import LANES, Tiles
 
 def gmm(
     lhs_PD: Array,
@@ -25,13 +19,12 @@ def gmm(
     transpose_rhs: bool = False,
     *,
     tiles: Tiles | None = None,
-    interpret: Interpret = False,
 ) -> Array:
     """lhs[p] @ rhs[e] for each row p of group e: [P, F] in lhs's dtype, sums in float32.
 
     transpose_rhs: rhs is [E, F, D]. Rows behind the sum of the group sizes are not read, and undefined in the result.
     """
-    return gmm_sum((lhs_PD,), (rhs_EDF,), group_sizes_E, transpose_rhs, tiles=tiles, interpret=interpret)
+    return gmm_sum((lhs_PD,), (rhs_EDF,), group_sizes_E, transpose_rhs, tiles=tiles)
 
 
 def gmm_sum(
@@ -41,36 +34,33 @@ def gmm_sum(
     transpose_rhs: bool = False,
     *,
     tiles: Tiles | None = None,
-    interpret: Interpret = False,
 ) -> Array:
     """The sum of gmm(lhs[i], rhs[i]), added up in float32 and written once."""
     axis = 1 if transpose_rhs else 2
-    width = rhs[0].shape[axis]
 
-    def body(height: int, rows: list[Ref], weights: list[Ref], results: list[Ref]) -> None:
-        (result,) = results
+    def body(tile: Tile) -> None:
+        (result,) = tile.results
 
         def columns(at: pl.Slice) -> None:
             if transpose_rhs:
-                w = jnp.concatenate([w[at] for w in weights], axis=1)
+                w = jnp.concatenate([w[at] for w in tile.weights], axis=1)
             else:
-                w = jnp.concatenate([w[:, at] for w in weights], axis=0)
-            x = jnp.concatenate([x[...] for x in rows], axis=1)
+                w = jnp.concatenate([w[:, at] for w in tile.weights], axis=0)
+            x = jnp.concatenate([x[...] for x in tile.rows], axis=1)
             result[:, at] = dot(x, w, (1, 1 if transpose_rhs else 0)).astype(result.dtype)
 
-        over_columns(result.shape[1], tiles.chunk, columns)
+        over_columns(result.shape[1], tile.chunk, columns)
 
     (result_PF,) = over_rows(
         body,
         group_sizes_E,
         lhs,
         rhs,
-        [(width, lhs[0].dtype)],
-        tiles=tiles,
+        [(rhs[0].shape[axis], lhs[0].dtype)],
         weight_axis=axis,
         split=[False] * len(lhs),
         name="gmm",
-        interpret=interpret,
+        tiles=tiles,
     )
     return result_PF
 

@@ -14,7 +14,19 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.expert_dispatch.tiles import ALIGN, LANES, MIB, PIECES, Plan, Ref, Tiles, chip, divide, lay_out
+from pallas_kernels.expert_dispatch.tiles import (
+    ALIGN,
+    LANES,
+    MIB,
+    PIECES,
+    Plan,
+    Ref,
+    Tiles,
+    chip,
+    divide,
+    fit,
+    lay_out,
+)
 
 Act = Callable  # start or wait
 
@@ -34,9 +46,10 @@ class Rows(NamedTuple):
     vmem: Ref  # [2, tile rows, columns]
     semaphores: Ref  # [2]
 
-    def copy(self, act: Act, slot: Array, row: Array, count: Array, column: Array, out: bool = False) -> None:
+    def copy(self, act: Act, slot: Array, row: Array, count: Array, block: Array, out: bool = False) -> None:
         """Starts or waits for the DMAs of `count` rows, a multiple of ALIGN: one a bit, since a DMA's size is static."""
         _, most, width = self.vmem.shape
+        column = offset(block, self.hbm.shape[1], width)
         size = 1 << (most.bit_length() - 1)
         while size >= ALIGN:
 
@@ -61,15 +74,31 @@ class Weights(NamedTuple):
     def copy(self, act: Act, slot: Array, group: Array, block: Array, low: Array | int, size: int) -> None:
         """Starts or waits for one DMA: `size` rows from row `low` on of this column block."""
         _, height, width = self.vmem.shape
-        transposed = height != self.hbm.shape[1]
-        row = pl.multiple_of(low + (block * height if transposed else 0), ALIGN)
-        column = 0 if transposed or width == self.hbm.shape[2] else pl.multiple_of(block * width, LANES)
+        row = pl.multiple_of(low + offset(block, self.hbm.shape[1], height), ALIGN)
+        column = offset(block, self.hbm.shape[2], width)
         far = self.hbm.at[group, pl.ds(row, size), pl.ds(column, width)]
         near = self.vmem.at[slot, pl.ds(pl.multiple_of(low, ALIGN), size)]
         act(pltpu.make_async_copy(far, near, self.semaphores.at[slot]))
 
 
-Body = Callable[[int, list[Ref], list[Ref], list[Ref]], None]
+def offset(block: Array, columns: int, width: int) -> Array | int:
+    """First column of a column block. The last block ends with the last column, so it may overlap the one before: both
+    then write the same numbers to the same place."""
+    return 0 if width == columns else pl.multiple_of(jnp.minimum(block * width, columns - width), LANES)
+
+
+class Tile(NamedTuple):
+    """What a body works on: refs of `height` rows, and one group's column block of each weight."""
+
+    height: int
+    chunk: int  # columns to multiply at a time
+    repeated: Array  # so many leading columns are in the column block before, too
+    rows: list[Ref]
+    weights: list[Ref]
+    results: list[Ref]
+
+
+Body = Callable[[Tile], None]
 
 
 def over_rows(
@@ -79,35 +108,40 @@ def over_rows(
     weights: Sequence[Array],
     results: Sequence[tuple[int, jnp.dtype]],
     *,
-    tiles: Tiles,
     weight_axis: int,
     split: Sequence[bool],
     name: str,
-    interpret: bool | pltpu.InterpretParams = False,
+    tiles: Tiles | None,
 ) -> list[Array]:
-    """Results [P, width] of `body(height, rows, weights, results)` for every tile, all of them refs of `height` rows.
+    """Results [P, width] of the body run on every tile.
 
-    rows: arrays [P, *], P a multiple of ALIGN; `split` says which are cut into column blocks like the results, the others
-    come whole. weights: arrays [E, *, *], cut along weight_axis. Rows behind the sum of sizes_E are neither read nor
-    written: those of the results are undefined.
+    rows: arrays [P, *]; `split` says which are cut into column blocks like the results, the others come whole. weights:
+    arrays [E, *, *], cut along weight_axis. results: (width, dtype); one as wide as the weights is cut into column
+    blocks, one of LANES columns is returned with as many for every block. Rows behind the sum of sizes_E are neither
+    read nor written: those of the results are undefined.
     """
-    pairs = rows[0].shape[0]
-    blocks, high = tiles.blocks, tiles.rows
+    given, columns = rows[0].shape[0], weights[0].shape[weight_axis]
+    pairs = round_up(given)
+    if pairs != given:
+        rows = [jnp.pad(a, ((0, pairs - given), (0, 0))) for a in rows]
+    tiles = tiles or fit(
+        columns,
+        whole=sum(a.shape[1] * a.dtype.itemsize for a, cut in zip(rows, split, strict=True) if not cut),
+        split=sum(a.dtype.itemsize for a, cut in zip(rows, split, strict=True) if cut)
+        + sum(jnp.dtype(dtype).itemsize for _, dtype in results),
+        weights=sum(w.shape[1] * w.shape[2] // columns * w.dtype.itemsize for w in weights),
+    )
+    width = tiles.width(columns)
 
-    def part(shape: tuple[int, ...], axis: int, cut: bool = True) -> tuple[int, ...]:
-        return tuple(n // blocks if cut and i == axis else n for i, n in enumerate(shape))
+    def cut(shape: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(width if i == weight_axis else n for i, n in enumerate(shape))[1:]
 
-    row_parts = [part(a.shape, 1, cut)[1] for a, cut in zip(rows, split, strict=True)]
-    weight_parts = [part(w.shape, weight_axis)[1:] for w in weights]
-    result_parts = [width // blocks for width, _ in results]
-    scratch = [
-        *Plan.scratch(sizes_E.shape[0], pairs, tiles),
-        *(pltpu.VMEM((2, high, n), a.dtype) for n, a in zip(row_parts, rows, strict=True)),
-        *(pltpu.VMEM((2, *n), w.dtype) for n, w in zip(weight_parts, weights, strict=True)),
-        *(pltpu.VMEM((2, high, n), dtype) for n, (_, dtype) in zip(result_parts, results, strict=True)),
-        *(pltpu.VMEM((ALIGN, n), dtype) for n, (_, dtype) in zip(result_parts, results, strict=True)),
-        pltpu.SemaphoreType.DMA((len(rows) + len(weights) + len(results), 2)),
+    operands = [
+        *(((tiles.rows, width if halved else a.shape[1]), a.dtype) for a, halved in zip(rows, split, strict=True)),
+        *((cut(w.shape), w.dtype) for w in weights),
+        *(((tiles.rows, width if n == columns else n), dtype) for n, dtype in results),
     ]
+    out = operands[len(rows) + len(weights) :]
 
     def kernel(sizes_E: Ref, *refs: Ref) -> None:
         a, b, c, fields = len(rows), len(weights), len(results), len(Plan._fields)
@@ -122,25 +156,32 @@ def over_rows(
             [Weights(*x) for x in streams[a : a + b]],
             [Rows(*x) for x in streams[a + b :]],
             carries,
-            split,
             tiles,
+            columns,
         )
 
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    return pl.pallas_call(
+    made = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(blocks,),
+            grid=(tiles.blocks,),
             in_specs=[anywhere] * (len(rows) + len(weights)),
             out_specs=[anywhere] * len(results),
-            scratch_shapes=scratch,
+            scratch_shapes=[
+                *Plan.scratch(sizes_E.shape[0], pairs, tiles),
+                *(pltpu.VMEM((2, *shape), dtype) for shape, dtype in operands),
+                *(pltpu.VMEM((ALIGN, shape[1]), dtype) for shape, dtype in out),
+                pltpu.SemaphoreType.DMA((len(operands), 2)),
+            ],
         ),
-        out_shape=[jax.ShapeDtypeStruct((pairs, width), dtype) for width, dtype in results],
+        out_shape=[
+            jax.ShapeDtypeStruct((pairs, n if n == columns else n * tiles.blocks), dtype) for n, dtype in results
+        ],
         compiler_params=compiler_params(),
         name=name,
-        interpret=interpret,
     )(sizes_E, *rows, *weights)
+    return [r[:given] for r in made] if pairs != given else made
 
 
 def _pipeline(
@@ -150,23 +191,21 @@ def _pipeline(
     weights: list[Weights],
     results: list[Rows],
     carries: Sequence[Ref],
-    split: Sequence[bool],
     tiles: Tiles,
+    columns: int,
 ) -> None:
     """One column block: all tiles, one behind the other, while the next tile's rows and the next group's weights come in."""
     block, count = pl.program_id(0), s.totals_2[0]
 
     def load(i: Array, act: Act) -> None:
-        for stream, cut in zip(rows, split, strict=True):
-            column = pl.multiple_of(block * stream.vmem.shape[2], LANES) if cut else 0
-            stream.copy(act, i % 2, s.row_I[i], round_up(s.count_I[i]), column)
+        for stream in rows:
+            stream.copy(act, i % 2, s.row_I[i], round_up(s.count_I[i]), block)
 
     def store(i: Array, act: Act) -> None:
         # A row block that the next group shares is left to it (see `carry`): no row is written twice.
         written = jnp.where(i == count - 1, round_up(s.count_I[i]), s.count_I[i] & -ALIGN)
         for stream in results:
-            column = pl.multiple_of(block * stream.vmem.shape[2], LANES)
-            stream.copy(act, i % 2, s.row_I[i], written, column, out=True)
+            stream.copy(act, i % 2, s.row_I[i], written, block, out=True)
 
     def fetch(number: Array, low: Array, high: Array) -> None:
         """Starts pieces low to high of the weights of a filled group, by its number."""
@@ -178,13 +217,24 @@ def _pipeline(
 
         lax.fori_loop(low, high, piece, None)
 
+    def multiply(i: Array) -> None:
+        slot, rest = i % 2, s.number_I[i] % 2
+        width = tiles.width(columns)
+        repeated = block * width - offset(block, columns, width)
+        for height in range(tiles.step, tiles.rows + 1, tiles.step):
+
+            @pl.when((s.count_I[i] > height - tiles.step) & (s.count_I[i] <= height))
+            def _(height: int = height) -> None:
+                operands, made = ([r.vmem.at[slot, pl.ds(0, height)] for r in x] for x in (rows, results))
+                body(Tile(height, tiles.chunk, repeated, operands, [w.vmem.at[rest] for w in weights], made))
+
     @pl.when(count > 0)
     def _() -> None:
         load(jnp.int32(0), start)
         fetch(jnp.int32(0), jnp.int32(0), jnp.int32(PIECES))
 
     def tile(i: Array, _: None) -> None:
-        slot, number = i % 2, s.number_I[i]
+        number = s.number_I[i]
 
         @pl.when(i + 1 < count)
         def _() -> None:
@@ -206,19 +256,9 @@ def _pipeline(
         def _() -> None:
             store(i - 2, wait)
 
-        for height in range(tiles.step, tiles.rows + 1, tiles.step):
-
-            @pl.when((s.count_I[i] > height - tiles.step) & (s.count_I[i] <= height))
-            def _(height: int = height) -> None:
-                body(
-                    height,
-                    [r.vmem.at[slot, pl.ds(0, height)] for r in rows],
-                    [w.vmem.at[number % 2] for w in weights],
-                    [r.vmem.at[slot, pl.ds(0, height)] for r in results],
-                )
-
+        multiply(i)
         for stream, kept in zip(results, carries, strict=True):
-            carry(stream.vmem.at[slot], kept, s.skip_I[i], s.count_I[i])
+            carry(stream.vmem.at[i % 2], kept, s.skip_I[i], s.count_I[i])
         store(i, start)
 
     lax.fori_loop(0, count, tile, None)
@@ -242,7 +282,8 @@ def carry(tile: Ref, kept: Ref, skip: Array, count: Array) -> None:
         kept[...] = tile[pl.ds(pl.multiple_of(count & -ALIGN, ALIGN), ALIGN)]
 
 
-def round_up(count: Array) -> Array:
+def round_up(count: Array | int) -> Array | int:
+    """To a multiple of ALIGN."""
     return (count + ALIGN - 1) & -ALIGN
 
 

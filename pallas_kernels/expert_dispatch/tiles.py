@@ -6,7 +6,7 @@ Groups lie one behind the other from row 0. A tile holds rows of one group; it s
 rows may belong to the group before it. Letters: P rows, E groups, I tiles, J filled groups.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -37,12 +37,34 @@ class Tiles:
         if self.chunk % LANES:
             raise ValueError(f"chunk must be a multiple of {LANES}: {self.chunk}")
 
+    def width(self, columns: int) -> int:
+        """How many of the columns a column block has: a multiple of LANES."""
+        return -(-columns // (self.blocks * LANES)) * LANES
+
 
 def chip() -> pltpu.TpuInfo:
     """The chip that is compiled for: that of the mesh in use or of JAX's default device; a v5p where there is none."""
     if pltpu.is_tpu_device():
         return pltpu.get_tpu_info()
     return pltpu.get_tpu_info_for_chip(pltpu.ChipVersion.TPU_V5P, 2)
+
+
+def fit(columns: int, *, whole: int, split: int, weights: int) -> Tiles:
+    """Tiles that fit the chip's VMEM: as few column blocks as its cores allow, since each reads `whole` again.
+
+    All in bytes: whole of a row's operands that are not cut into column blocks; split of what a row has for each column;
+    weights of a column of the weights.
+    """
+    info = chip()
+    for rows in (512, 256, 128):
+        for blocks in range(min(info.num_cores, columns // LANES), columns // LANES + 1, info.num_cores):
+            tiles = Tiles(rows=rows, step=64, chunk=512 if info.generation < 6 else 768, blocks=blocks)
+            width = tiles.width(columns)
+            tiles = replace(tiles, chunk=min(tiles.chunk, width))
+            temporary = 4 * rows * 2 * tiles.chunk * 4
+            if 2 * rows * (whole + split * width) + 2 * weights * width + temporary <= info.vmem_capacity_bytes - 4 * MIB:
+                return tiles
+    raise ValueError(f"weights of {weights} bytes a column do not fit {info.vmem_capacity_bytes} bytes of VMEM")
 
 
 class Plan(NamedTuple):

@@ -13,22 +13,26 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.expert_dispatch.grouped_matmul import dot
-from pallas_kernels.expert_dispatch.row_pipeline import Act, Rows, compiler_params, round_up, start, wait
-from pallas_kernels.expert_dispatch.tiles import ALIGN, LANES, Plan, Ref, Tiles, lay_out
+from pallas_kernels.expert_dispatch.row_pipeline import Act, Rows, compiler_params, offset, round_up, start, wait
+from pallas_kernels.expert_dispatch.tiles import ALIGN, LANES, MIB, Plan, Ref, Tiles, chip, lay_out
 
 
-def tgmm(lhs_PD, rhs_PF, group_sizes_E, *, tiles=None, interpret=False) -> Array:
+def tgmm(lhs_PD: Array, rhs_PF: Array, group_sizes_E: Array, *, tiles: Tiles | None = None) -> Array:
     """lhs^T rhs over the rows of each group: [E, D, F] in lhs's dtype, sums in float32; zeros for an empty group.
 
     Rows behind the sum of the group sizes are not read.
     """
-    return tgmm_each(lhs_PD, (rhs_PF,), group_sizes_E, tiles=tiles, interpret=interpret)[0]
+    return tgmm_each(lhs_PD, (rhs_PF,), group_sizes_E, tiles=tiles)[0]
 
 
-def tgmm_each(lhs_PD, rhs: Sequence[Array], group_sizes_E: Array, *, tiles=None, interpret=False) -> list[Array]:
+def tgmm_each(lhs_PD: Array, rhs: Sequence[Array], group_sizes_E: Array, *, tiles: Tiles | None = None) -> list[Array]:
     """tgmm(lhs, r) for each r of rhs, all [P, F]: lhs is read and transposed once."""
-    (pairs, depth), width, experts = lhs_PD.shape, rhs[0].shape[1], group_sizes_E.shape[0]
-    block, dtype, many = depth // tiles.blocks, lhs_PD.dtype, len(rhs)
+    given, pairs, depth, width = lhs_PD.shape[0], round_up(lhs_PD.shape[0]), lhs_PD.shape[1], rhs[0].shape[1]
+    experts, dtype, many = group_sizes_E.shape[0], lhs_PD.dtype, len(rhs)
+    if pairs != given:
+        lhs_PD, *rhs = (jnp.pad(a, ((0, pairs - given), (0, 0))) for a in (lhs_PD, *rhs))
+    tiles = tiles or _fit(depth, width * many, dtype)
+    block = tiles.width(depth)
 
     def kernel(sizes_E: Ref, *refs: Ref) -> None:
         hbm, results, refs = refs[: 1 + many], refs[1 + many : 1 + 2 * many], refs[1 + 2 * many :]
@@ -61,7 +65,6 @@ def tgmm_each(lhs_PD, rhs: Sequence[Array], group_sizes_E: Array, *, tiles=None,
         out_shape=[jax.ShapeDtypeStruct((experts, depth, width), dtype)] * many,
         compiler_params=compiler_params(),
         name="tgmm",
-        interpret=interpret,
     )(group_sizes_E, lhs_PD, *rhs)
 
 
@@ -72,13 +75,14 @@ def _pipeline(s: Plan, operands: list[Rows], results: list[tuple[Ref, Ref, Ref]]
     chunks = depth // chunk
 
     def load(i: Array, act: Act) -> None:
-        for stream, column in zip(operands, [block * depth] + [0] * len(results), strict=True):
-            stream.copy(act, i % 2, s.row_I[i], round_up(s.count_I[i]), column)
+        for stream in operands:
+            stream.copy(act, i % 2, s.row_I[i], round_up(s.count_I[i]), block)
 
     def store(number: Array, c: Array, many: int, act: Act) -> None:
         """The DMAs of `many` chunks of a group's result, from chunk c on."""
         for r, (hbm, part, _) in enumerate(results):
-            far = hbm.at[s.group_J[number], pl.ds(pl.multiple_of(block * depth + c * chunk, ALIGN), many * chunk)]
+            row = pl.multiple_of(offset(block, hbm.shape[1], depth) + c * chunk, ALIGN)
+            far = hbm.at[s.group_J[number], pl.ds(row, many * chunk)]
             near = part.at[pl.ds(pl.multiple_of(c * chunk, ALIGN), many * chunk)]
             act(pltpu.make_async_copy(near, far, storing.at[r, lax.shift_right_logical(c, 1)]))
 
@@ -172,3 +176,18 @@ def _blank(tile: Ref, skip: Array, count: Array, height: int) -> None:
         tile[at] = jnp.where(row + i * ALIGN < count, tile[at], 0)
 
     lax.fori_loop(lax.shift_right_logical(count, 4), height // ALIGN, rows, None)
+
+
+def _fit(depth: int, width: int, dtype: jnp.dtype) -> Tiles:
+    """Tiles that fit the chip's VMEM: as few column blocks of lhs as its cores allow, since each reads rhs again."""
+    info, size = chip(), jnp.dtype(dtype).itemsize
+    step = info.mxu_column_size  # an MXU contracts over so many rows at a time
+    for rows in (1024, 512, 256):
+        for blocks in range(min(info.num_cores, depth // LANES), depth // LANES + 1, info.num_cores):
+            block = Tiles(rows=rows, step=step, chunk=LANES, blocks=blocks).width(depth)
+            chunk = 2 * LANES if block % (2 * LANES) == 0 else LANES
+            moving = 2 * rows * (block + width) * size + block * width * (4 + size)
+            temporary = 2 * chunk * rows * size + 4 * chunk * width * 4
+            if moving + temporary <= info.vmem_capacity_bytes - 4 * MIB:
+                return Tiles(rows=rows, step=step, chunk=chunk, blocks=blocks)
+    raise ValueError(f"a weight gradient {width} wide does not fit {info.vmem_capacity_bytes} bytes of VMEM")
