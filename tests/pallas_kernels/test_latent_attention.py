@@ -16,7 +16,6 @@ import pytest
 from pallas_kernels.latent_attention import flash, latent_attention, reference
 
 
-
 def as_on_v5p(*args, **kwargs) -> jax.Array:
     """With the blocks of another chip: other masked parts, the sum of weights on the VPU, gradients for two cores."""
     with mock.patch.object(flash, "chip", lambda: "v5p"):
