@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+_TRANSPOSED_ROWS = 1024
+
 
 def project(x: Array, w: Array, axes: int = 1) -> Array:
     """Contracts the last `axes` dimensions of x with the first `axes` of w: float32 sums, the result in x's dtype."""
@@ -37,19 +39,20 @@ def from_bits(x: Array) -> Array:
 def weight_gradient(x_ND: Array, g_NF: Array) -> Array:
     """x^T g in float32 [D, F].
 
-    XLA's CPU library multiplies only row-major operands at full speed; for others it falls back to a slower routine,
-    which in bfloat16 first widens both. So on CPU the transpose is made.
+    XLA's CPU library multiplies bfloat16 at full speed only when both operands are row-major; otherwise it widens them
+    first. So there the transpose is made, of some rows at a time: columns of many rows fall out of the cache.
     """
-    return dot(transpose(x_ND), g_NF) if jax.default_backend() == "cpu" else dot(x_ND, g_NF, (0, 0))
+    if x_ND.dtype != jnp.bfloat16 or jax.default_backend() != "cpu":
+        return dot(x_ND, g_NF, (0, 0))
+    parts = range(0, x_ND.shape[0], _TRANSPOSED_ROWS)
+    return sum(dot(transpose(x_ND[i : i + _TRANSPOSED_ROWS]), g_NF[i : i + _TRANSPOSED_ROWS]) for i in parts)  # pyright: ignore
 
 
 def transpose(x_ND: Array) -> Array:
-    """x^T; on CPU row-major in memory, kept from folding back into the product it is for."""
+    """x^T; of bfloat16 on CPU row-major in memory, kept from folding back into the product it is for."""
     n, d = x_ND.shape
-    if jax.default_backend() != "cpu" or (x_ND.dtype == jnp.bfloat16 and d % 2):
+    if jax.default_backend() != "cpu" or x_ND.dtype != jnp.bfloat16 or d % 2:
         return x_ND.T
-    if x_ND.dtype != jnp.bfloat16:
-        return lax.optimization_barrier(x_ND.T)
     # XLA transposes 32-bit words five times as fast as 16-bit ones: turn pairs of columns, then part them.
     pairs = lax.bitcast_convert_type(x_ND.reshape(n, d // 2, 2), jnp.uint32).T
     rows = jnp.stack([pairs & 0xFFFF, pairs >> 16], axis=1).astype(jnp.uint16).reshape(d, n)
