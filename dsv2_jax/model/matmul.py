@@ -49,10 +49,12 @@ def weight_gradient(x_ND: Array, g_NF: Array) -> Array:
 
 
 def transpose(x_ND: Array) -> Array:
-    """x^T; of bfloat16 on CPU row-major in memory, kept from folding back into the product it is for."""
+    """x^T; on CPU row-major in memory, kept from folding back into the product it is for."""
     n, d = x_ND.shape
-    if jax.default_backend() != "cpu" or x_ND.dtype != jnp.bfloat16 or d % 2:
+    if jax.default_backend() != "cpu" or (x_ND.dtype == jnp.bfloat16 and d % 2):
         return x_ND.T
+    if x_ND.dtype != jnp.bfloat16:
+        return lax.optimization_barrier(x_ND.T)
     # XLA transposes 32-bit words five times as fast as 16-bit ones: turn pairs of columns, then part them.
     pairs = lax.bitcast_convert_type(x_ND.reshape(n, d // 2, 2), jnp.uint32).T
     rows = jnp.stack([pairs & 0xFFFF, pairs >> 16], axis=1).astype(jnp.uint16).reshape(d, n)
