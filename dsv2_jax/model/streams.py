@@ -4,6 +4,8 @@ XLA on CPU runs the turns of one loop in order, and their products are too small
 it runs at the same time.
 """
 
+import itertools
+
 import jax
 
 _STREAMS = 2  # the same on every machine, so that sums are, too
@@ -13,4 +15,4 @@ def ranges(turns: int) -> list[tuple[int, int]]:
     """The turns 0 to `turns` - 1 as (start, stop) of each part, of even length: one part but on CPU."""
     parts = min(_STREAMS if jax.default_backend() == "cpu" else 1, turns)
     edges = [turns * part // parts for part in range(parts + 1)]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(itertools.pairwise(edges))

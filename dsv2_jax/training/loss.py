@@ -29,7 +29,7 @@ def loss(
     `load_LE` (an expert's share of the choices times E).
     """
     dtype = compute_dtype(config.compute)
-    operands = cast(params, dtype)
+    operands = cast(transformer.arrange(params, config.model), dtype)
     out = transformer.forward(operands, batch, model=config.model, compute=config.compute, exempt_B=exempt_B)
     nll: Array = cross_entropy(
         out.hidden_BTD.reshape(-1, config.model.hidden_size),
