@@ -4,12 +4,15 @@ The backward pass keeps the result and the logarithm of each softmax's sum and c
 """
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
+from dsv2_jax.model import streams
 from dsv2_jax.model.matmul import dot, from_bits, to_bits, transpose, weight_gradient
 
 _MASKED = -1e30
@@ -68,10 +71,10 @@ def _causal(q_BTHK: Array, k_BTJK: Array, v_BTJV: Array, segments_BT: Array, seg
 class _Group:
     """One KV head of one sequence and the G query heads it serves, as matrices: rows are (token, query head)."""
 
-    def __init__(self, i: Array, heads: int, kv_heads: int, segments_BT: Array, segments_BS: Array):
+    def __init__(self, i: Array, heads: int, kv_heads: int, segments_T: Array, segments_S: Array):
         self.b, self.j = i // kv_heads, i % kv_heads
         self.width = heads // kv_heads
-        self.segments_T, self.segments_S = segments_BT[self.b], segments_BS[self.b]
+        self.segments_T, self.segments_S = segments_T, segments_S
 
     def read(self, x: Array, heads: int) -> Array:
         """This group's `heads` heads of x [B, T, heads in all, width], as [T * heads, width]."""
@@ -79,16 +82,22 @@ class _Group:
         part = lax.dynamic_slice(to_bits(x), start, (1, x.shape[1], heads, x.shape[3]))
         return from_bits(part.reshape(-1, x.shape[3]))
 
-    def write(self, x: Array, rows: Array, heads: int) -> Array:
-        """The inverse of `read`: x, held as bits, with this group's heads replaced."""
-        new = rows.reshape(1, x.shape[1], heads, x.shape[3])
-        return lax.dynamic_update_slice(x, to_bits(new), (self.b, 0, self.j * heads, 0))
+    def rows(self, start: int, stop: int) -> slice:
+        """The rows of the tokens from `start` to `stop`."""
+        return slice(start * self.width, stop * self.width)
 
-    def sees(self, start: int, stop: int) -> Array:
-        """Which query rows of the tokens from `start` to `stop` see which keys up to there."""
-        times = jnp.repeat(jnp.arange(start, stop), self.width)[:, None]
-        segments = jnp.repeat(self.segments_T[start:stop], self.width)[:, None]
-        return (jnp.arange(stop) <= times) & (self.segments_S[:stop] == segments)
+    def sees(self, start: int, stop: int, queries: int) -> Array:
+        """Which query rows of the tokens from `start` to `stop` see which keys up to there; queries along that axis.
+
+        Made in the orientation it is used in: a transposed mask would keep XLA from computing it, and the softmax it is
+        fused with, in vectors.
+        """
+        shape = [stop, stop]
+        shape[queries] = (stop - start) * self.width
+        times = start + lax.broadcasted_iota(jnp.int32, shape, queries) // self.width
+        slots = lax.broadcasted_iota(jnp.int32, shape, 1 - queries)
+        segments = jnp.expand_dims(jnp.repeat(self.segments_T[start:stop], self.width), 1 - queries)
+        return (slots <= times) & (jnp.expand_dims(self.segments_S[:stop], queries) == segments)
 
 
 def _blocks(tokens: int) -> list[tuple[int, int]]:
@@ -97,60 +106,95 @@ def _blocks(tokens: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
+def _over_groups(
+    body: Callable[..., tuple[Array, ...]],
+    vectors: Sequence[tuple[Array, int]],
+    groups: int,
+    results: Sequence[tuple[tuple[int, ...], Any]],
+) -> list[Array]:
+    """body(i, *vectors of i) of every group i, stacked: arrays [groups, *shape] for each (shape, dtype) of `results`.
+
+    vectors: (x, n) stands for x[i // n]. A turn finds them in the loop's state, where the turn before has put them:
+    sliced on the spot, they would be sliced again for every number of the softmax that XLA fuses the slicing with.
+    """
+
+    def fetch(i: Array | int) -> tuple[Array, ...]:
+        return tuple(lax.dynamic_index_in_dim(x, i // n, 0, keepdims=False) for x, n in vectors)
+
+    def part(start: int, stop: int) -> tuple[Array, ...]:
+        def turn(i: Array, state: tuple) -> tuple:
+            stacks, now = state
+            new = (to_bits(x.astype(dtype)) for x, (_, dtype) in zip(body(i, *now), results, strict=True))
+            stacks = [lax.dynamic_update_index_in_dim(s, x, i - start, 0) for s, x in zip(stacks, new, strict=True)]
+            return tuple(stacks), fetch(i + 1)
+
+        empty = tuple(to_bits(jnp.zeros((stop - start, *shape), dtype)) for shape, dtype in results)
+        return lax.fori_loop(start, stop, turn, (empty, fetch(start)))[0]
+
+    parts = [part(start, stop) for start, stop in streams.ranges(groups)]
+    return [jnp.concatenate(stacks) for stacks in zip(*parts, strict=True)]
+
+
+def _heads_inside(x_GRK: Array, like: Array) -> Array:
+    """Rows (token, head) of every group, held as bits, as [B, T, heads in all, width] again."""
+    b, t, heads, width = like.shape
+    return from_bits(x_GRK.reshape(b, -1, t, heads * b // x_GRK.shape[0], width).swapaxes(1, 2).reshape(like.shape))
+
+
 def _causal_fwd(
     q_BTHK: Array, k_BTJK: Array, v_BTJV: Array, segments_BT: Array, segments_BS: Array, scale: float
 ) -> tuple[Array, tuple]:
     (b, t, h, _), j, dtype = q_BTHK.shape, k_BTJK.shape[2], q_BTHK.dtype
 
-    def body(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        o_BTHV, lse_BTH1 = carry
-        group = _Group(i, h, j, segments_BT, segments_BS)
+    def body(i: Array, segments_T: Array, segments_S: Array) -> tuple[Array, Array]:
+        group = _Group(i, h, j, segments_T, segments_S)
         q, k, v = group.read(q_BTHK, h // j), group.read(k_BTJK, 1), group.read(v_BTJV, 1)
         outs, sums = [], []
         for start, stop in _blocks(t):
-            rows = slice(start * group.width, stop * group.width)
-            scores = jnp.where(group.sees(start, stop), dot(q[rows], k[:stop], (1, 1)) * scale, _MASKED)
+            scores = dot(q[group.rows(start, stop)], k[:stop], (1, 1)) * scale
+            scores = jnp.where(group.sees(start, stop, 0), scores, _MASKED)
             top = jnp.max(scores, axis=1, keepdims=True)
             p = jnp.exp(scores - top)
             total = jnp.sum(p, axis=1, keepdims=True)
             outs.append(dot(p.astype(dtype), v[:stop]) / total)
-            sums.append(top + jnp.log(total))
-        o_BTHV = group.write(o_BTHV, jnp.concatenate(outs).astype(dtype), h // j)
-        return o_BTHV, group.write(lse_BTH1, jnp.concatenate(sums), h // j)
+            sums.append(top[:, 0] + jnp.log(total[:, 0]))
+        return jnp.concatenate(outs), jnp.concatenate(sums)
 
-    start = (to_bits(jnp.zeros((b, t, h, v_BTJV.shape[3]), dtype)), jnp.zeros((b, t, h, 1), jnp.float32))
-    bits_BTHV, lse_BTH1 = lax.fori_loop(0, b * j, body, start)
+    rows = t * h // j
+    vectors = (segments_BT, j), (segments_BS, j)
+    o_GRV, lse_GR = _over_groups(body, vectors, b * j, [((rows, v_BTJV.shape[3]), dtype), ((rows,), jnp.float32)])
     # Named, so that a remat policy that keeps them need not run the forward pass again.
-    o_BTHV, lse_BTH1 = checkpoint_name(from_bits(bits_BTHV), "attention"), checkpoint_name(lse_BTH1, "attention")
-    return o_BTHV, (q_BTHK, k_BTJK, v_BTJV, segments_BT, segments_BS, o_BTHV, lse_BTH1)
+    o_BTHV = _heads_inside(o_GRV, jax.ShapeDtypeStruct((b, t, h, v_BTJV.shape[3]), dtype))
+    o_BTHV, lse_GR = checkpoint_name(o_BTHV, "attention"), checkpoint_name(lse_GR, "attention")
+    return o_BTHV, (q_BTHK, k_BTJK, v_BTJV, segments_BT, segments_BS, o_BTHV, lse_GR)
 
 
 def _causal_bwd(scale: float, kept: tuple, g_BTHV: Array) -> tuple:
-    q_BTHK, k_BTJK, v_BTJV, segments_BT, segments_BS, o_BTHV, lse_BTH1 = kept
+    q_BTHK, k_BTJK, v_BTJV, segments_BT, segments_BS, o_BTHV, lse_GR = kept
     (b, t, h, _), j, dtype = q_BTHK.shape, k_BTJK.shape[2], q_BTHK.dtype
 
-    def body(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        group = _Group(i, h, j, segments_BT, segments_BS)
-        q, o, lse, g = (group.read(x, h // j) for x in (q_BTHK, o_BTHV, lse_BTH1, g_BTHV))
+    def body(i: Array, segments_T: Array, segments_S: Array, lse: Array) -> tuple[Array, Array, Array]:
+        group = _Group(i, h, j, segments_T, segments_S)
+        q, o, g = (group.read(x, h // j) for x in (q_BTHK, o_BTHV, g_BTHV))
         k, v = group.read(k_BTJK, 1), group.read(v_BTJV, 1)
-        mean = jnp.sum(g.astype(jnp.float32) * o.astype(jnp.float32), axis=1, keepdims=True)
+        mean = jnp.sum(g.astype(jnp.float32) * o.astype(jnp.float32), axis=1)
         kt = transpose(k)
         dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
         for start, stop in _blocks(t):
-            rows = slice(start * group.width, stop * group.width)
-            # Keys down, queries across: then every product below has row-major operands (see transpose).
-            scores = jnp.where(group.sees(start, stop).T, dot(k[:stop], q[rows], (1, 1)) * scale, _MASKED)
-            p = jnp.exp(scores - lse[rows, 0])
-            ds = (p * (dot(v[:stop], g[rows], (1, 1)) - mean[rows, 0]) * scale).astype(dtype)
+            rows = group.rows(start, stop)
+            # Keys down, queries across: then every product below has row-major operands (see weight_gradient).
+            scores = jnp.where(group.sees(start, stop, 1), dot(k[:stop], q[rows], (1, 1)) * scale, _MASKED)
+            p = jnp.exp(scores - lse[rows])
+            ds = (p * (dot(v[:stop], g[rows], (1, 1)) - mean[rows]) * scale).astype(dtype)
             dq.append(dot(kt[:, :stop], ds))
             dk = dk.at[:stop].add(dot(ds, q[rows]))
             dv = dv.at[:stop].add(dot(p.astype(dtype), g[rows]))
-        grads = ((jnp.concatenate(dq, axis=1).T.astype(dtype), h // j), (dk.astype(dtype), 1), (dv.astype(dtype), 1))
-        dq_BTHK, dk_BTJK, dv_BTJV = (group.write(x, new, heads) for x, (new, heads) in zip(carry, grads, strict=True))
-        return dq_BTHK, dk_BTJK, dv_BTJV
+        return jnp.concatenate(dq, axis=1).T, dk, dv
 
-    start = tuple(to_bits(jnp.zeros_like(x)) for x in (q_BTHK, k_BTJK, v_BTJV))
-    return (*(from_bits(x) for x in lax.fori_loop(0, b * j, body, start)), None, None)
+    inputs = (q_BTHK, h // j), (k_BTJK, 1), (v_BTJV, 1)
+    vectors = (segments_BT, j), (segments_BS, j), (lse_GR, 1)
+    stacks = _over_groups(body, vectors, b * j, [((t * heads, x.shape[3]), dtype) for x, heads in inputs])
+    return (*(_heads_inside(stack, x) for stack, (x, _) in zip(stacks, inputs, strict=True)), None, None)
 
 
 _causal.defvjp(_causal_fwd, _causal_bwd)

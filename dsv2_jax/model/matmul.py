@@ -12,6 +12,8 @@ from jax import Array, lax
 
 from dsv2_jax.parallel.mesh import platform
 
+_TRANSPOSED_ROWS = 1024
+
 
 def project(x: Array, w: Array, axes: int = 1) -> Array:
     """Contracts the last `axes` dimensions of x with the first `axes` of w: float32 sums, the result in x's dtype."""
@@ -39,10 +41,13 @@ def from_bits(x: Array) -> Array:
 def weight_gradient(x_ND: Array, g_NF: Array) -> Array:
     """x^T g in float32 [D, F].
 
-    XLA's CPU library multiplies only row-major operands at full speed; for others it falls back to a slower routine,
-    which in bfloat16 first widens both. So on CPU the transpose is made.
+    XLA's CPU library multiplies bfloat16 at full speed only when both operands are row-major; otherwise it widens them
+    first. So there the transpose is made, of some rows at a time: columns of many rows fall out of the cache.
     """
-    return dot(transpose(x_ND), g_NF) if platform() == "cpu" else dot(x_ND, g_NF, (0, 0))
+    if x_ND.dtype != jnp.bfloat16 or platform() != "cpu":
+        return dot(x_ND, g_NF, (0, 0))
+    parts = range(0, x_ND.shape[0], _TRANSPOSED_ROWS)
+    return sum(dot(transpose(x_ND[i : i + _TRANSPOSED_ROWS]), g_NF[i : i + _TRANSPOSED_ROWS]) for i in parts)  # pyright: ignore
 
 
 def transpose(x_ND: Array) -> Array:

@@ -2,7 +2,7 @@
 
 Layers of a kind are scanned over stacked parameters (training, evaluation), so that tracing and compiling cost the
 same at any depth. Generation takes them unrolled, each with its own arrays: a scan would copy all of a layer's experts
-to read the few that a token chose.
+to read the few that a token chose. So does training on CPU (see `arrange`).
 """
 
 import functools
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from dsv2_jax.config import SINGLE, Compute, Mesh, Model
+from dsv2_jax.config import AXES, SINGLE, Compute, Mesh, Model
 from dsv2_jax.model import cache as caches
 from dsv2_jax.model import parameters, rope
 from dsv2_jax.model.attention import Where, attend
@@ -21,12 +21,15 @@ from dsv2_jax.model.layers import compute_dtype, declare, rms_norm, swiglu
 from dsv2_jax.model.matmul import project
 from dsv2_jax.model.moe import mixture
 from dsv2_jax.parallel import collectives, context, pipeline, sharding
+from dsv2_jax.parallel.mesh import platform
 
 REMAT = {  # what the backward pass finds stored of a layer; all else it computes again
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "attention": jax.checkpoint_policies.save_only_these_names("attention"),
 }
+
+_UNROLLED_LAYERS = 16  # in training on CPU, at most: a layer adds about 2 s of compilation
 
 
 class Output(NamedTuple):
@@ -187,14 +190,22 @@ class Transformer(nn.Module):
         layers: list[caches.Layer | None] = []
         statistics: list[dict[str, Array]] = []
         names = [(kind, i) for kind, count in self._kinds() for i in range(count)]
+        call: Any = functools.partial(_call, where=where, exempt_B=exempt_B)
+        policy = REMAT[self.compute.remat]
+        if policy is not None and cache is None:
+            call = nn.remat(call, policy=policy)
         for index, (kind, i) in enumerate(names):
-            call: Any = Layer(self.model, kind == "moe", self.mesh, name=f"{kind}_{i}")
+            layer = Layer(self.model, kind == "moe", self.mesh, name=f"{kind}_{i}")
             before = cache.layers[index] if cache is not None else None
-            x_BTD, (after, figures) = call(x_BTD, before, where, exempt_B)
+            x_BTD, (after, figures) = call(layer, x_BTD, before)
             layers.append(after)
             statistics += [figures] if figures else []
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *statistics) if statistics else {}
         return x_BTD, tuple(layers), stacked
+
+
+def _call(layer: Layer, x_BTD: Array, cache: caches.Layer | None, *, where: Where, exempt_B: Array | None) -> Any:
+    return layer(x_BTD, cache, where, exempt_B)
 
 
 def _scan_body(layer: Layer, x_BTD: Array, _: None, *, where: Where, exempt_B: Array | None) -> Any:
@@ -220,10 +231,12 @@ def forward(
 ) -> Output:
     """The network over a packed batch {"tokens_BT", "positions_BT", "segments_BT"}; params cast by `layers.cast`.
 
-    On a mesh it runs inside shard_map, on this device's part of the batch and its shards of the parameters.
+    On a mesh it runs inside shard_map, on this device's part of the batch and its shards of the parameters. It runs
+    unrolled if the parameters are unstacked.
     """
     inputs = (batch[name] for name in ("tokens_BT", "positions_BT", "segments_BT"))
-    return Transformer(model, compute, mesh).apply(  # pyright: ignore
+    unrolled = "dense_0" in params or "moe_0" in params
+    return Transformer(model, compute, mesh, unrolled).apply(  # pyright: ignore
         {"params": params}, *inputs, exempt_B=exempt_B, micro_batches=micro_batches
     )
 
@@ -233,6 +246,18 @@ def logits(params: Any, hidden_BTD: Array) -> Array:
     return project(hidden_BTD, params["head"]["w_head_DW"])
 
 
+def arrange(params: Any, model: Model, mesh: Mesh = SINGLE) -> Any:
+    """The parameters in the form that training is fastest with: unstacked on one CPU, if not too deep to compile so.
+
+    There a scan copies every layer's parameters out of their stack, and activations and gradients into and out of
+    theirs; in bfloat16 it also widens whole stacks. That is a third of a step.
+    """
+    alone = platform() == "cpu" and mesh.size(*AXES) == 1
+    unrolls = alone and model.num_hidden_layers <= _UNROLLED_LAYERS
+    return unstack(params) if unrolls else params
+
+
+@jax.custom_vjp
 def unstack(params: dict) -> dict:
     """The tree of the unrolled form: every layer's parameters as arrays of their own, under `moe_0`, `moe_1`, ..."""
     whole = {part: params[part] for part in ("embed", "head")}
@@ -240,3 +265,16 @@ def unstack(params: dict) -> dict:
         for i in range(len(next(iter(params.get(kind, {"": ()}).values())))):
             whole[f"{kind}_{i}"] = {name: stack[i] for name, stack in params[kind].items()}
     return whole
+
+
+def _stack(_: None, whole: dict) -> tuple[dict]:
+    """Gradients in the stacked form, each copied once: JAX's own would add up as many stacks as there are layers."""
+    params = {part: whole[part] for part in ("embed", "head")}
+    for kind in ("dense", "moe"):
+        layers = [whole[f"{kind}_{i}"] for i in range(sum(part.startswith(kind) for part in whole))]
+        if layers:
+            params[kind] = jax.tree.map(lambda *leaves: jax.lax.optimization_barrier(jnp.stack(leaves)), *layers)
+    return (params,)
+
+
+unstack.defvjp(lambda params: (unstack(params), None), _stack)

@@ -33,7 +33,7 @@ def loss(
     choices times E).
     """
     model, mesh, dtype = config.model, config.mesh, compute_dtype(config.compute)
-    operands = cast(params, dtype)
+    operands = cast(transformer.arrange(params, model, mesh), dtype)
     out = transformer.forward(
         operands,
         batch,
