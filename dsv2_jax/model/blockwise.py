@@ -135,10 +135,10 @@ def _over_groups(
     return [jnp.concatenate(stacks) for stacks in zip(*parts, strict=True)]
 
 
-def _heads_inside(x_GRK: Array, like: Array) -> Array:
+def _heads_inside(x_GRK: Array, shape: tuple[int, ...]) -> Array:
     """Rows (token, head) of every group, held as bits, as [B, T, heads in all, width] again."""
-    b, t, heads, width = like.shape
-    return from_bits(x_GRK.reshape(b, -1, t, heads * b // x_GRK.shape[0], width).swapaxes(1, 2).reshape(like.shape))
+    b, t, heads, width = shape
+    return from_bits(x_GRK.reshape(b, -1, t, heads * b // x_GRK.shape[0], width).swapaxes(1, 2).reshape(shape))
 
 
 def _causal_fwd(
@@ -164,7 +164,7 @@ def _causal_fwd(
     vectors = (segments_BT, j), (segments_BS, j)
     o_GRV, lse_GR = _over_groups(body, vectors, b * j, [((rows, v_BTJV.shape[3]), dtype), ((rows,), jnp.float32)])
     # Named, so that a remat policy that keeps them need not run the forward pass again.
-    o_BTHV = _heads_inside(o_GRV, jax.ShapeDtypeStruct((b, t, h, v_BTJV.shape[3]), dtype))
+    o_BTHV = _heads_inside(o_GRV, (b, t, h, v_BTJV.shape[3]))
     o_BTHV, lse_GR = checkpoint_name(o_BTHV, "attention"), checkpoint_name(lse_GR, "attention")
     return o_BTHV, (q_BTHK, k_BTJK, v_BTJV, segments_BT, segments_BS, o_BTHV, lse_GR)
 
@@ -194,7 +194,7 @@ def _causal_bwd(scale: float, kept: tuple, g_BTHV: Array) -> tuple:
     inputs = (q_BTHK, h // j), (k_BTJK, 1), (v_BTJV, 1)
     vectors = (segments_BT, j), (segments_BS, j), (lse_GR, 1)
     stacks = _over_groups(body, vectors, b * j, [((t * heads, x.shape[3]), dtype) for x, heads in inputs])
-    return (*(_heads_inside(stack, x) for stack, (x, _) in zip(stacks, inputs, strict=True)), None, None)
+    return (*(_heads_inside(stack, x.shape) for stack, (x, _) in zip(stacks, inputs, strict=True)), None, None)
 
 
 _causal.defvjp(_causal_fwd, _causal_bwd)
@@ -209,20 +209,27 @@ def _keys(slots: int) -> int:
     return min(512, slots)
 
 
-def _scores(group: _Group, q: Array, k: Array, start: int, stop: int, block: Array, offset: Array) -> Array:
-    """Scaled products of the query rows of the tokens from `start` to `stop` with one block of keys, masked."""
-    size = _keys(len(group.segments_S))
-    slots_S = block * size + jnp.arange(size)
-    times = jnp.repeat(jnp.arange(start, stop), group.width)[:, None] + offset
-    segments = jnp.repeat(group.segments_T[start:stop], group.width)[:, None]
-    sees = (slots_S <= times) & (lax.dynamic_slice_in_dim(group.segments_S, block * size, size) == segments)
-    return jnp.where(sees, dot(q, lax.dynamic_slice_in_dim(k, block * size, size), (1, 1)), _MASKED)
+class _Ahead:
+    """The blocks of keys that the query rows of the tokens from `start` to `stop` of a group may see."""
 
+    def __init__(self, group: _Group, start: int, stop: int, offset: Array, scale: float):
+        self._group, self._start, self._stop, self._offset, self._scale = group, start, stop, offset, scale
+        self.size = _keys(len(group.segments_S))
+        blocks = (offset + stop + self.size - 1) // self.size
+        self.count = jnp.minimum(blocks, len(group.segments_S) // self.size)
 
-def _seen(group: _Group, stop: int, offset: Array) -> Array:
-    """How many blocks of keys the tokens before `stop` see any of."""
-    size = _keys(len(group.segments_S))
-    return jnp.minimum((offset + stop + size - 1) // size, len(group.segments_S) // size)
+    def take(self, x: Array, block: Array) -> Array:
+        """The block's rows of x."""
+        return lax.dynamic_slice_in_dim(x, block * self.size, self.size)
+
+    def scores(self, q: Array, k: Array, block: Array) -> Array:
+        """Scaled products of the query rows with the block's keys, masked."""
+        width = self._group.width
+        times = jnp.repeat(jnp.arange(self._start, self._stop), width)[:, None] + self._offset
+        segments = jnp.repeat(self._group.segments_T[self._start : self._stop], width)[:, None]
+        slots_S = block * self.size + jnp.arange(self.size)
+        sees = (slots_S <= times) & (self.take(self._group.segments_S, block) == segments)
+        return jnp.where(sees, dot(q, self.take(k, block), (1, 1)) * self._scale, _MASKED)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -235,75 +242,72 @@ def _shifted(
 def _shifted_fwd(
     q_BTHK: Array, k_BSJK: Array, v_BSJV: Array, segments_BT: Array, segments_BS: Array, offset: Array, scale: float
 ) -> tuple[Array, tuple]:
-    (b, t, h, _), j, dtype = q_BTHK.shape, k_BSJK.shape[2], q_BTHK.dtype
-    size, width = _keys(k_BSJK.shape[1]), v_BSJV.shape[3]
+    (b, t, h, _), j, dtype, width = q_BTHK.shape, k_BSJK.shape[2], q_BTHK.dtype, v_BSJV.shape[3]
 
-    def body(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        o_BTHV, lse_BTH1 = carry
-        group = _Group(i, h, j, segments_BT, segments_BS)
+    def body(i: Array, segments_T: Array, segments_S: Array) -> tuple[Array, Array]:
+        group = _Group(i, h, j, segments_T, segments_S)
         q, k, v = group.read(q_BTHK, h // j), group.read(k_BSJK, 1), group.read(v_BSJV, 1)
         outs, sums = [], []
         for start, stop in _blocks(t):
-            rows = q[start * group.width : stop * group.width]
+            rows, ahead = q[group.rows(start, stop)], _Ahead(group, start, stop, offset, scale)
 
-            def keys(block: Array, carry: tuple, rows: Array = rows, start: int = start, stop: int = stop) -> tuple:
+            def add(block: Array, carry: tuple, rows: Array = rows, ahead: _Ahead = ahead) -> tuple:
                 o, top, total = carry
-                scores = _scores(group, rows, k, start, stop, block, offset) * scale
+                scores = ahead.scores(rows, k, block)
                 higher = jnp.maximum(top, jnp.max(scores, axis=1, keepdims=True))
                 p, fade = jnp.exp(scores - higher), jnp.exp(top - higher)
-                part = dot(p.astype(dtype), lax.dynamic_slice_in_dim(v, block * size, size))
-                return o * fade + part, higher, total * fade + jnp.sum(p, axis=1, keepdims=True)
+                o = o * fade + dot(p.astype(dtype), ahead.take(v, block))
+                return o, higher, total * fade + jnp.sum(p, axis=1, keepdims=True)
 
-            one = jnp.zeros((len(rows), 1), jnp.float32)
-            begin = (jnp.zeros((len(rows), width), jnp.float32), one + 2 * _MASKED, one)
-            o, top, total = lax.fori_loop(0, _seen(group, stop, offset), keys, begin)
+            zero = jnp.zeros((len(rows), 1), jnp.float32)
+            begin = (jnp.zeros((len(rows), width), jnp.float32), zero + 2 * _MASKED, zero)
+            o, top, total = lax.fori_loop(0, ahead.count, add, begin)
             outs.append(o / total)
-            sums.append(top + jnp.log(total))
-        o_BTHV = group.write(o_BTHV, jnp.concatenate(outs).astype(dtype), h // j)
-        return o_BTHV, group.write(lse_BTH1, jnp.concatenate(sums), h // j)
+            sums.append(top[:, 0] + jnp.log(total[:, 0]))
+        return jnp.concatenate(outs), jnp.concatenate(sums)
 
-    empty = (to_bits(jnp.zeros((b, t, h, width), dtype)), jnp.zeros((b, t, h, 1), jnp.float32))
-    bits_BTHV, lse_BTH1 = lax.fori_loop(0, b * j, body, empty)
-    o_BTHV, lse_BTH1 = checkpoint_name(from_bits(bits_BTHV), "attention"), checkpoint_name(lse_BTH1, "attention")
-    return o_BTHV, (q_BTHK, k_BSJK, v_BSJV, segments_BT, segments_BS, offset, o_BTHV, lse_BTH1)
+    rows, vectors = t * h // j, ((segments_BT, j), (segments_BS, j))
+    o_GRV, lse_GR = _over_groups(body, vectors, b * j, [((rows, width), dtype), ((rows,), jnp.float32)])
+    o_BTHV = _heads_inside(o_GRV, (b, t, h, width))
+    o_BTHV, lse_GR = checkpoint_name(o_BTHV, "attention"), checkpoint_name(lse_GR, "attention")
+    return o_BTHV, (q_BTHK, k_BSJK, v_BSJV, segments_BT, segments_BS, offset, o_BTHV, lse_GR)
 
 
 def _shifted_bwd(scale: float, kept: tuple, g_BTHV: Array) -> tuple:
-    q_BTHK, k_BSJK, v_BSJV, segments_BT, segments_BS, offset, o_BTHV, lse_BTH1 = kept
-    (b, t, h, _), j, dtype = q_BTHK.shape, k_BSJK.shape[2], q_BTHK.dtype
-    size = _keys(k_BSJK.shape[1])
+    q_BTHK, k_BSJK, v_BSJV, segments_BT, segments_BS, offset, o_BTHV, lse_GR = kept
+    (b, t, h, _), (slots, j), dtype = q_BTHK.shape, k_BSJK.shape[1:3], q_BTHK.dtype
 
-    def body(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        group = _Group(i, h, j, segments_BT, segments_BS)
-        q, o, lse, g = (group.read(x, h // j) for x in (q_BTHK, o_BTHV, lse_BTH1, g_BTHV))
+    def body(i: Array, segments_T: Array, segments_S: Array, lse: Array) -> tuple[Array, Array, Array]:
+        group = _Group(i, h, j, segments_T, segments_S)
+        q, o, g = (group.read(x, h // j) for x in (q_BTHK, o_BTHV, g_BTHV))
         k, v = group.read(k_BSJK, 1), group.read(v_BSJV, 1)
-        mean = jnp.sum(g.astype(jnp.float32) * o.astype(jnp.float32), axis=1, keepdims=True)
+        mean = jnp.sum(g.astype(jnp.float32) * o.astype(jnp.float32), axis=1)
         dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
         for start, stop in _blocks(t):
-            rows = slice(start * group.width, stop * group.width)
+            rows, ahead = group.rows(start, stop), _Ahead(group, start, stop, offset, scale)
 
-            def keys(block: Array, carry: tuple, rows: slice = rows, start: int = start, stop: int = stop) -> tuple:
+            def add(block: Array, carry: tuple, rows: slice = rows, ahead: _Ahead = ahead) -> tuple:
                 dq, dk, dv = carry
-                at = block * size
-                p = jnp.exp(_scores(group, q[rows], k, start, stop, block, offset) * scale - lse[rows])
-                dp = dot(g[rows], lax.dynamic_slice_in_dim(v, at, size), (1, 1))
-                ds = (p * (dp - mean[rows]) * scale).astype(dtype)
-                dk_part, dv_part = weight_gradient(ds, q[rows]), weight_gradient(p.astype(dtype), g[rows])
-                return (
-                    dq + dot(ds, lax.dynamic_slice_in_dim(k, at, size)),
-                    lax.dynamic_update_slice_in_dim(dk, lax.dynamic_slice_in_dim(dk, at, size) + dk_part, at, 0),
-                    lax.dynamic_update_slice_in_dim(dv, lax.dynamic_slice_in_dim(dv, at, size) + dv_part, at, 0),
+                p = jnp.exp(ahead.scores(q[rows], k, block) - lse[rows, None])
+                dp = dot(g[rows], ahead.take(v, block), (1, 1))
+                ds = (p * (dp - mean[rows, None]) * scale).astype(dtype)
+                parts = weight_gradient(ds, q[rows]), weight_gradient(p.astype(dtype), g[rows])
+                dk, dv = (
+                    lax.dynamic_update_slice_in_dim(x, ahead.take(x, block) + part, block * ahead.size, 0)
+                    for x, part in zip((dk, dv), parts, strict=True)
                 )
+                return dq + dot(ds, ahead.take(k, block)), dk, dv
 
             begin = (jnp.zeros(q[rows].shape, jnp.float32), dk, dv)
-            part, dk, dv = lax.fori_loop(0, _seen(group, stop, offset), keys, begin)
+            part, dk, dv = lax.fori_loop(0, ahead.count, add, begin)
             dq.append(part)
-        grads = ((jnp.concatenate(dq).astype(dtype), h // j), (dk.astype(dtype), 1), (dv.astype(dtype), 1))
-        dq_BTHK, dk_BSJK, dv_BSJV = (group.write(x, new, heads) for x, (new, heads) in zip(carry, grads, strict=True))
-        return dq_BTHK, dk_BSJK, dv_BSJV
+        return jnp.concatenate(dq), dk, dv
 
-    start = tuple(to_bits(jnp.zeros_like(x)) for x in (q_BTHK, k_BSJK, v_BSJV))
-    return (*(from_bits(x) for x in lax.fori_loop(0, b * j, body, start)), None, None, None)
+    inputs = (q_BTHK, t * h // j), (k_BSJK, slots), (v_BSJV, slots)
+    vectors = (segments_BT, j), (segments_BS, j), (lse_GR, 1)
+    stacks = _over_groups(body, vectors, b * j, [((rows, x.shape[3]), dtype) for x, rows in inputs])
+    grads = (_heads_inside(stack, x.shape) for stack, (x, _) in zip(stacks, inputs, strict=True))
+    return (*grads, None, None, None)
 
 
 _shifted.defvjp(_shifted_fwd, _shifted_bwd)

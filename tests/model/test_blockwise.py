@@ -54,7 +54,7 @@ def test_packed_rows(t, h, j):
 
 
 @pytest.mark.parametrize("traced", [False, True])
-@pytest.mark.parametrize(("t", "s", "offset"), [(1, 9, 5), (3, 9, 4), (4, 9, 0)])
+@pytest.mark.parametrize(("t", "s", "offset"), [(1, 9, 5), (3, 9, 4), (4, 9, 0), (130, 1100, 700)])
 def test_queries_against_a_longer_cache(t, s, offset, traced):
     q, k, v, g = _case(2, t, s, 4, 2, jnp.float32)
     segments_t, segments_s = jnp.ones((2, t), jnp.int32), jnp.asarray([[1] * s, [0, 0] + [1] * (s - 2)], jnp.int32)
