@@ -1,4 +1,4 @@
-# make demo: train, evaluate, sample and export a small DeepSeek-V2.   make test, make lint: for developers.
+# make demo: train, evaluate, sample and export a small DeepSeek-V2.   make test, make prove, make lint: for developers.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -10,7 +10,7 @@ PROMPT ?= To be, or not to be
 PY := $(VENV)/bin/python
 RUN := runs/demo
 
-.PHONY: demo test lint
+.PHONY: demo test prove lint
 
 demo: $(VENV)/.installed
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(PY) train.py nano --workdir $(RUN)
@@ -28,7 +28,10 @@ demo: $(VENV)/.installed
 	@echo "Hugging Face       $(RUN)/hf  (transformers.AutoModelForCausalLM.from_pretrained reads it)"
 
 test: $(VENV)/.installed-dev
-	$(PY) -m pytest -n 2
+	$(PY) -m pytest -n 2 -m "not slow and not tpu"
+
+prove: $(VENV)/.installed-dev
+	$(PY) -m pytest -n 2 -m "slow or tpu"
 
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff format --check

@@ -17,6 +17,8 @@ from dsv2_jax.parallel.feed import Feed
 from dsv2_jax.training.loop import resolve
 from dsv2_jax.training.step import create, state_specs, train_step
 
+pytestmark = pytest.mark.slow
+
 ROWS, LENGTH, STEPS, LR = 16, 32, 3, 1e-3
 
 # Layout and the sequences that share a budget: within one device, or spread over several.

@@ -111,11 +111,11 @@ def test_processes_killed_stopped_and_resumed_are_one_process(tmp_path, flags, a
     assert finish(run, flags + MESH, 4, 2) == alone[1]
 
 
-@pytest.mark.parametrize(("mesh", "devices"), [(["--mesh.fsdp", "8"], 8), ([], 1)], ids=["eight shards", "one device"])
+@pytest.mark.parametrize(("mesh", "devices"), [(MESH, 8), ([], 1)], ids=["fsdp 2 expert 4", "one device"])
 def test_a_run_goes_on_on_another_mesh(tmp_path, flags, mesh, devices):
     """Saved on one mesh, restored on another: the next losses are those of the run that stayed."""
     flags = [*flags, "--model.moe.budget_sequences", "1", "--optimizer.peak_lr", "0.001"]
-    stayed = finish(tmp_path / "stayed", flags + MESH, 1, 8)
+    stayed = finish(tmp_path / "stayed", [*flags, "--mesh.fsdp", "8"], 1, 8)
     moved = tmp_path / "moved"
     shutil.copytree(tmp_path / "stayed", moved)
     shutil.rmtree(moved / "checkpoints" / str(STEPS))
