@@ -208,19 +208,6 @@ def test_nan_in_padding_meets_no_real_token(implementation):
         np.testing.assert_array_equal(clean, dirty)
 
 
-def test_a_remat_policy_that_keeps_attention_runs_no_forward_pass_again():
-    arrays, rest = inputs(Case(t=128, s=128))
-    names = ("q_nope", "q_rope", "k_nope", "k_rope", "v")
-
-    def calls(policy) -> int:
-        attend = jax.checkpoint(functools.partial(IMPLEMENTATIONS["pallas"], **rest), policy=policy)
-        backward = jax.make_jaxpr(lambda *xs: jax.grad(lambda *ys: jnp.sum(attend(*ys)), argnums=(0, 2))(*xs))
-        return str(backward(*(arrays[name] for name in names))).count("name=latent_attention_forward")
-
-    kept = calls(jax.checkpoint_policies.save_only_these_names("attention"))
-    assert (kept, calls(jax.checkpoint_policies.nothing_saveable)) == (1, 2)
-
-
 def test_what_cannot_run_raises():
     arrays, rest = inputs(Case(t=8, s=8))
     xs = [arrays[name] for name in ("q_nope", "q_rope", "k_nope", "k_rope", "v")]
