@@ -3,9 +3,11 @@
 The schedules are plain Python on the host: token counts of real runs (8.1e12) do not fit a device's int32.
 """
 
+import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from dsv2_jax.config import Config
@@ -20,10 +22,16 @@ def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
     Multiply the updates by minus the learning rate of the step. State and arithmetic are float32.
     """
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
+        optax.stateless(functools.partial(_clip, norm=config.clip_norm)),
         optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
         optax.add_decayed_weights(config.weight_decay, mask=is_decayed),
     )
+
+
+def _clip(gradients: Any, _: Any, norm: float) -> Any:
+    """The gradients scaled to a global norm of at most `norm`: one factor, where optax divides each number anew."""
+    scale = norm / jnp.maximum(optax.global_norm(gradients), norm)
+    return jax.tree.map(lambda g: g * scale, gradients)
 
 
 def is_decayed(params: Any) -> Any:
