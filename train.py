@@ -22,6 +22,7 @@ def main() -> int:
     from dsv2_jax.training import loop  # here, so that mistakes and --help are answered at once
 
     cli.keep_compiled_programs()
+    cli.keep_freed_memory()
     outcome = loop.train(config)
     run = config.workdir
     if not outcome.finished:
