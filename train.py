@@ -23,6 +23,7 @@ def main() -> int:
     from dsv2_jax.training import loop
 
     cli.keep_compiled_programs()
+    cli.keep_freed_memory()
     with processes.joined(config.processes):
         outcome = loop.train(config)
         first = processes.is_first()

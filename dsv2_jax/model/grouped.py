@@ -5,6 +5,7 @@ Plain XLA, exact, on any device. Letters: N tokens, K active experts, P = N K pa
 in parameters.py.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,9 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from dsv2_jax.model import streams
 from dsv2_jax.model.matmul import dot, from_bits, to_bits, weight_gradient
 
 _BLOCKS = (512, 128)  # rows of a block: large ones first, then small ones for the rest of a group
+_FEW_ROWS = 4  # of a block when pairs are few
 _FEW_PAIRS = 128  # up to here reading the weights is the cost: only active experts, few rows at a time
 
 
@@ -35,6 +38,8 @@ def grouped_swiglu(
     x and the weights in the compute dtype, experts int32, gates float32; the result in x's dtype, sums in float32.
     An expert id of E drops its pair: no cost, no contribution, a zero gradient for its gate.
     """
+    if len(x_ND) == 1:
+        return _one(x_ND, experts_NK, gates_NK, w_gate_EDF, w_up_EDF, w_down_EFD)
     if experts_NK.size <= _FEW_PAIRS:
         return _few(x_ND, experts_NK, gates_NK, w_gate_EDF, w_up_EDF, w_down_EFD)
     return _forward(x_ND, experts_NK, gates_NK, w_gate_EDF, w_up_EDF, w_down_EFD)[0]
@@ -47,13 +52,24 @@ def _sort(experts_NK: Array, experts: int, padding: int) -> _Plan:
     return _Plan(jnp.pad(order_P, (0, padding)), jnp.cumsum(counts_E) - counts_E, counts_E)
 
 
+def _one(
+    x_ND: Array, experts_NK: Array, gates_NK: Array, w_gate_EDF: Array, w_up_EDF: Array, w_down_EFD: Array
+) -> Array:
+    """Decode of one token: its experts side by side."""
+    y_ND = jnp.zeros(x_ND.shape, jnp.float32)
+    for e, gate in zip(experts_NK[0], gates_NK[0], strict=True):
+        w_gate_DF, w_up_DF, w_down_FD = (_rows(w, e) for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
+        gate = jnp.where(e < len(w_gate_EDF), gate, 0)
+        hidden_NF = jax.nn.silu(dot(x_ND, w_gate_DF)) * dot(x_ND, w_up_DF) * gate
+        y_ND += dot(hidden_NF.astype(x_ND.dtype), w_down_FD)
+    return y_ND.astype(x_ND.dtype)
+
+
 def _few(
     x_ND: Array, experts_NK: Array, gates_NK: Array, w_gate_EDF: Array, w_up_EDF: Array, w_down_EFD: Array
 ) -> Array:
     """Decode: one loop over blocks of a few rows, each of which reads its expert's weights in place."""
-    n, k = experts_NK.shape
-    experts = w_gate_EDF.shape[0]
-    size = 1 if n == 1 else 4  # a token goes to an expert once, so one token never fills more than a row
+    k, experts, size = experts_NK.shape[1], w_gate_EDF.shape[0], _FEW_ROWS
     plan = _sort(experts_NK, experts, size)
     ends_E = jnp.cumsum((plan.counts_E + size - 1) // size)
 
@@ -117,19 +133,20 @@ def _forward(
 
         return _over_blocks(plan, e, block, carry)
 
-    rows = plan.order_P.shape[0]
-    hidden_PF = to_bits(jnp.zeros((rows, width), dtype))
-    start = (jnp.zeros(x_ND.shape, jnp.float32), hidden_PF, hidden_PF)
-    y_ND, a_PF, u_PF = lax.fori_loop(0, experts, expert, start)
-    return y_ND.astype(dtype), (x_ND, gates_NK, w_gate_EDF, w_up_EDF, w_down_EFD, plan, a_PF, u_PF)
+    hidden_PF = to_bits(jnp.zeros((plan.order_P.shape[0], width), dtype))
+    empty = (jnp.zeros(x_ND.shape, jnp.float32), hidden_PF, hidden_PF)
+    parts = [lax.fori_loop(start, stop, expert, empty) for start, stop in streams.ranges(experts)]
+    y_ND = functools.reduce(jnp.add, [y_ND for y_ND, *_ in parts])
+    hidden = [hidden for _, *hidden in parts]
+    return y_ND.astype(dtype), (x_ND, gates_NK, w_gate_EDF, w_up_EDF, w_down_EFD, plan, hidden)
 
 
 def _backward(kept: tuple, g_ND: Array) -> tuple[Array | None, ...]:
-    x_ND, gates_NK, w_gate_EDF, w_up_EDF, w_down_EFD, plan, a_PF, u_PF = kept
+    x_ND, gates_NK, w_gate_EDF, w_up_EDF, w_down_EFD, plan, hidden = kept
     k, width, dtype = gates_NK.shape[1], w_gate_EDF.shape[2], x_ND.dtype
     gates_P = gates_NK.reshape(-1)
 
-    def expert(e: Array, carry: tuple) -> tuple:
+    def expert(e: Array, carry: tuple, first: int, a_PF: Array, u_PF: Array) -> tuple:
         dx_ND, dgates_P, *dw_E = carry
         w_gate_DF, w_up_DF, w_down_FD = (_rows(w, e) for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
 
@@ -160,16 +177,19 @@ def _backward(kept: tuple, g_ND: Array) -> tuple[Array | None, ...]:
 
         zeros = [jnp.zeros(w.shape[1:], jnp.float32) for w in dw_E]
         dx_ND, dgates_P, *dw = _over_blocks(plan, e, block, (dx_ND, dgates_P, *zeros))
-        dw_E = [
-            lax.dynamic_update_index_in_dim(old, to_bits(new.astype(dtype)), e, 0)
-            for old, new in zip(dw_E, dw, strict=True)
-        ]
+        dw_E = [lax.dynamic_update_index_in_dim(w, new, e - first, 0) for w, new in zip(dw_E, dw, strict=True)]
         return (dx_ND, dgates_P, *dw_E)
 
-    start = (jnp.zeros(x_ND.shape, jnp.float32), jnp.zeros(gates_P.shape, jnp.float32))
-    weights = [to_bits(jnp.zeros_like(w)) for w in (w_gate_EDF, w_up_EDF, w_down_EFD)]
-    dx_ND, dgates_P, *dw = lax.fori_loop(0, w_gate_EDF.shape[0], expert, (*start, *weights))
-    dw_gate_EDF, dw_up_EDF, dw_down_EFD = (from_bits(w) for w in dw)
+    parts, weights = [], (w_gate_EDF, w_up_EDF, w_down_EFD)
+    for (start, stop), (a_PF, u_PF) in zip(streams.ranges(w_gate_EDF.shape[0]), hidden, strict=True):
+        # Weight gradients stay float32 here: rounding them in the loop would be a pass over them of its own.
+        empty = [jnp.zeros((stop - start, *w.shape[1:]), jnp.float32) for w in weights]
+        empty = (jnp.zeros(x_ND.shape, jnp.float32), jnp.zeros(gates_P.shape, jnp.float32), *empty)
+        turn = functools.partial(expert, first=start, a_PF=a_PF, u_PF=u_PF)
+        parts.append(lax.fori_loop(start, stop, turn, empty))
+    dx, dgates, *dw = zip(*parts, strict=True)
+    dx_ND, dgates_P = functools.reduce(jnp.add, dx), functools.reduce(jnp.add, dgates)
+    dw_gate_EDF, dw_up_EDF, dw_down_EFD = (jnp.concatenate(part).astype(dtype) for part in dw)
     return dx_ND.astype(dtype), None, dgates_P.reshape(gates_NK.shape), dw_gate_EDF, dw_up_EDF, dw_down_EFD
 
 

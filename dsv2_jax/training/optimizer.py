@@ -28,7 +28,8 @@ def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
 
 def clip(gradients: Any, norm: jax.Array, config: OptimizerConfig) -> Any:
     """Gradients of the global norm `norm`, shrunk to `clip_norm` where they exceed it."""
-    return jax.tree.map(lambda g: g * jnp.minimum(1.0, config.clip_norm / norm), gradients)
+    scale = jnp.minimum(1.0, config.clip_norm / norm)
+    return jax.tree.map(lambda g: g * scale, gradients)
 
 
 def is_decayed(params: Any) -> Any:

@@ -125,6 +125,30 @@ def test_the_future_is_not_seen(case):
     assert np.abs(left[9:17] - right[9:17]).max() > 0.1
 
 
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_gradients_unrolled_are_those_of_the_scan(remat):
+    """Training on CPU unrolls a shallow network and leaves a deep one stacked."""
+    model = MODELS["mla"]
+    params = jax.tree.map(jnp.asarray, random_params(model))
+    a, b = two_documents()
+    inputs = rows([(0, a)], [(0, b)])
+    batch = {f"{name}_BT": x for name, x in zip(("tokens", "positions", "segments"), inputs, strict=True)}
+    compute = Compute(dtype="float32", remat=remat)
+
+    def square(params, arrange):
+        out = transformer.forward(arrange(params), batch, model=model, compute=compute)
+        return jnp.sum(out.hidden_BTD**2) + out.statistics["expert_balance"].sum()
+
+    scanned, unrolled = (
+        jax.jit(jax.grad(functools.partial(square, arrange=arrange)))(params)
+        for arrange in (lambda params: params, functools.partial(transformer.arrange, model=model))
+    )
+    for mine, theirs in zip(jax.tree.leaves(unrolled), jax.tree.leaves(scanned), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4 * float(jnp.abs(theirs).max()))
+    deep = dataclasses.replace(model, num_hidden_layers=17)
+    assert transformer.arrange(params, deep) is params
+
+
 def test_unrolled_expanded_and_absorbed_forms_agree_with_the_scanned_one(case):
     """Rows padded on the left, as generation has them: prefill, then a token at a time from the cache."""
     model, params = case
