@@ -1,6 +1,7 @@
-"""README and Makefile against the code: the tree, the presets' figures, every function named, every flag shown."""
+"""README, Makefile and docs/ against the code: the tree, presets' figures, functions named, flags and meshes shown."""
 
 import ast
+import dataclasses
 import re
 from pathlib import Path
 
@@ -12,9 +13,12 @@ from dsv2_jax import cli, generate
 from dsv2_jax.config import Config
 from dsv2_jax.hf import __main__ as hf_commands
 from dsv2_jax.model import parameters
+from dsv2_jax.parallel import sharding
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PODS = (ROOT / "docs" / "pods.md").read_text(encoding="utf-8")
+PODS_CHIPS = {"tiny": 8, "nano": 8, "v2": 256}  # that the page says its commands run on
 COMMANDS = {
     "train.py": Config,
     "eval.py": evaluation.Evaluate,
@@ -90,9 +94,10 @@ def test_every_function_of_the_papers_table_exists():
 
 
 def test_links_lead_to_files():
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("https://")]
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    for folder, text in (ROOT, README), (ROOT / "docs", PODS):
+        links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("https://")]
+        assert links
+        assert [link for link in links if not (folder / link).exists()] == []
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -100,6 +105,35 @@ def test_flags_shown_are_flags(command):
     known = {flag.replace("_", "-") for flag in cli.flags(COMMANDS[command])} | {"--help", "--section.field"}
     shown = {flag for name, rest in command_lines() if name == command for flag in re.findall(r"--[a-z][\w.-]*", rest)}
     assert [flag for flag in sorted(shown) if flag.replace("_", "-") not in known] == []
+
+
+def pods_commands() -> list[tuple[str, list[str]]]:
+    """(preset, flags) of every call of train.py in docs/pods.md; variables of the shell become 1."""
+    text = re.sub(r"\\?\n +(?=--)", " ", PODS)
+    found = re.findall(r"train\.py (\w+) ((?:[^\n'\"&>|`]|\\\n)+)", text.replace("\\\n", " "))
+    return [(preset, re.sub(r"\$\w+", "1", flags).split()) for preset, flags in found]
+
+
+def test_commands_for_pods_fit_their_chips():
+    """Every call is understood whole, and its mesh can be laid over the chips that the page names."""
+    commands = pods_commands()
+    assert {preset for preset, _ in commands} == set(PODS_CHIPS)
+    assert sum(preset == "v2" for preset, _ in commands) == PODS.count("train.py v2")
+    for preset, flags in commands:
+        for extra, chips in ((), 1), (("--mesh.slices", "2", "--mesh.data", "2", "--mesh.tensor", "2"), 2):
+            if extra and preset != "v2":
+                continue
+            config = cli.parse(PRESETS[preset](), [*flags, *extra])
+            mesh = config.mesh.resolve(chips * PODS_CHIPS[preset])
+            sharding.check_model(config.model, mesh)
+            sharding.check_batch(config.batch.micro_size or config.batch.size, config.batch.length, config.model, mesh)
+
+
+def test_flags_named_in_the_text_on_pods_are_flags():
+    known = set(cli.flags(Config)) | {f"--{field.name}" for field in dataclasses.fields(Config)}
+    shown = re.findall(r"`(--(?:mesh|processes|batch|cadence|compute|data|model|workdir)\b[\w.]*)", PODS)
+    assert len(shown) > 15
+    assert [flag for flag in shown if flag not in known] == []
 
 
 def test_settings_named_in_the_text_are_settings():

@@ -110,6 +110,15 @@ def test_transformers_and_mlx_lm_agree_on_the_export(exported):
     np.testing.assert_allclose(mlx, theirs.numpy(), atol=2e-4)
 
 
+def test_a_log_gets_a_line_for_every_tenth(exported, tmp_path):
+    _, hf, _ = exported
+    command = [sys.executable, "-m", "dsv2_jax.hf", "import", "--hf", hf, "--out", tmp_path / "run"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
+    lines = [line for line in ended.stderr.splitlines() if line.startswith("importing")]
+    assert 5 < len(lines) <= 10
+    assert lines[-1].startswith("importing  100%")
+
+
 def test_bfloat16_is_rounded_as_torch_rounds(exported, tmp_path):
     run, hf, _ = exported
     export(run, tmp_path / "hf", "bfloat16")

@@ -54,7 +54,11 @@ def main() -> None:
 
 @contextlib.contextmanager
 def _bar(title: str) -> Iterator[hf.Progress]:
-    """A progress bar of bytes on stderr."""
+    """Bytes done, on stderr: a progress bar on a terminal, a plain line for every tenth elsewhere."""
+    console = rich.console.Console(stderr=True)
+    if not console.is_terminal:
+        yield _lines(title)
+        return
     columns = (
         rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(),
@@ -62,7 +66,7 @@ def _bar(title: str) -> Iterator[hf.Progress]:
         rich.progress.TransferSpeedColumn(),
         rich.progress.TimeRemainingColumn(),
     )
-    bar = rich.progress.Progress(*columns, console=rich.console.Console(stderr=True))
+    bar = rich.progress.Progress(*columns, console=console)
     task = bar.add_task(title, total=None)
 
     def update(done: int, total: int) -> None:
@@ -74,6 +78,19 @@ def _bar(title: str) -> Iterator[hf.Progress]:
     finally:
         if bar.live.is_started:
             bar.stop()
+
+
+def _lines(title: str) -> hf.Progress:
+    told = 0
+
+    def update(done: int, total: int) -> None:
+        nonlocal told
+        tenths = 10 * done // total
+        if tenths > told:
+            told = tenths
+            print(f"{title}  {10 * tenths}%  {done / 1e9:.2f} of {total / 1e9:.2f} GB", file=sys.stderr, flush=True)
+
+    return update
 
 
 if __name__ == "__main__":

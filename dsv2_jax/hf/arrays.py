@@ -103,10 +103,12 @@ def _open(folder: Path, metadata: dict[str, Any], part: str, name: str, shape: t
         array.shape == shape,
         f"{folder}: {part}.{name} has the shape {list(array.shape)}; the run's config.json describes {list(shape)}",
     )
-    # A chunk that neighbouring slices share is to be decoded once: the cache holds all chunks of one slice and little
-    # more. Without the little, the last chunk falls out and is decoded for every slice again.
     lead = _leading(name, shape)
     chunks = [c or n for c, n in zip(array.chunk_layout.read_chunk.shape or shape, shape, strict=True)]
+    if all(c == 1 for c in chunks[:lead]):
+        return array
+    # A chunk that neighbouring slices share is to be decoded once: the cache holds all chunks of one slice and little
+    # more. Without the little, the last chunk falls out and is decoded for every slice again.
     covered = [c if i < lead else math.ceil(n / c) * c for i, (n, c) in enumerate(zip(shape, chunks, strict=True))]
     limit = math.prod(covered) * array.dtype.numpy_dtype.itemsize + 2**20
     context = ts.Context({"cache_pool": {"total_bytes_limit": limit}})
@@ -122,7 +124,8 @@ def _create(folder: Path, shape: tuple[int, ...], chunk: tuple[int, ...]) -> ts.
         "dimension_separator": ".",
     }
     spec = {"driver": "zarr", "kvstore": f"file://{folder.absolute()}/", "metadata": metadata}
-    return ts.open(spec, create=True, open=True).result()
+    # Not every chunk needs to be on the disk before the next is written: who makes the folder waits for all at its end.
+    return ts.open(spec, create=True, open=True, context=ts.Context({"file_io_sync": False})).result()
 
 
 def _leading(name: str, shape: tuple[int, ...]) -> int:

@@ -177,6 +177,7 @@ def _whole(out: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial)
         raise
+    os.sync()
     os.replace(partial, out)
 
 

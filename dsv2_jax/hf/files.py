@@ -18,6 +18,7 @@ from dsv2_jax.config import check
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(jnp.bfloat16), "F16": np.dtype(np.float16)}
+_BLOCK_BYTES = 2**22
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -45,9 +46,12 @@ def read(tensor: Stored) -> np.ndarray:
 def write(tensor: Stored, values: np.ndarray) -> None:
     """Puts the values, cast to the tensor's dtype, at its place in a file that `create` made."""
     assert values.shape == tensor.shape, f"{values.shape} into {tensor}"
+    # A few rows at a time: a cast of the whole, and a transposed view made contiguous, would be further tensors.
+    rows = max(1, _BLOCK_BYTES * len(values) // max(1, values.nbytes))
     with tensor.path.open("r+b") as file:
         file.seek(tensor.offset)
-        np.ascontiguousarray(values.astype(tensor.dtype, copy=False)).tofile(file)
+        for start in range(0, len(values), rows):
+            np.ascontiguousarray(values[start : start + rows]).astype(tensor.dtype, copy=False).tofile(file)
 
 
 def create(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype, shard_bytes: int) -> dict[str, Stored]:

@@ -1,0 +1,77 @@
+"""Depth costs no compilation: the step of 60 layers is as large a program as that of 6, traced and compiled."""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import pytest
+from jax.extend import core
+
+from configs import models
+from dsv2_jax.config import SINGLE, Batch, Compute, Config, Mesh
+from dsv2_jax.model import transformer
+from dsv2_jax.parallel import mesh as device_mesh
+from dsv2_jax.parallel import sharding
+from dsv2_jax.training.step import create, state_specs, train_step
+
+ROWS, LENGTH = 8, 32
+
+
+def traced_step(layers: int, mesh: Mesh) -> jax.stages.Traced:
+    """The traced training step of the tiny preset's widths with so many layers."""
+    tiny = models.tiny()
+    moe = dataclasses.replace(tiny.moe, budget_sequences=ROWS // mesh.size("data", "fsdp"))
+    model = dataclasses.replace(tiny, num_hidden_layers=layers, moe=moe)
+    batch = Batch(size=ROWS, length=LENGTH, micro_size=ROWS)
+    config = Config(
+        workdir=Path(), tokens=ROWS * LENGTH, model=model, batch=batch, compute=Compute(remat="full"), mesh=mesh
+    )
+    devices = device_mesh.make(mesh) if mesh != SINGLE else None
+    state = jax.eval_shape(lambda: create(transformer.init(model, jax.random.key(0)), config))
+    state = jax.tree.map(
+        lambda s, on: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=on),
+        state,
+        sharding.on(devices, state_specs(config)),
+    )
+    names = ("tokens_BT", "targets_BT", "positions_BT", "segments_BT", "bytes_BT", "weights_BT")
+    leaves = {
+        name: jax.ShapeDtypeStruct(
+            (1, ROWS, LENGTH),
+            "float32" if name == "weights_BT" else "int32",
+            sharding=sharding.on(devices, sharding.batch_spec(name)),
+        )
+        for name in names
+    }
+    return train_step.trace(state, leaves, 1e-3, config=config, mesh=devices)
+
+
+def equations(value: object) -> Iterator[core.JaxprEqn]:
+    """All equations of a jaxpr and of those inside it."""
+    if isinstance(value, core.ClosedJaxpr):
+        value = value.jaxpr
+    if isinstance(value, core.Jaxpr):
+        for equation in value.eqns:
+            yield equation
+            for parameter in equation.params.values():
+                yield from equations(parameter)
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from equations(part)
+
+
+@pytest.mark.parametrize("mesh", [SINGLE, Mesh(fsdp=2, expert=4)], ids=["one device", "fsdp and expert"])
+def test_programs_do_not_grow_with_depth(mesh):
+    sizes = []
+    for layers in (6, 60):
+        traced = traced_step(layers, mesh)
+        hlo = traced.lower().compile().as_text()
+        assert hlo
+        instructions = re.findall(r"^\s+(?:ROOT )?%?[\w.-]+ = ", hlo, re.MULTILINE)
+        sizes.append((len(list(equations(traced.jaxpr))), len(instructions)))
+    (traced_6, compiled_6), (traced_60, compiled_60) = sizes
+    print(sizes)
+    assert traced_6 > 500 and compiled_6 > 500
+    assert traced_6 / 1.3 < traced_60 < traced_6 * 1.3
+    assert compiled_6 / 1.3 < compiled_60 < compiled_6 * 1.3
