@@ -64,7 +64,7 @@ def shallow(layers: int) -> Model:
 
 
 def make(folder: Path, model: Model) -> int:
-    """Writes the model's checkpoint, bfloat16 numbers of a trained model's size and no tensor like another: its bytes."""
+    """Writes the model's checkpoint, bfloat16 numbers of a trained model's size, no tensor like another: its bytes."""
     folder.mkdir()
     settings = hf.to_hf_config(model, "bfloat16", None, None)
     (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
@@ -81,7 +81,8 @@ def same(a: Path, b: Path) -> bool:
     """Whether two folders hold the same tensors, to the byte."""
     ours, theirs = files.open_folder(a), files.open_folder(b)
     return set(ours) == set(theirs) and all(
-        np.array_equal(files.read(ours[name]).view(np.uint16), files.read(theirs[name]).view(np.uint16)) for name in ours
+        np.array_equal(files.read(ours[name]).view(np.uint16), files.read(theirs[name]).view(np.uint16))
+        for name in ours
     )
 
 

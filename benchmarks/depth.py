@@ -2,7 +2,7 @@
 
     python benchmarks/depth.py [--rounds 3] [--json FILE]
 
-The widths are those of the preset tiny; the mesh is fsdp 2 x expert 4. Both depths are measured in turn, and the medians
+The widths are those of the preset tiny; the mesh is fsdp 2 x expert 4. Both depths are measured in turn, and medians
 count. Nothing is kept between compilations.
 """
 

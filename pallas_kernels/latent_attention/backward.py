@@ -133,21 +133,21 @@ def _load_queries(x: Operands, own: _Scratch, queries: Bounds) -> None:
         own.g[...] = jnp.where(real, x.g[...], 0)
 
 
-def _scores(x: Operands, own: _Scratch, rows: pl.Slice, columns: slice, scale: float) -> tuple[Array, Array]:
+def _scores(x: Operands, own: _Scratch, rows: slice | pl.Slice, columns: slice, scale: float) -> tuple[Array, Array]:
     """(the weights of the softmax, the gradients of the scores before they are scaled), each [keys, queries]."""
     k = join(x.k_nope[rows], None if x.k_rope is None else x.k_rope[rows])
     p = jnp.exp2(dot(k, own.q[columns], NT) * (scale * math.log2(math.e)) - x.lse[:, columns])
     return p, p * (dot(x.v[rows], own.g[columns], NT) - x.mean[:, columns])
 
 
-def _collect(own: _Scratch, p: Array, ds: Array, rows: pl.Slice, columns: slice) -> None:
+def _collect(own: _Scratch, p: Array, ds: Array, rows: slice | pl.Slice, columns: slice) -> None:
     p, ds = p.astype(own.g.dtype), ds.astype(own.g.dtype)
     own.dv[rows] += dot(p, own.g[columns], NN)
     own.dk[rows] += dot(ds, own.q[columns], NN)
     own.dq[:, columns] += dot(own.turned[:, rows], ds, NN)
 
 
-def _nearest(i: Array, chunk: Array, offset: Array, blocks: Blocks, steps: int) -> Array:
+def _nearest(i: Array, chunk: Array, offset: Array, blocks: Blocks, steps: int | Array) -> Array:
     """i, or the first block of queries that sees the chunk: one before it is the same again, which moves nothing."""
     unseeing = jnp.maximum(chunk * blocks.chunk - offset, 0) // blocks.queries
     return jnp.minimum(jnp.maximum(i, unseeing), steps - 1)

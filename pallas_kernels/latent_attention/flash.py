@@ -4,7 +4,7 @@ Letters: B batch, T queries, S keys, H heads, J KV heads, N nope, R rope, V valu
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +76,7 @@ def attention(
     (_, _, t, _), (_, j, s, _) = q_nope_BHTN.shape, k_nope_BJSN.shape
     how = tuning(t, s, j, k_rope_BSR is not None, v_BJSV.dtype, chip())
     long_t, long_s = _round(t, how.forward.queries), _round(s, how.forward.chunk)
-    o_BHTV = _attention(
+    o_BHTV: Any = _attention(
         _pad(q_nope_BHTN, 2, long_t),
         None if q_rope_BHTR is None else _pad(q_rope_BHTR, 2, long_t),
         _pad(k_nope_BJSN, 2, long_s),

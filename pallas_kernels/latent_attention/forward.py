@@ -85,7 +85,7 @@ class _Refs(NamedTuple):
 
 def _kernel(*refs, scale: float, blocks: Blocks, chunks: int):
     """Weighs a chunk's keys for a block of queries; no running maximum is needed as long as scores are bounded."""
-    ref = _Refs(*refs[:18], refs[18:])
+    ref = _Refs._make([*refs[:18], refs[18:]])
     batch, i, chunk = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     here = place(ref.offset[0], batch, i, chunk, (pl.num_programs(2), chunks), ref.queries, ref.keys, blocks)
     scale = scale * math.log2(math.e)
@@ -134,7 +134,7 @@ def _kernel(*refs, scale: float, blocks: Blocks, chunks: int):
         ref.lse[...] = jnp.where(some, ref.top[...] + jnp.log2(total), -MASKED)
 
 
-def _collect(ref: _Refs, weights: Array, rows: pl.Slice, columns: slice) -> None:
+def _collect(ref: _Refs, weights: Array, rows: slice | pl.Slice, columns: slice) -> None:
     new, width = dot(ref.turned[:, rows], weights.astype(ref.turned.dtype), NN), ref.v.shape[1]
     ref.sums[:, columns] += new[:width]
     added = new[width : width + 1] if new.shape[0] > width else jnp.sum(weights, axis=0, keepdims=True)
