@@ -1,1 +1,1 @@
-"""TPU kernels of DeepSeek-V2's two operations: latent attention and expert dispatch."""
+"""TPU kernels of DeepSeek-V2's operations, and what they cost."""
