@@ -105,6 +105,7 @@ def run_ours(case: str, rounds: int) -> Callable[[], float]:
     compute = Compute(dtype=dtype, remat="none", loss_chunk=512)
     params = transformer.init(SMALL, jax.random.key(0))
     if case.startswith("train"):
+        cli.keep_freed_memory()  # as train.py does
         batch = {"micro_size": 0, "size": BATCH, "length": LENGTH}
         config = Config(workdir=Path(), model=SMALL, batch=Batch(**batch), compute=compute)
         tokens_BT = jax.random.randint(jax.random.key(1), (1, BATCH, LENGTH), 0, SMALL.vocab_size)
@@ -258,12 +259,11 @@ class Side:
     def __init__(self, side: str, case: str, options: Options):
         cores = sorted(os.sched_getaffinity(0))
         self.cores = cores[: options.threads or len(cores)]
-        # Both sides get huge pages and keep what they free, which spares either the page faults of its temporaries.
-        malloc = {"hugetlb": 1, "mmap_max": 0, "trim_threshold": 2**62}
+        # Both sides get huge pages, which spare either the page faults of its large temporaries.
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "OMP_NUM_THREADS": str(len(self.cores)),
-            "GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={value}" for name, value in malloc.items()),
+            "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
             "TOKENIZERS_PARALLELISM": "false",
         }
         command = [sys.executable, __file__, "worker", side, case, str(options.rounds), ",".join(map(str, self.cores))]
