@@ -1,4 +1,4 @@
-"""Depth costs no compilation: the step of 60 layers is as large a program as that of 6, traced and compiled."""
+"""Depth costs no compilation: the step of 60 layers is as large a program as that of few, traced and compiled."""
 
 import dataclasses
 import re
@@ -61,17 +61,19 @@ def equations(value: object) -> Iterator[core.JaxprEqn]:
             yield from equations(part)
 
 
-@pytest.mark.parametrize("mesh", [SINGLE, Mesh(fsdp=2, expert=4)], ids=["one device", "fsdp and expert"])
-def test_programs_do_not_grow_with_depth(mesh):
+# On one CPU up to 16 layers are unrolled, for speed; deeper models are scanned as they are on every mesh.
+@pytest.mark.parametrize(
+    ("mesh", "few"), [(SINGLE, 17), (Mesh(fsdp=2, expert=4), 6)], ids=["one device", "fsdp and expert"]
+)
+def test_programs_do_not_grow_with_depth(mesh, few):
     sizes = []
-    for layers in (6, 60):
+    for layers in (few, 60):
         traced = traced_step(layers, mesh)
         hlo = traced.lower().compile().as_text()
         assert hlo
         instructions = re.findall(r"^\s+(?:ROOT )?%?[\w.-]+ = ", hlo, re.MULTILINE)
         sizes.append((len(list(equations(traced.jaxpr))), len(instructions)))
-    (traced_6, compiled_6), (traced_60, compiled_60) = sizes
-    print(sizes)
-    assert traced_6 > 500 and compiled_6 > 500
-    assert traced_6 / 1.3 < traced_60 < traced_6 * 1.3
-    assert compiled_6 / 1.3 < compiled_60 < compiled_6 * 1.3
+    (traced_few, compiled_few), (traced_60, compiled_60) = sizes
+    assert traced_few > 500 and compiled_few > 500
+    assert traced_few / 1.3 < traced_60 < traced_few * 1.3
+    assert compiled_few / 1.3 < compiled_60 < compiled_few * 1.3
