@@ -8,7 +8,7 @@ from dsv2_jax.model import parameters
 from dsv2_jax.plan import hlo, timeline
 from dsv2_jax.plan.compile import Topology
 from dsv2_jax.plan.kernels import Call, Prices
-from dsv2_jax.plan.network import AXES, Torus
+from dsv2_jax.plan.network import Torus
 from dsv2_jax.plan.program import Program
 
 _DEAREST = 10
@@ -55,7 +55,8 @@ class Time:
     """One step on one device, in seconds: an estimate from the compiler's schedule, not a measurement."""
 
     step: float
-    xla: float  # what the compiler made
+    xla: float  # what the compiler made and estimates
+    unpriced: float  # what it made and does not estimate
     kernels: float  # Pallas kernels
     exposed: float  # waiting for other devices
     copies: float  # waiting for copies between HBM and VMEM
@@ -152,7 +153,7 @@ def estimate(config: Config, topology: Topology, program: Program, text: str) ->
 
 
 def _time(module: hlo.Module, played: timeline.Timeline, prices: Prices) -> Time:
-    core = kernel = exposed = copies = 0.0
+    core = kernel = exposed = copies = unpriced = 0.0
     for (where, name), use in played.uses.items():
         instruction = module.computations[where].by_name[name]
         core += use.core
@@ -162,10 +163,12 @@ def _time(module: hlo.Module, played: timeline.Timeline, prices: Prices) -> Time
             copies += use.exposed
         else:
             exposed += use.exposed
-    xla = core - kernel - exposed - copies
+            unpriced += use.core - use.exposed if instruction.cycles is None else 0.0
+    xla = core - kernel - exposed - copies - unpriced
     return Time(
         step=played.seconds,
         xla=xla,
+        unpriced=unpriced,
         kernels=kernel,
         exposed=exposed,
         copies=copies,
@@ -213,8 +216,3 @@ def _what(instruction: hlo.Instruction) -> str:
     scope = [part for part in found[1].split("/") if part in ("attention", "ffn", "shared_experts")]
     direction = "recomputed" if again and not backward else "backward" if backward else ""
     return " ".join(part for part in (*scope[-1:], found[1].split("/")[-1], direction) if part)
-
-
-def axis_names() -> tuple[str, ...]:
-    """The axes that `Traffic.axes` is made of."""
-    return AXES

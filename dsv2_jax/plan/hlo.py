@@ -57,7 +57,7 @@ class Instruction:
 
     def attribute(self, key: str) -> str | None:
         """The value of `key=value`, without a leading %."""
-        found = re.search(rf"\b{key}=%?([^\s,{{}}()]+)", self.attributes)
+        found = re.search(rf"\b{key}=\{{?%?([^\s,{{}}()]+)", self.attributes)
         return found[1] if found else None
 
     @functools.cached_property

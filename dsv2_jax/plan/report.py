@@ -45,10 +45,11 @@ def _time(e: Estimate) -> list[str]:
         "time of a step, estimated from the compiler's schedule and never measured",
         row("step", t.step, f"{e.tokens_per_second_per_chip:,.0f} tokens/s per chip, {e.mfu:.1%} MFU"),
         row("XLA's operations", t.xla),
+        row("the same without an estimate, roughly", t.unpriced),
         row("Pallas kernels", t.kernels),
         row("waiting for other devices", t.exposed),
         row("waiting for copies into VMEM", t.copies),
-        row("XLA + kernels at the MXU's peak", t.at_peak, "no communication: for comparison with others"),
+        row("XLA + kernels at the MXU's peak", t.at_peak, "without the rest: for comparison with others"),
         f"  MFU counts {e.flops_per_token / 1e9:.2f} GFLOP a token: 6 per activated parameter, and causal attention",
         "",
         f"traffic of a device, {e.wire / _GIB:.2f} GiB on the wire"

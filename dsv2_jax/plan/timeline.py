@@ -1,11 +1,11 @@
 """The model of time: a device's schedule played on one clock for its core and one for each axis of its torus.
 
 The core runs the instructions one after the other, in the compiler's order. An instruction takes the cycles that the
-compiler estimates; a Pallas kernel, of which it knows nothing, what the caller says. A synchronous collective stops the
-core for as long as it takes (network.py). An asynchronous one starts when the links of its axes are free and runs
-beside the core, which waits at its end if it comes too early: only that wait is exposed. Copies between HBM and VMEM
-run beside the core at the HBM's bandwidth. A loop's body is played twice, and the second time stands for all others. Of
-a condition the dearest branch is taken. Nothing here was measured.
+compiler estimates, or what unpriced.py makes of it; a Pallas kernel takes what the caller says. A synchronous
+collective stops the core for as long as it takes (network.py). An asynchronous one starts when the links of its axes
+are free and runs beside the core, which waits at its end if it comes too early: only that wait is exposed. Copies
+between HBM and VMEM run beside the core at the HBM's bandwidth. A loop's body is played twice, and the second time
+stands for all others. Of a condition the dearest branch is taken. Nothing here was measured.
 """
 
 import collections
@@ -13,6 +13,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping
 
+from dsv2_jax.plan import unpriced
 from dsv2_jax.plan.hlo import COLLECTIVES, Computation, Instruction, Module, Trips, is_kernel, size
 from dsv2_jax.plan.network import Collective, Groups, Torus
 
@@ -177,7 +178,11 @@ class _Player:
 
     def _one(self, instruction: Instruction, where: Computation) -> Use | None:
         op = instruction.op
-        if op.endswith("-update"):
+        if op == "async-update":  # begins what an async-start without operands has only made ready
+            start = where.by_name[instruction.operands[0]]
+            collective = None if start.operands else collective_of(start, where, self._module)
+            return self._collective(instruction, collective, asynchronous=True) if collective else None
+        if op == "async-start" and not instruction.operands:
             return None
         if op.endswith("-done"):
             return self._wait(instruction)
@@ -192,7 +197,7 @@ class _Player:
         if is_kernel(instruction):
             return self._core(instruction, self._kernel_seconds(instruction, where))
         if instruction.cycles is None:
-            return None
+            return self._core(instruction, unpriced.seconds(instruction, where, self._module, self._torus.chip))
         return self._core(instruction, instruction.cycles / self._torus.chip.clock)
 
     def _core(self, instruction: Instruction, seconds: float) -> Use:
@@ -237,15 +242,13 @@ def collective_of(instruction: Instruction, where: Computation, module: Module) 
     kind = instruction.kind
     if kind in COLLECTIVES:
         return Collective(kind, groups(instruction, module.devices), _operand_bytes(instruction, kind, where))
-    called = instruction.attribute("calls") or ""
-    inside = module.computations.get(called) if kind in ("async", "fusion", "custom-call") else None
-    if inside is None:
-        return None
-    for one in inside.instructions:
-        if one.kind in COLLECTIVES and not one.op.endswith(("-done", "-update")):
-            scatters = one.kind == "all-reduce" and "scatter" in called
-            sent = _operand_bytes(one, one.kind, inside)
-            return Collective("reduce-scatter" if scatters else one.kind, groups(one, module.devices), sent)
+    called = instruction.attribute("calls") or instruction.attribute("to_apply") or ""
+    inside = module.computations.get(called) if kind in ("async", "fusion", "call") else None
+    for one in inside.instructions if inside else ():
+        found = collective_of(one, inside, module) if inside and one.kind != "fusion" else None
+        if found is not None:
+            scatters = found.kind == "all-reduce" and "scatter" in called
+            return dataclasses.replace(found, kind="reduce-scatter") if scatters else found
     return None
 
 
