@@ -178,17 +178,13 @@ class _Player:
 
     def _one(self, instruction: Instruction, where: Computation) -> Use | None:
         op = instruction.op
-        if op == "async-update":  # begins what an async-start without operands has only made ready
-            start = where.by_name[instruction.operands[0]]
-            collective = None if start.operands else collective_of(start, where, self._module)
-            return self._collective(instruction, collective, asynchronous=True) if collective else None
-        if op == "async-start" and not instruction.operands:
-            return None
         if op.endswith("-done"):
             return self._wait(instruction)
         collective = collective_of(instruction, where, self._module)
         if collective is not None:
-            return self._collective(instruction, collective, asynchronous=op.endswith("-start"))
+            return self._collective(instruction, collective, asynchronous=op.endswith(("-start", "-update")))
+        if op.endswith("-update") or (op == "async-start" and not instruction.operands):
+            return None
         if op == "copy-start":
             copied = size(where.by_name[instruction.operands[0]].shape)
             return self._beside(instruction, (_HBM,), copied / (self._torus.chip.hbm * self._torus.chip.cores))
@@ -236,8 +232,13 @@ class _Player:
 
 
 def collective_of(instruction: Instruction, where: Computation, module: Module) -> Collective | None:
-    """The collective that an instruction is or begins, or that a fusion or an asynchronous call consists of."""
-    if instruction.op.endswith(("-done", "-update")):
+    """The collective that an instruction is or begins, or that a fusion or an asynchronous call consists of.
+
+    An async-start without operands only makes ready what its async-update begins.
+    """
+    if instruction.op == "async-update" and not where.by_name[instruction.operands[0]].operands:
+        instruction = where.by_name[instruction.operands[0]]
+    elif instruction.op.endswith(("-done", "-update")) or (instruction.op == "async-start" and not instruction.operands):
         return None
     kind = instruction.kind
     if kind in COLLECTIVES:
