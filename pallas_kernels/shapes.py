@@ -40,3 +40,23 @@ LATENT_ATTENTION = {
     "gqa": LatentAttention(heads=64, kv_heads=8, nope=128, rope=0, value=128, tokens=4096),
     "nano": LatentAttention(heads=4, kv_heads=4, nope=32, rope=32, value=32, tokens=512),
 }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertDispatch:
+    """What one device has to do for the routed experts of one layer: `rows` of its (token, expert) pairs are kept."""
+
+    tokens: int
+    active: int
+    rows: int
+    experts: int
+    hidden: int
+    width: int
+
+
+EXPERT_DISPATCH = {
+    # 160 experts over 8 devices, 3 devices a token, a budget of 4,096 tokens' pairs for each device
+    "v2": ExpertDispatch(tokens=12_288, active=6, rows=24_576, experts=20, hidden=5120, width=1536),
+    "v2_lite": ExpertDispatch(tokens=32_768, active=6, rows=196_608, experts=64, hidden=2048, width=1408),
+    "nano": ExpertDispatch(tokens=2048, active=4, rows=8192, experts=16, hidden=256, width=128),
+}

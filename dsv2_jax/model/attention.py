@@ -5,6 +5,7 @@ Absorbed (decode): W^UK goes into the query and W^UV behind the sum, so all head
 own rows, and no key or value is ever made. Both are the same function.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -15,9 +16,10 @@ from dsv2_jax.config import SINGLE, Mesh, Model
 from dsv2_jax.model import cache as caches
 from dsv2_jax.model import rope
 from dsv2_jax.model.blockwise import attention as blockwise_attention
-from dsv2_jax.model.layers import rms_norm
+from dsv2_jax.model.layers import Kernels, rms_norm
 from dsv2_jax.model.matmul import project
 from dsv2_jax.parallel import collectives, context
+from pallas_kernels.latent_attention import latent_attention as kernel_attention
 
 LATENT_EPSILON = 1e-6  # of the norms behind both compressions: fixed in the released models, whatever rms_norm_eps is
 _MASKED = -1e30
@@ -39,16 +41,28 @@ class Where(NamedTuple):
 
 
 def attend(
-    p: Params, x_BTD: Array, where: Where, cache: caches.Layer | None, model: Model, mesh: Mesh = SINGLE
+    p: Params,
+    x_BTD: Array,
+    where: Where,
+    cache: caches.Layer | None,
+    model: Model,
+    mesh: Mesh = SINGLE,
+    kernels: Kernels = "xla",
 ) -> tuple[Array, caches.Layer | None]:
     """Attention of the config's kind: (result [B, T, D], the layer's cache with these tokens written, or None)."""
     form = latent_attention if model.attention.kind == "mla" else grouped_query_attention
-    o_BTHV, cache = form(p, x_BTD, where, cache, model, mesh)
+    o_BTHV, cache = form(p, x_BTD, where, cache, model, mesh, kernels)
     return collectives.add(project(o_BTHV, p["w_o_HVD"], axes=2), ("tensor",), mesh), cache
 
 
 def latent_attention(
-    p: Params, x_BTD: Array, where: Where, cache: caches.Layer | None, model: Model, mesh: Mesh = SINGLE
+    p: Params,
+    x_BTD: Array,
+    where: Where,
+    cache: caches.Layer | None,
+    model: Model,
+    mesh: Mesh = SINGLE,
+    kernels: Kernels = "xla",
 ) -> tuple[Array, caches.Layer | None]:
     """MLA before W^O, [B, T, H, V]: absorbed over a cache that holds earlier tokens, expanded otherwise."""
     if "w_dq_DQ" in p:
@@ -68,7 +82,7 @@ def latent_attention(
         if not isinstance(where.offset, int):
             return absorbed(p, q_nope_BTHN, q_rope_BTHR, cache["latent_BSC"], cache["rope_BSR"], where, model), cache
     latent_BSC, k_rope_BSR = context.whole(latent_BSC, mesh), context.whole(k_rope_BSR, mesh)
-    return expanded(p, q_nope_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR, where, model, mesh), cache
+    return expanded(p, q_nope_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR, where, model, mesh, kernels), cache
 
 
 def expanded(
@@ -80,13 +94,17 @@ def expanded(
     where: Where,
     model: Model,
     mesh: Mesh,
+    kernels: Kernels,
 ) -> Array:
     """o_i = softmax(q_i k_i / sqrt(d_h + d_h^R)) v_i with k_i = [W^UK_i c ; k^R] and v_i = W^UV_i c (eq. 9 to 19)."""
     k_nope_BSHN, v_BSHV = project(latent_BSC, p["w_uk_CHN"]), project(latent_BSC, p["w_uv_CHV"])
+    if kernels == "pallas":
+        queries = q_nope_BTHN, q_rope_BTHR
+        return _causal(_flash(k_nope_BSHN, k_rope_BSR, v_BSHV, where, model), queries, where, mesh)
     k_rope_BSHR = jnp.broadcast_to(k_rope_BSR[:, :, None], (*k_nope_BSHN.shape[:3], k_rope_BSR.shape[-1]))
     q_BTHK = jnp.concatenate([q_nope_BTHN, q_rope_BTHR], axis=-1)
     k_BSHK = jnp.concatenate([k_nope_BSHN, k_rope_BSHR], axis=-1)
-    return _causal(q_BTHK, k_BSHK, v_BSHV, where, model, mesh)
+    return _causal(_blockwise(k_BSHK, v_BSHV, where, model), (q_BTHK,), where, mesh)
 
 
 def absorbed(
@@ -108,7 +126,13 @@ def absorbed(
 
 
 def grouped_query_attention(
-    p: Params, x_BTD: Array, where: Where, cache: caches.Layer | None, model: Model, mesh: Mesh = SINGLE
+    p: Params,
+    x_BTD: Array,
+    where: Where,
+    cache: caches.Layer | None,
+    model: Model,
+    mesh: Mesh = SINGLE,
+    kernels: Kernels = "xla",
 ) -> tuple[Array, caches.Layer | None]:
     """GQA before W^O, [B, T, H, V]; MHA with as many KV heads as heads, MQA with one (App. D.1)."""
     q_BTHR = rope.rotate(project(x_BTD, p["w_q_DHR"]), where.phases_BTR)
@@ -121,22 +145,55 @@ def grouped_query_attention(
         if not isinstance(where.offset, int):
             k_BSJR, v_BSJV = (cache[name].astype(x_BTD.dtype) for name in ("key_BSJR", "value_BSJV"))
     k_BSJR, v_BSJV = context.whole(k_BSJR, mesh), context.whole(v_BSJV, mesh)
-    return _causal(q_BTHR, k_BSJR, v_BSJV, where, model, mesh), cache
+    # One query is no work for a matrix unit, and the kernel would have the cache with heads first.
+    if kernels == "pallas" and x_BTD.shape[1] > 1:
+        return _causal(_flash(k_BSJR, None, v_BSJV, where, model), (q_BTHR, None), where, mesh), cache
+    return _causal(_blockwise(k_BSJR, v_BSJV, where, model), (q_BTHR,), where, mesh), cache
 
 
-def _causal(q_BTHK: Array, k_BSJK: Array, v_BSJV: Array, where: Where, model: Model, mesh: Mesh) -> Array:
+# (this device's queries, or a run of them, [B, T, H, *] in the parts that a form takes, their segments, the slot of the
+# first) -> [B, T, H, V]
+Attention = Callable[[tuple[Array | None, ...], Array, Array | int], Array]
+
+
+def _causal(attention: Attention, queries: tuple[Array | None, ...], where: Where, mesh: Mesh) -> Array:
     """Attention of this device's queries: with context parallelism they are two chunks, far from each other."""
-    segments_BS = where.segments_BS[:, : k_BSJK.shape[1]]  # a cache has more slots than a prefill has keys
-
-    def run(q_BTHK: Array, segments_BT: Array, offset: Array | int) -> Array:
-        scale = rope.softmax_scale(model)
-        return blockwise_attention(
-            q_BTHK, k_BSJK, v_BSJV, scale=scale, segments_BT=segments_BT, segments_BS=segments_BS, offset=offset
-        )
-
     if mesh.context == 1:
-        return run(q_BTHK, where.segments_BT, where.offset)
-    chunks = zip(jnp.split(q_BTHK, 2, axis=1), jnp.split(where.segments_BT, 2, axis=1), strict=True)
-    length = q_BTHK.shape[1] // 2
-    parts = [run(q, segments, at * length) for (q, segments), at in zip(chunks, context.places(mesh), strict=True)]
-    return jnp.concatenate(parts, axis=1)
+        return attention(queries, where.segments_BT, where.offset)
+    halves = zip(*(jnp.split(q, 2, axis=1) if q is not None else (None, None) for q in queries), strict=True)
+    segments, length = jnp.split(where.segments_BT, 2, axis=1), where.segments_BT.shape[1] // 2
+    parts = zip(halves, segments, context.places(mesh), strict=True)
+    return jnp.concatenate([attention(q, segments_BT, at * length) for q, segments_BT, at in parts], axis=1)
+
+
+def _blockwise(k_BSJK: Array, v_BSJV: Array, where: Where, model: Model) -> Attention:
+    scale, segments_BS = rope.softmax_scale(model), _segments_of(k_BSJK, where)
+
+    def run(queries: tuple[Array | None, ...], segments_BT: Array, offset: Array | int) -> Array:
+        (q_BTHK,) = queries
+        assert q_BTHK is not None
+        segments = {"segments_BT": segments_BT, "segments_BS": segments_BS}
+        return blockwise_attention(q_BTHK, k_BSJK, v_BSJV, scale=scale, offset=offset, **segments)
+
+    return run
+
+
+def _flash(k_BSJN: Array, k_rope_BSR: Array | None, v_BSJV: Array, where: Where, model: Model) -> Attention:
+    """By the kernels, which want heads before tokens and the shared rope key once."""
+    scale, segments_BS = rope.softmax_scale(model), _segments_of(k_BSJN, where)
+    k_BJSN, v_BJSV = k_BSJN.swapaxes(1, 2), v_BSJV.swapaxes(1, 2)
+
+    def run(queries: tuple[Array | None, ...], segments_BT: Array, offset: Array | int) -> Array:
+        q_BHTN, q_BHTR = (None if q is None else q.swapaxes(1, 2) for q in queries)
+        assert q_BHTN is not None
+        segments = {"segments_BT": segments_BT, "segments_BS": segments_BS}
+        o_BHTV = kernel_attention(
+            q_BHTN, q_BHTR, k_BJSN, k_rope_BSR, v_BJSV, scale=scale, offset=offset, implementation="pallas", **segments
+        )
+        return o_BHTV.swapaxes(1, 2)
+
+    return run
+
+
+def _segments_of(keys_BSJK: Array, where: Where) -> Array:
+    return where.segments_BS[:, : keys_BSJK.shape[1]]  # a cache has more slots than a prefill has keys

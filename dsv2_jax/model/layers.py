@@ -1,6 +1,6 @@
 """The small pieces every layer is made of: normalisation, the SwiGLU FFN, parameters declared by name."""
 
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -14,12 +14,21 @@ from dsv2_jax.parallel.mesh import platform
 
 KEPT_FLOAT32 = ("norm", "w_router", "w_embed")  # the gate is float32 (section 2.2); embedding rows are cast when read
 
+Kernels = Literal["pallas", "xla"]
+
 
 def compute_dtype(compute: Compute) -> Any:
     """The dtype of activations and matmul operands; `auto` is float32 on CPU and bfloat16 elsewhere."""
     if compute.dtype == "auto":
         return jnp.dtype(jnp.float32 if platform() == "cpu" else jnp.bfloat16)
     return jnp.dtype(compute.dtype)
+
+
+def kernels(compute: Compute) -> Kernels:
+    """What attention and routed experts run on; `auto` is `pallas` on TPU and `xla` elsewhere."""
+    if compute.kernels == "auto":
+        return "pallas" if platform() == "tpu" else "xla"
+    return compute.kernels
 
 
 def cast(params: Any, dtype: Any) -> Any:

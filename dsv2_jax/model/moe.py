@@ -7,14 +7,21 @@ from jax import Array
 from dsv2_jax.config import SINGLE, Mesh, Moe
 from dsv2_jax.model import router
 from dsv2_jax.model.grouped import grouped_swiglu
-from dsv2_jax.model.layers import gated
+from dsv2_jax.model.layers import Kernels, gated
 from dsv2_jax.model.matmul import project
 from dsv2_jax.parallel import collectives, expert
 from dsv2_jax.parallel.mesh import BATCH
+from pallas_kernels import expert_dispatch
 
 
 def mixture(
-    p: dict[str, Array], x_BTD: Array, valid_BT: Array, exempt_B: Array | None, moe: Moe, mesh: Mesh = SINGLE
+    p: dict[str, Array],
+    x_BTD: Array,
+    valid_BT: Array,
+    exempt_B: Array | None,
+    moe: Moe,
+    mesh: Mesh = SINGLE,
+    kernels: Kernels = "xla",
 ) -> tuple[Array, dict[str, Array]]:
     """The MoE layer's FFN without its residual: (result [B, T, D] in x's dtype, statistics).
 
@@ -29,8 +36,14 @@ def mixture(
     if exempt_B is not None and dropping:
         kept_BTK &= router.drop(routing, valid_BT, exempt_B, moe, mesh)
 
+    b, t = valid_BT.shape
+
     def experts(x_ND: Array, experts_NK: Array, gates_NK: Array) -> Array:
-        return grouped_swiglu(x_ND, experts_NK, gates_NK, p["w_gate_EDF"], p["w_up_EDF"], p["w_down_EFD"])
+        arguments = x_ND, experts_NK, gates_NK, p["w_gate_EDF"], p["w_up_EDF"], p["w_down_EFD"]
+        if kernels == "xla":
+            return grouped_swiglu(*arguments)
+        rows = expert.most_pairs(moe, mesh, b, t, dropping=dropping)
+        return expert_dispatch.grouped_swiglu(*arguments, rows=rows, implementation="pallas")
 
     tokens = (-1, moe.num_experts_per_tok)
     beside = None
@@ -44,7 +57,7 @@ def mixture(
         experts,
         moe,
         mesh,
-        expert.most_rows(moe, mesh, *valid_BT.shape, dropping=dropping),
+        expert.most_rows(moe, mesh, b, t, dropping=dropping),
         beside,
     )
     y_BTD = y_ND.reshape(x_BTD.shape)

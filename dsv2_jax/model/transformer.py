@@ -17,7 +17,7 @@ from dsv2_jax.config import AXES, SINGLE, Compute, Mesh, Model
 from dsv2_jax.model import cache as caches
 from dsv2_jax.model import parameters, rope
 from dsv2_jax.model.attention import Where, attend
-from dsv2_jax.model.layers import compute_dtype, declare, rms_norm, swiglu
+from dsv2_jax.model.layers import Kernels, compute_dtype, declare, kernels, rms_norm, swiglu
 from dsv2_jax.model.matmul import project
 from dsv2_jax.model.moe import mixture
 from dsv2_jax.parallel import collectives, context, pipeline, sharding
@@ -46,6 +46,7 @@ class Layer(nn.Module):
     model: Model
     sparse: bool
     mesh: Mesh = SINGLE
+    kernels: Kernels = "xla"
 
     @nn.compact
     def __call__(
@@ -57,13 +58,14 @@ class Layer(nn.Module):
         epsilon = self.model.rms_norm_eps
         with jax.named_scope("attention"):
             y_BTD, cache = attend(
-                p, rms_norm(x_BTD, p["norm_attention_D"], epsilon), where, cache, self.model, self.mesh
+                p, rms_norm(x_BTD, p["norm_attention_D"], epsilon), where, cache, self.model, self.mesh, self.kernels
             )
             x_BTD += y_BTD
         with jax.named_scope("ffn"):
             u_BTD = rms_norm(x_BTD, p["norm_ffn_D"], epsilon)
             if self.sparse:
-                y_BTD, statistics = mixture(p, u_BTD, where.segments_BT > 0, exempt_B, self.model.moe, self.mesh)
+                valid_BT = where.segments_BT > 0
+                y_BTD, statistics = mixture(p, u_BTD, valid_BT, exempt_B, self.model.moe, self.mesh, self.kernels)
             else:
                 y_BTD, statistics = swiglu(u_BTD, p["w_gate_DI"], p["w_up_DI"], p["w_down_ID"]), {}
                 y_BTD = collectives.add(y_BTD, ("tensor",), self.mesh)
@@ -153,7 +155,7 @@ class Transformer(nn.Module):
     def _scanned(self, x_BTD: Array, where: Where, exempt_B: Array | None, micro_batches: int) -> Any:
         statistics = {}
         for kind, count in self._kinds():
-            layer = Layer(self.model, kind == "moe", self.mesh, name=kind)
+            layer = Layer(self.model, kind == "moe", self.mesh, kernels(self.compute), name=kind)
             if kind == "moe" and self.mesh.pipeline > 1:
                 x_BTD, statistics = self._pipelined(layer, x_BTD, where, exempt_B, micro_batches)
             else:
@@ -195,7 +197,7 @@ class Transformer(nn.Module):
         if policy is not None and cache is None:
             call = nn.remat(call, policy=policy)
         for index, (kind, i) in enumerate(names):
-            layer = Layer(self.model, kind == "moe", self.mesh, name=f"{kind}_{i}")
+            layer = Layer(self.model, kind == "moe", self.mesh, kernels(self.compute), name=f"{kind}_{i}")
             before = cache.layers[index] if cache is not None else None
             x_BTD, (after, figures) = call(layer, x_BTD, before)
             layers.append(after)

@@ -54,19 +54,25 @@ def most_devices(moe: Moe, devices: int) -> int:
 
 
 def most_rows(moe: Moe, mesh: Mesh, b: int, t: int, *, dropping: bool) -> int:
-    """Rows that a device must have room for when it and its peers each hold b sequences of t tokens.
+    """Rows that a device must have room for when it and its peers each hold b sequences of t tokens."""
+    return min(b * mesh.expert * t, most_pairs(moe, mesh, b, t, dropping=dropping))
 
-    Without dropping every token may come. With it a group's pairs are bounded by its budget, which holds the exempt
-    sequences too: these alone exceed the budget only if their share times D is above the capacity factor.
+
+def most_pairs(moe: Moe, mesh: Mesh, b: int, t: int, *, dropping: bool) -> int:
+    """(token, expert) pairs that a device can be asked to compute when it and its peers each hold b sequences of t.
+
+    Without dropping every token may choose all it can of the device's experts. With it a group's pairs are bounded by
+    its budget, which holds the exempt sequences too: these alone exceed the budget only if their share times D is above
+    the capacity factor.
     """
     sequences, length = b * mesh.expert, t * mesh.context
-    everyone = sequences * t
+    everything = sequences * t * min(moe.num_experts_per_tok, moe.n_routed_experts // mesh.expert)
     if not dropping:
-        return everyone
+        return everything
     together = moe.budget_sequences or sequences
     exempt = math.ceil(moe.exempt_fraction * together) * length * moe.num_experts_per_tok
     pairs = sequences // together * max(moe.budget(together * length), exempt)
-    return min(everyone, pairs * max(1, moe.n_group // mesh.expert))
+    return min(everything, pairs * max(1, moe.n_group // mesh.expert))
 
 
 def dispatch(

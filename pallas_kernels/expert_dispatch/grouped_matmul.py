@@ -1,0 +1,100 @@
+"""Grouped matrix products: every group of rows with its own matrix, and the gradients of that.
+
+Rows of group e lie behind those of group e - 1, from row 0 on. Letters: P rows, E groups, D contracted, F result.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.expert_dispatch.row_pipeline import Tile, over_rows
+from pallas_kernels.expert_dispatch.tiles import LANES, Tiles
+
+
+def gmm(
+    lhs_PD: Array,
+    rhs_EDF: Array,
+    group_sizes_E: Array,
+    transpose_rhs: bool = False,
+    *,
+    tiles: Tiles | None = None,
+) -> Array:
+    """lhs[p] @ rhs[e] for each row p of group e: [P, F] in lhs's dtype, sums in float32.
+
+    transpose_rhs: rhs is [E, F, D]. Rows behind the sum of the group sizes are not read, and undefined in the result.
+    """
+    return gmm_sum((lhs_PD,), (rhs_EDF,), group_sizes_E, transpose_rhs, tiles=tiles)
+
+
+def gmm_sum(
+    lhs: Sequence[Array],
+    rhs: Sequence[Array],
+    group_sizes_E: Array,
+    transpose_rhs: bool = False,
+    *,
+    tiles: Tiles | None = None,
+) -> Array:
+    """The sum of gmm(lhs[i], rhs[i]), added up in float32 and written once."""
+    axis = 1 if transpose_rhs else 2
+
+    def body(tile: Tile) -> None:
+        (result,) = tile.results
+
+        def columns(at: slice | pl.Slice, _: int) -> None:
+            xs, ws = [x[...] for x in tile.rows], [w[at] if transpose_rhs else w[:, at] for w in tile.weights]
+            if result.dtype == jnp.bfloat16:
+                # One product, so that depths that are odd multiples of 128 still fill an MXU of 256 rows.
+                xs, ws = [jnp.concatenate(xs, axis=1)], [jnp.concatenate(ws, axis=2 - axis)]
+            products = [dot(x, w, (1, 2 - axis)) for x, w in zip(xs, ws, strict=True)]
+            result[:, at] = sum(products[1:], start=products[0]).astype(result.dtype)
+
+        over_columns(result.shape[1], tile.chunk, columns)
+
+    (result_PF,) = over_rows(
+        body,
+        group_sizes_E,
+        lhs,
+        rhs,
+        [(rhs[0].shape[axis], lhs[0].dtype)],
+        weight_axis=axis,
+        depth=sum(x.shape[1] for x in lhs),
+        split=[False] * len(lhs),
+        name="gmm",
+        tiles=tiles,
+    )
+    return result_PF
+
+
+def dot(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
+    """Matrix product over a's and b's named dimension in float32; float32 operands are not rounded.
+
+    Those are multiplied LANES deep at a time: one long chain of float32 sums would round twice as much.
+    """
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    if a.dtype != jnp.float32:
+        return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+    parts = [
+        lax.dot_general(x, y, dims, precision=lax.Precision.HIGHEST)
+        for x, y in zip(_parts(a, contract[0]), _parts(b, contract[1]), strict=True)
+    ]
+    return sum(parts[1:], start=parts[0])
+
+
+def _parts(x: Array, axis: int) -> list[Array]:
+    """x in parts LANES deep along the axis."""
+    size = x.shape[axis]
+    return [lax.slice_in_dim(x, i, min(i + LANES, size), axis=axis) for i in range(0, size, LANES)]
+
+
+def over_columns(width: int, chunk: int, body: Callable[[slice | pl.Slice, int], None]) -> None:
+    """body(slice, its size) for chunks of columns, then for what is left of them."""
+
+    def step(i: Array, _: None) -> None:
+        body(pl.ds(pl.multiple_of(i * chunk, LANES), chunk), chunk)
+
+    if width >= chunk:
+        lax.fori_loop(0, width // chunk, step, None)
+    if width % chunk:
+        body(pl.ds(width // chunk * chunk, width % chunk), width % chunk)

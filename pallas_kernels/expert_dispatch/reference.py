@@ -1,0 +1,68 @@
+"""The plain-jnp twins of the kernels: same names, same arguments but for the tiles. For tests and for other devices."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+def gmm(lhs_PD: Array, rhs_EDF: Array, group_sizes_E: Array, transpose_rhs: bool = False) -> Array:
+    """See grouped_matmul.gmm."""
+    return gmm_sum((lhs_PD,), (rhs_EDF,), group_sizes_E, transpose_rhs)
+
+
+def gmm_sum(lhs: Sequence[Array], rhs: Sequence[Array], group_sizes_E: Array, transpose_rhs: bool = False) -> Array:
+    """See grouped_matmul.gmm_sum."""
+    products = [_ragged(x, w, group_sizes_E, 2 if transpose_rhs else 1) for x, w in zip(lhs, rhs, strict=True)]
+    return sum(products[1:], start=products[0]).astype(lhs[0].dtype)
+
+
+def tgmm(lhs_PD: Array, rhs_PF: Array, group_sizes_E: Array) -> Array:
+    """See weight_gradient.tgmm."""
+    dims = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
+    return lax.ragged_dot_general(
+        lhs_PD, rhs_PF, group_sizes_E, dims, precision=_precision(lhs_PD), preferred_element_type=jnp.float32
+    ).astype(lhs_PD.dtype)
+
+
+def tgmm_each(lhs_PD: Array, rhs: Sequence[Array], group_sizes_E: Array) -> list[Array]:
+    """See weight_gradient.tgmm_each."""
+    return [tgmm(lhs_PD, r, group_sizes_E) for r in rhs]
+
+
+def gate_up(
+    x_PD: Array, w_gate_EDF: Array, w_up_EDF: Array, gates_P: Array, group_sizes_E: Array, keep: bool = False
+) -> list[Array]:
+    """See swiglu.gate_up."""
+    gate_PF, up_PF = (_ragged(x_PD, w, group_sizes_E, 1) for w in (w_gate_EDF, w_up_EDF))
+    hidden_PF = jax.nn.silu(gate_PF) * up_PF * gates_P[:, None]
+    return [a.astype(x_PD.dtype) for a in ((hidden_PF, gate_PF, up_PF) if keep else (hidden_PF,))]
+
+
+def hidden_gradient(
+    g_PD: Array, w_down_EFD: Array, gate_PF: Array, up_PF: Array, gates_P: Array, group_sizes_E: Array
+) -> tuple[Array, Array, Array, Array]:
+    """See swiglu.hidden_gradient."""
+    d_hidden_PF = _ragged(g_PD, w_down_EFD, group_sizes_E, 2)
+    a_PF, u_PF = gate_PF.astype(jnp.float32), up_PF.astype(jnp.float32)
+    sigmoid_PF = jax.nn.sigmoid(a_PF)
+    silu_PF = a_PF * sigmoid_PF
+    d_gates_P = (silu_PF * u_PF * d_hidden_PF).sum(axis=1)
+    d_hidden_PF *= gates_P[:, None]
+    d_gate_PF = d_hidden_PF * u_PF * (sigmoid_PF + silu_PF * (1 - sigmoid_PF))
+    hidden_PF = silu_PF * u_PF * gates_P[:, None]
+    d_up_PF, dtype = d_hidden_PF * silu_PF, g_PD.dtype
+    return d_gate_PF.astype(dtype), d_up_PF.astype(dtype), hidden_PF.astype(dtype), d_gates_P
+
+
+def _ragged(x_PD: Array, w_E: Array, group_sizes_E: Array, contract: int) -> Array:
+    """Each row with its group's matrix, over dimension `contract` of w [E, *, *]: float32."""
+    dims = lax.RaggedDotDimensionNumbers((((1,), (contract,)), ((), ())), [0], [0])
+    return lax.ragged_dot_general(
+        x_PD, w_E, group_sizes_E, dims, precision=_precision(x_PD), preferred_element_type=jnp.float32
+    )
+
+
+def _precision(x: Array) -> lax.Precision | None:
+    return lax.Precision.HIGHEST if x.dtype == jnp.float32 else None

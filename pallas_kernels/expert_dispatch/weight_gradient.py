@@ -1,0 +1,200 @@
+"""The weight gradient of a grouped matrix product: each group's rows of one operand times those of the other.
+
+The sum of a group's tiles stays in VMEM; results leave it in pieces while the group's last tile and the next group run.
+Letters: P rows, E groups, D and F the columns of the two operands.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.expert_dispatch.grouped_matmul import dot
+from pallas_kernels.expert_dispatch.row_pipeline import Act, Rows, compiler_params, offset, round_up, start, wait
+from pallas_kernels.expert_dispatch.tiles import ALIGN, LANES, MIB, Plan, Ref, Tiles, chip, lay_out
+
+
+def tgmm(lhs_PD: Array, rhs_PF: Array, group_sizes_E: Array, *, tiles: Tiles | None = None) -> Array:
+    """lhs^T rhs over the rows of each group: [E, D, F] in lhs's dtype, sums in float32; zeros for an empty group.
+
+    Rows behind the sum of the group sizes are not read.
+    """
+    return tgmm_each(lhs_PD, (rhs_PF,), group_sizes_E, tiles=tiles)[0]
+
+
+def tgmm_each(lhs_PD: Array, rhs: Sequence[Array], group_sizes_E: Array, *, tiles: Tiles | None = None) -> list[Array]:
+    """tgmm(lhs, r) for each r of rhs, all [P, F]: lhs is read and transposed once."""
+    given, pairs, depth, width = lhs_PD.shape[0], round_up(lhs_PD.shape[0]), lhs_PD.shape[1], rhs[0].shape[1]
+    experts, dtype, many = group_sizes_E.shape[0], lhs_PD.dtype, len(rhs)
+    if pairs != given:
+        lhs_PD, *rhs = (jnp.pad(a, ((0, pairs - given), (0, 0))) for a in (lhs_PD, *rhs))
+    tiles = tiles or _fit(pairs, depth, width * many, dtype)
+    block = tiles.width(depth)
+
+    def kernel(sizes_E: Ref, *refs: Ref) -> None:
+        hbm, results, refs = refs[: 1 + many], refs[1 + many : 1 + 2 * many], refs[1 + 2 * many :]
+        s, refs = Plan(*refs[: len(Plan._fields)]), refs[len(Plan._fields) :]
+        vmem, sums, parts = refs[: 1 + many], refs[1 + many : 1 + 2 * many], refs[1 + 2 * many : 1 + 3 * many]
+        *turned, loading, storing = refs[1 + 3 * many :]
+        lay_out(s, sizes_E, pairs, tiles, empty=True)
+        operands = [Rows(h, v, loading.at[i]) for i, (h, v) in enumerate(zip(hbm, vmem, strict=True))]
+        _pipeline(s, operands, list(zip(results, parts, sums, strict=True)), turned, storing, tiles)
+
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(tiles.blocks,),
+            in_specs=[anywhere] * (1 + many),
+            out_specs=[anywhere] * many,
+            scratch_shapes=[
+                *Plan.scratch(experts, pairs, tiles),
+                pltpu.VMEM((2, tiles.rows, block), dtype),
+                *[pltpu.VMEM((2, tiles.rows, width), dtype)] * many,
+                *[pltpu.VMEM((block, width), jnp.float32)] * many,
+                *[pltpu.VMEM((block, width), dtype)] * many,
+                *[pltpu.VMEM((tiles.chunk, tiles.rows), dtype)] * 2,
+                pltpu.SemaphoreType.DMA((1 + many, 2)),
+                pltpu.SemaphoreType.DMA((many, -(-block // (2 * tiles.chunk)))),
+            ],
+        ),
+        out_shape=[jax.ShapeDtypeStruct((experts, depth, width), dtype)] * many,
+        compiler_params=compiler_params(),
+        name="tgmm",
+    )(group_sizes_E, lhs_PD, *rhs)
+
+
+def _pipeline(
+    s: Plan,
+    operands: list[Rows],
+    results: list[tuple[Ref, Ref, Ref]],
+    turned: Sequence[Ref],
+    storing: Ref,
+    tiles: Tiles,
+) -> None:
+    """One block of lhs's columns: all tiles, one behind the other, while the next tile's rows come in."""
+    block, count, chunk = pl.program_id(0), s.totals_2[0], tiles.chunk
+    depth, width = results[0][1].shape
+    chunks = depth // chunk
+
+    def load(i: Array, act: Act) -> None:
+        for stream in operands:
+            stream.copy(act, i % 2, s.row_I[i], round_up(s.count_I[i]), block)
+
+    def store(number: Array, c: Array, many: int, act: Act) -> None:
+        """The DMAs of `many` chunks of a group's result, from chunk c on."""
+        for r, (hbm, part, _) in enumerate(results):
+            row = pl.multiple_of(offset(block, hbm.shape[1], depth) + c * chunk, ALIGN)
+            far = hbm.at[s.group_J[number], pl.ds(row, many * chunk)]
+            near = part.at[pl.ds(pl.multiple_of(c * chunk, ALIGN), many * chunk)]
+            act(pltpu.make_async_copy(near, far, storing.at[r, lax.shift_right_logical(c, 1)]))
+
+    def multiply(height: int, slot: Array, number: Array, first: Array, last: bool) -> None:
+        """One tile: chunks in pairs; the transpose of a chunk runs while the other's product does."""
+
+        def turn(c: Array, into: Ref) -> None:
+            at = pl.ds(pl.multiple_of(jnp.minimum(c, chunks - 1) * chunk, LANES), chunk)
+            into[:, pl.ds(0, height)] = operands[0].vmem[slot, pl.ds(0, height), at].T
+
+        def product(c: Array, turned: Ref) -> None:
+            at = pl.ds(pl.multiple_of(c * chunk, LANES), chunk)
+            value = jnp.zeros((chunk, len(results) * width), jnp.float32)
+            if height:
+                rhs = jnp.concatenate([o.vmem[slot, pl.ds(0, height)] for o in operands[1:]], axis=1)
+                value = dot(turned[:, pl.ds(0, height)], rhs)
+            for r, (_, part, total) in enumerate(results):
+                result = value[:, r * width : (r + 1) * width]
+                if height:
+                    result += jnp.where(first, 0, total[at])
+                target = part if last else total
+                target[at] = result.astype(target.dtype)
+
+        def pair(c: Array, many: int) -> None:
+            if last:
+
+                @pl.when(number > 0)
+                def _() -> None:
+                    store(number - 1, c, many, wait)
+
+            for i in range(many):
+                if height:
+                    turn(c + i + 1, turned[1 - i])
+                product(c + i, turned[i])
+            if last:
+                store(number, c, many, start)
+
+        if height:
+            turn(jnp.int32(0), turned[0])
+        if chunks > 1:
+            lax.fori_loop(0, chunks // 2, lambda j, _: pair(2 * j, 2), None)
+        if chunks % 2:
+            pair(jnp.int32(chunks - 1), 1)
+
+    @pl.when(count > 0)
+    def _() -> None:
+        load(jnp.int32(0), start)
+
+    def tile(i: Array, _: None) -> None:
+        slot, number, rows = i % 2, s.number_I[i], s.count_I[i]
+
+        @pl.when(i + 1 < count)
+        def _() -> None:
+            load(i + 1, start)
+
+        load(i, wait)
+        last = s.index_I[i] + 1 == s.tiles_J[number]
+        for height in range(0, tiles.rows + 1, tiles.step):
+
+            @pl.when((rows > height - tiles.step) & (rows <= height))
+            def _(height: int = height) -> None:
+                if height:
+                    for stream in operands:
+                        _blank(stream.vmem.at[slot], s.skip_I[i], rows, height)
+
+                for ends in (False, True):
+
+                    @pl.when(last == ends)
+                    def _(ends: bool = ends) -> None:
+                        multiply(height, slot, number, s.index_I[i] == 0, ends)
+
+    lax.fori_loop(0, count, tile, None)
+
+    @pl.when(s.totals_2[1] > 0)
+    def _() -> None:
+        for c in range(0, chunks, 2):
+            store(s.totals_2[1] - 1, jnp.int32(c), min(2, chunks - c), wait)
+
+
+def _blank(tile: Ref, skip: Array, count: Array, height: int) -> None:
+    """Writes zeros over the tile's rows before `skip` and from `count` to `height`: others' rows, or never written."""
+    width = tile.shape[1]
+    row = lax.broadcasted_iota(jnp.int32, (ALIGN, width), 0)
+
+    @pl.when(skip > 0)
+    def _() -> None:
+        tile[pl.ds(0, ALIGN)] = jnp.where(row < skip, 0, tile[pl.ds(0, ALIGN)])
+
+    def rows(i: Array, _: None) -> None:
+        at = pl.ds(pl.multiple_of(i * ALIGN, ALIGN), ALIGN)
+        tile[at] = jnp.where(row + i * ALIGN < count, tile[at], 0)
+
+    lax.fori_loop(lax.shift_right_logical(count, 4), height // ALIGN, rows, None)
+
+
+def _fit(pairs: int, depth: int, width: int, dtype: jnp.dtype) -> Tiles:
+    """Tiles that fit the chip's VMEM: as few column blocks of lhs as its cores allow, since each reads rhs again."""
+    info, size = chip(), jnp.dtype(dtype).itemsize
+    step = info.mxu_column_size  # an MXU contracts over so many rows at a time
+    for rows in (n for n in (1024, 512, 256) if n == 256 or n < 2 * pairs):
+        for blocks in range(min(info.num_cores, depth // LANES), depth // LANES + 1, info.num_cores):
+            block = Tiles(rows=rows, step=step, chunk=LANES, blocks=blocks).width(depth)
+            chunk = 2 * LANES if block % (2 * LANES) == 0 else LANES
+            moving = 2 * rows * (block + width) * size + block * width * (4 + size)
+            temporary = 2 * chunk * rows * size + 4 * chunk * width * 4
+            if moving + temporary <= info.vmem_capacity_bytes - 4 * MIB:
+                return Tiles(rows=rows, step=step, chunk=chunk, blocks=blocks)
+    raise ValueError(f"a weight gradient {width} wide does not fit {info.vmem_capacity_bytes} bytes of VMEM")

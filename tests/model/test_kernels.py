@@ -1,0 +1,104 @@
+"""The model on the Pallas kernels, run step by step on CPU, is the model on XLA: loss and gradients, on a mesh too."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+
+from configs import models
+from dsv2_jax.config import SINGLE, Attention, Batch, Compute, Config, Mesh, Model, Optimizer
+from dsv2_jax.model import attention, transformer
+from dsv2_jax.parallel import mesh as device_mesh
+from dsv2_jax.parallel import sharding
+from dsv2_jax.parallel.feed import Feed
+from dsv2_jax.training.step import create, state_specs, train_step
+from pallas_kernels.expert_dispatch import row_pipeline, weight_gradient
+from pallas_kernels.expert_dispatch.tiles import Tiles
+from pallas_kernels.latent_attention import flash
+
+ROWS, LENGTH = 4, 32
+GQA = Attention(
+    kind="gqa",
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    q_lora_rank=0,
+    kv_lora_rank=0,
+    qk_nope_head_dim=0,
+    qk_rope_head_dim=16,
+    v_head_dim=12,
+)
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    """Kernels run on CPU, as plain JAX: the interpreter that finds races has effects, which remat does not take."""
+
+    def kernel(*args, implementation, **rest):
+        assert implementation == "pallas"
+        return flash.attention(*args, **rest, interpret=True)
+
+    monkeypatch.setattr(attention, "kernel_attention", kernel)
+    monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
+    # Small tiles: what XLA has to compile here grows with them.
+    small = Tiles(rows=64, step=64, chunk=128)
+    monkeypatch.setattr(row_pipeline, "fit", lambda *_, **__: small)
+    monkeypatch.setattr(weight_gradient, "_fit", lambda *_: small)
+
+
+def model(kind: Attention | None = None) -> Model:
+    """Two layers, one of them with experts; widths that are no multiples of what a TPU's registers hold."""
+    tiny = dataclasses.replace(models.tiny(), num_hidden_layers=2)
+    moe = dataclasses.replace(tiny.moe, n_routed_experts=8, n_group=4, topk_group=2, budget_sequences=2)
+    return dataclasses.replace(tiny, moe=moe, attention=kind or tiny.attention)
+
+
+def gradients(size: Model, mesh: Mesh, kernels: str, remat: str) -> dict:
+    """Metrics and Adam's first moments after one step: the clipped gradients, scaled."""
+    config = Config(
+        workdir=Path(),
+        tokens=ROWS * LENGTH,
+        model=size,
+        batch=Batch(size=ROWS, length=LENGTH),
+        optimizer=Optimizer(clip_norm=1e3),
+        compute=Compute(dtype="float32", remat=remat, kernels=kernels, loss_chunk=64),
+        mesh=mesh,
+    )
+    rng = np.random.default_rng(0)
+    segments_BT = np.ones((ROWS, LENGTH), np.int32)
+    segments_BT[::2, 11:] = 2
+    segments_BT[1::2, 25:] = 0  # padding
+    tokens_BT = rng.integers(0, size.vocab_size, (2, ROWS, LENGTH)).astype(np.int32)
+    batch = {
+        "tokens_BT": tokens_BT[0],
+        "targets_BT": tokens_BT[1],
+        "positions_BT": np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1)),
+        "segments_BT": segments_BT,
+        "bytes_BT": np.ones((ROWS, LENGTH), np.int32),
+        "weights_BT": (segments_BT > 0).astype(np.float32),
+    }
+    devices = device_mesh.make(mesh) if mesh != SINGLE else None
+    data = Feed(devices, mesh, ROWS)({name: leaf[None] for name, leaf in batch.items()})
+    params = jax.jit(functools.partial(transformer.init, size))(jax.random.key(1))
+    state = jax.device_put(create(params, config), sharding.on(devices, state_specs(config)))
+    state, metrics = train_step(state, data, 0.0, config=config, mesh=devices)
+    return jax.device_get((metrics, state.optimizer[0].mu))
+
+
+CASES = {
+    "mla": (None, SINGLE, "attention"),
+    "gqa": (GQA, SINGLE, "full"),
+    "mesh": (None, Mesh(fsdp=2, expert=2, context=2), "attention"),
+}
+
+
+@pytest.mark.parametrize("name", ["mla", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gqa", "mesh"))])
+def test_a_step_with_kernels_is_the_step_without(name):
+    kind, mesh, remat = CASES[name]
+    run = functools.partial(gradients, model(kind), mesh, remat=remat)
+    ours, theirs = run(kernels="pallas"), run(kernels="xla")
+    assert ours[0]["dropped"] == theirs[0]["dropped"]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-6), ours, theirs)

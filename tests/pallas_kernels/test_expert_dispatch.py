@@ -1,0 +1,229 @@
+"""Grouped products and the experts' SwiGLU, kernels and plain twins, against float64; kernels compiled for TPUs."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental import topologies
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from pallas_kernels.expert_dispatch import grouped_swiglu, kernels, reference
+from pallas_kernels.expert_dispatch.tiles import Tiles
+from pallas_kernels.shapes import EXPERT_DISPATCH
+
+E, D, F, P = 5, 128, 384, 200
+SIZES = {
+    "uneven": [70, 0, 3, 90, 37],
+    "one row": [0, 0, 1, 0, 0],
+    "all in one": [0, 200, 0, 0, 0],
+    "none": [0, 0, 0, 0, 0],
+    "single rows": [1, 1, 1, 1, 1],
+    "aligned": [64, 16, 0, 32, 16],
+}
+OPS = {"pallas": kernels, "xla": reference}
+
+
+@pytest.fixture
+def interpreted():
+    """Kernels run in TPU interpret mode: memory is NaN until written, and unordered accesses are found."""
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+        yield
+        assert interpret_pallas_call.races is None or not interpret_pallas_call.races.races_found
+
+
+def _normal(rng, *shape):
+    return rng.standard_normal(shape)
+
+
+def _errors(got, true):
+    """Root mean square and largest difference, relative to the largest number; NaN if there is one."""
+    off, size = np.asarray(got, np.float64) - true, max(np.abs(true).max(initial=0), 1e-3)
+    return np.array([np.sqrt(np.mean(off**2)) if off.size else 0, np.abs(off).max(initial=0)]) / size
+
+
+def _close(got, plain, true, dtype, what):
+    """At most twice the plain twin's error, or the rounding of the result itself.
+
+    The largest of few errors is a draw, on CPU also of whether XLA takes the product of a matrix or of a vector, which
+    add up in other orders: so it may be four times as large.
+    """
+    for a, b, t in zip(got, plain, true, strict=True):
+        assert np.shape(a) == t.shape
+        assert (_errors(a, t) <= np.maximum([2, 4] * _errors(b, t), jnp.finfo(dtype).eps)).all(), what
+
+
+def _ops_case(dtype, sizes, seed=0):
+    """Operands whose rows behind the groups are NaN, and the true results of every op in numpy float64."""
+    rng, total = np.random.default_rng(seed), sum(sizes)
+    draws = [_normal(rng, P, D), _normal(rng, E, D, F) / 8, _normal(rng, E, D, F) / 8]
+    draws += [_normal(rng, P, F), _normal(rng, P, F), rng.random(P), _normal(rng, E, F, D) / 8]
+    x, w, v, a, u, s, down = (jnp.asarray(d, jnp.float32 if i == 5 else dtype) for i, d in enumerate(draws))
+    x, a, u, s = (r.at[total:].set(jnp.nan) for r in (x, a, u, s))
+    case = {"x": x, "w": w, "v": v, "a": a, "u": u, "s": s, "down": down, "sizes": jnp.asarray(sizes, jnp.int32)}
+
+    xt, wt, vt, at, ut, st, downt = (np.asarray(r, np.float64) for r in (x, w, v, a, u, s, down))
+    xt, at, ut, st = (r[:total] for r in (xt, at, ut, st))
+    ids = np.repeat(np.arange(E), sizes)
+    groups = [ids == e for e in range(E)]
+    gate, up = np.einsum("pd,pdf->pf", xt, wt[ids]), np.einsum("pd,pdf->pf", xt, vt[ids])
+    sigmoid = 1 / (1 + np.exp(-at))
+    dh, silu = np.einsum("pd,pfd->pf", xt, downt[ids]), at * sigmoid
+    true = {
+        "gmm": [gate],
+        "gmm_sum": [np.einsum("pf,pdf->pd", at, wt[ids]) + np.einsum("pf,pdf->pd", ut, vt[ids])],
+        "tgmm_each": [np.stack([xt[g].T @ r[g] for g in groups]) for r in (at, ut)],
+        "gate_up": [gate / (1 + np.exp(-gate)) * up * st[:, None], gate, up],
+        "hidden_gradient": [
+            dh * st[:, None] * ut * (sigmoid + silu * (1 - sigmoid)),
+            dh * st[:, None] * silu,
+            silu * ut * st[:, None],
+            (silu * ut * dh).sum(axis=1),
+        ],
+    }
+    return case, true
+
+
+def _run(ops, c):
+    """Every op on a case: the rows' tiles do not divide the groups, and two column blocks overlap."""
+    row = {"tiles": Tiles(rows=64, step=32, chunk=128, blocks=2)} if ops is kernels else {}
+    weight = {"tiles": Tiles(rows=64, step=32, chunk=128, blocks=1)} if ops is kernels else {}
+    return {
+        "gmm": [ops.gmm(c["x"], c["w"], c["sizes"], **row)],
+        "gmm_sum": [ops.gmm_sum((c["a"], c["u"]), (c["w"], c["v"]), c["sizes"], transpose_rhs=True, **weight)],
+        "tgmm_each": ops.tgmm_each(c["x"], (c["a"], c["u"]), c["sizes"], **weight),
+        "gate_up": ops.gate_up(c["x"], c["w"], c["v"], c["s"], c["sizes"], keep=True, **row),
+        "hidden_gradient": ops.hidden_gradient(c["x"], c["down"], c["a"], c["u"], c["s"], c["sizes"], **row),
+    }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("implementation", OPS)
+def test_building_blocks(implementation, dtype):
+    dtype = jnp.dtype(dtype)
+    run, plain = (jax.jit(lambda c, ops=ops: _run(ops, c)) for ops in (OPS[implementation], reference))
+    for sizes in SIZES.values():
+        case, true = _ops_case(dtype, sizes)
+        got, twin = run(case), plain(case)
+        for name, results in true.items():
+            rows = slice(None) if name == "tgmm_each" else slice(sum(sizes))
+            _close([r[rows] for r in got[name]], [r[rows] for r in twin[name]], results, dtype, (name, sizes))
+
+
+def _dense(x, experts, gates, w_gate, w_up, w_down):
+    hidden = jax.nn.silu(jnp.einsum("nd,edf->nef", x, w_gate)) * jnp.einsum("nd,edf->nef", x, w_up)
+    y = jnp.einsum("nef,efd->ned", hidden, w_down)
+    return jnp.einsum("nk,nke,ned->nd", gates.astype(y.dtype), jax.nn.one_hot(experts, E, dtype=y.dtype), y)
+
+
+def _vjp(f, x, experts, rest, g):
+    y, pull = jax.vjp(lambda x, *rest: f(x, experts, *rest), x, *rest)
+    return [y, *pull(g)]
+
+
+def _skewed(n):
+    """First choices all to expert 3, the others to 1 and 4: 0 and 2 stay empty."""
+    return np.stack([np.array([3, 1 + 3 * (i % 2)]) for i in range(n)])
+
+
+def _dropping(n):
+    experts = _skewed(n)
+    experts[::3, 0] = E
+    experts[1::4, :] = E
+    return experts
+
+
+def _shuffled(n, k):
+    return np.stack([np.random.default_rng(i).permutation(E)[:k] for i in range(n)])
+
+
+CASES = {  # experts_NK, rows
+    "one token": ([_shuffled(1, 3)], None),
+    "many": ([_shuffled(70, 2), _skewed(70), _dropping(70), np.full((70, 2), E)], None),
+    "bound on rows": ([_dropping(70)], 80),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("one token", "float32"),
+        pytest.param("many", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("bound on rows", "float32", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("implementation", OPS)
+def test_grouped_swiglu(implementation, name, dtype):
+    dtype, (routings, rows) = jnp.dtype(dtype), CASES[name]
+    n, k = routings[0].shape
+    rng = np.random.default_rng(0)
+    x, g, *weights = (
+        jnp.asarray(_normal(rng, *s) / scale, dtype)
+        for s, scale in [((n, D), 1), ((n, D), 1), ((E, D, F), 8), ((E, D, F), 8), ((E, F, D), 8)]
+    )
+    gates = jnp.asarray(rng.random((n, k)) + 0.1, jnp.float32)
+
+    def run(implementation):
+        def op(*args):
+            return grouped_swiglu(*args, rows=rows, implementation=implementation)
+
+        return jax.jit(lambda experts: _vjp(op, x, experts, (gates, *weights), g))
+
+    ours, plain = run(implementation), run("xla")
+    for experts in routings:
+        got, twin = (f(jnp.asarray(experts, jnp.int32)) for f in (ours, plain))
+        with jax.enable_x64(True):
+            wide = [jnp.asarray(np.asarray(a, np.float64)) for a in (x, gates, *weights, g)]
+            true = [np.asarray(a) for a in _vjp(_dense, wide[0], jnp.asarray(experts), wide[1:-1], wide[-1])]
+        assert [a.dtype for a in got] == [dtype, dtype, jnp.float32, dtype, dtype, dtype]
+        _close(got, twin, true, dtype, name)
+        assert (np.asarray(got[2])[experts == E] == 0).all()
+
+
+def test_wrong_arguments_raise():
+    x, w = jnp.zeros((4, 96)), jnp.zeros((E, 96, 128))
+    routing = jnp.zeros((4, 2), jnp.int32), jnp.ones((4, 2))
+    with pytest.raises(ValueError, match="no implementation"):
+        grouped_swiglu(x, *routing, w, w, jnp.zeros((E, 128, 96)), implementation="mosaic")
+    with pytest.raises(ValueError, match="powers of two"):
+        Tiles(rows=96, step=32, chunk=128)
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("shape", EXPERT_DISPATCH)
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_compiles_for_tpus(topology, shape, monkeypatch):
+    for name, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }.items():
+        monkeypatch.setitem(os.environ, name, value)
+    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    s = EXPERT_DISPATCH[shape]
+
+    def gradients(x, experts, gates, w_gate, w_up, w_down, g):
+        def op(x, *rest):
+            return grouped_swiglu(x, experts, *rest, rows=s.rows, implementation="pallas")
+
+        y, pull = jax.vjp(op, x, gates, w_gate, w_up, w_down)
+        return y, pull(g)
+
+    mesh = Mesh(np.array([device]), "x", axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        tokens, pairs, up = (s.tokens, s.hidden), (s.tokens, s.active), (s.experts, s.hidden, s.width)
+        shapes = [tokens, pairs, pairs, up, up, (s.experts, s.width, s.hidden), tokens]
+        dtypes = [jnp.bfloat16, jnp.int32, jnp.float32, *[jnp.bfloat16] * 4]
+        here = NamedSharding(mesh, PartitionSpec())
+        args = [jax.ShapeDtypeStruct(a, d, sharding=here) for a, d in zip(shapes, dtypes, strict=True)]
+        lowered = jax.jit(gradients).lower(*args)
+        # jaxlib cannot read back the text of what libtpu gives to SparseCore
+        options = ["xla_tpu_offload_gather_to_sparsecore", "xla_tpu_enable_offloading_scatter_to_sparsecore"]
+        lowered.compile(compiler_options=dict.fromkeys(options, False))
+    assert lowered.as_text().count("tpu_custom_call") == 6
