@@ -3,9 +3,10 @@
 The core runs the instructions one after the other, in the compiler's order. An instruction takes the cycles that the
 compiler estimates, or what unpriced.py makes of it; a Pallas kernel takes what the caller says. A synchronous
 collective stops the core for as long as it takes (network.py). An asynchronous one starts when the links of its axes
-are free and runs beside the core, which waits at its end if it comes too early: only that wait is exposed. Copies
-between HBM and VMEM run beside the core at the HBM's bandwidth. A loop's body is played twice, and the second time
-stands for all others. Of a condition the dearest branch is taken. Nothing here was measured.
+are free and runs beside the core, which waits at its end if it comes too early: only that wait is exposed. Those of up
+to 64 KiB wait for no links. Copies between HBM and VMEM run beside the core at the HBM's bandwidth. A loop's body is
+played twice, and the second time stands for all others. Of a condition the dearest branch is taken. Nothing here was
+measured.
 """
 
 import collections
@@ -20,6 +21,7 @@ from dsv2_jax.plan.network import Collective, Groups, Torus
 KernelSeconds = Callable[[Instruction, Computation], float]
 _FREE = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id")
 _HBM = "hbm"
+_SMALL = 2**16  # bytes that find their way between the packets of a large transfer
 
 
 @dataclasses.dataclass
@@ -203,7 +205,7 @@ class _Player:
 
     def _collective(self, instruction: Instruction, collective: Collective, asynchronous: bool) -> Use:
         lanes, seconds = self._torus.axes(collective), self._torus.seconds(collective)
-        use = self._beside(instruction, lanes, seconds)
+        use = self._beside(instruction, lanes if collective.wire > _SMALL else (), seconds)
         use.wire = collective.wire
         if not asynchronous:
             use.exposed = use.core = self._ends.pop(instruction.name) - self.now
@@ -238,7 +240,9 @@ def collective_of(instruction: Instruction, where: Computation, module: Module) 
     """
     if instruction.op == "async-update" and not where.by_name[instruction.operands[0]].operands:
         instruction = where.by_name[instruction.operands[0]]
-    elif instruction.op.endswith(("-done", "-update")) or (instruction.op == "async-start" and not instruction.operands):
+    elif instruction.op.endswith(("-done", "-update")) or (
+        instruction.op == "async-start" and not instruction.operands
+    ):
         return None
     kind = instruction.kind
     if kind in COLLECTIVES:

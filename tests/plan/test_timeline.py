@@ -81,15 +81,46 @@ def test_an_asynchronous_collective_is_exposed_where_the_core_waits(beside, expo
     assert played.uses["main", "d"].exposed == pytest.approx(exposed * 1e-6, abs=1e-12)
 
 
-def test_two_collectives_share_their_links_one_after_the_other():
+@pytest.mark.parametrize(("elements", "microseconds_of_both"), [(50_000, 2 * 600_003), (5, 63)])
+def test_large_collectives_have_their_links_one_after_the_other(elements, microseconds_of_both):
+    lines = [
+        shard(elements),
+        gather("g", elements, start=True),
+        gather("h", elements, start=True),
+        f"  %dg = f32[{4 * elements}]{{0}} all-gather-done(%g)",
+        f"  %dh = f32[{4 * elements}]{{0}} all-gather-done(%h)",
+    ]
+    played = microseconds(program("\n".join(lines), entry="%dh"))
+    assert played.seconds == pytest.approx(microseconds_of_both * 1e-6)
+
+
+SPARSE = """
+%inside (m: f32[5]) -> f32[20] {
+  %m = f32[5]{0} parameter(0)
+  ROOT %gathered = f32[20]{0} all-gather(%m), GROUP
+}, execution_thread="sparsecore"
+
+%other_core (o: f32[5]) -> f32[20] {
+  %o = f32[5]{0} parameter(0)
+  ROOT %c = f32[20]{0} call(%o), to_apply=%inside
+}, execution_thread="sparsecore"
+""".replace("GROUP", GROUP)
+
+
+def test_what_the_sparse_core_runs_begins_when_it_gets_its_operands():
+    """Made ready first, begun behind 10 us of work, 63 us long, awaited after 20 more."""
     lines = [
         shard(5),
-        gather("g", 5, start=True),
-        gather("h", 5, start=True),
-        "  %dg = f32[20]{0} all-gather-done(%g)",
-        "  %dh = f32[20]{0} all-gather-done(%h)",
+        '  %r = ((), (), s32[]) async-start(), async_execution_thread="sparsecore", calls=%other_core',
+        work("x", 10),
+        "  %u = ((f32[5]), f32[20], s32[]) async-update(%r, %s5)",
+        work("y", 20, "%x"),
+        "  %d = f32[20]{0} async-done(%u)",
     ]
-    assert microseconds(program("\n".join(lines), entry="%dh")).seconds == pytest.approx(2 * 63e-6)
+    played = microseconds(program("\n".join(lines), SPARSE, "%d"))
+    assert played.seconds == pytest.approx(73e-6)
+    assert played.uses["main", "u"].wire == 60
+    assert played.uses["main", "d"].exposed == pytest.approx(43e-6)
 
 
 LOOP = """
