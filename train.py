@@ -19,9 +19,10 @@ def main() -> int:
         cli.fail(f"unknown preset '{name}'{cli.nearest(name, PRESETS) or '; there are ' + ', '.join(PRESETS)}")
     config = cli.parse(PRESETS[name](), flags, prog=f"train.py {name}")
 
-    from dsv2_jax.parallel import processes  # here, so that mistakes and --help are answered at once
+    from dsv2_jax.parallel import processes, xla  # here, so that mistakes and --help are answered at once
     from dsv2_jax.training import loop
 
+    xla.choose()
     cli.keep_compiled_programs()
     cli.keep_freed_memory()
     with processes.joined(config.processes):

@@ -4,7 +4,10 @@ Sources. HBM and VMEM: jax/_src/pallas/mosaic/tpu_info.py of jax 0.10.2, divided
 width: the same. Clock: the one at which these MXUs give the published peak (cloud.google.com/tpu/docs/v5e, v5p, v6e,
 tpu7x: 197, 459, 918 and 2,307 TFLOP/s in bfloat16 a chip). Cycles a matmul instruction occupies its MXU: 16 rows of
 bfloat16 at the rows a cycle which that same peak asks for. Latencies: read off the distance that the compiler's own
-schedules keep between a matmul, or a transpose, and the pop of its result.
+schedules keep between a matmul, or a transpose, and the pop of its result. HBM's size and the links: the same pages of
+Google's documentation, whose bidirectional bandwidth of a chip is divided by its links and by two directions; of that
+nine tenths, which is what a link carries of a large transfer (jax-ml.github.io/scaling-book/tpus). Between slices: the
+data centre network's share of a chip, the same pages.
 """
 
 import dataclasses
@@ -26,6 +29,11 @@ class Chip:
     matmul_latency: int  # cycles from there to its first result
     hbm: float  # bytes a second
     vmem: int  # bytes
+    hbm_size: int  # bytes of one device
+    devices: int = 1  # of a chip
+    links: int  # of a chip to its neighbours: 6 on a 3D torus, 4 on a 2D one
+    link: float  # bytes a second, one way
+    dcn: float  # bytes a second of a chip to other slices, one way
 
     @property
     def peak(self) -> float:
@@ -45,6 +53,10 @@ CHIPS = {
         matmul_latency=83,
         hbm=8.2e11,
         vmem=128 * 2**20,
+        hbm_size=16 * 2**30,
+        links=4,
+        link=45e9,
+        dcn=3.125e9,
     ),
     "v5p": Chip(
         kind="TPU v5",
@@ -57,6 +69,10 @@ CHIPS = {
         matmul_latency=83,
         hbm=1.23e12,
         vmem=64 * 2**20,
+        hbm_size=95 * 2**30,
+        links=6,
+        link=90e9,
+        dcn=6.25e9,
     ),
     "v6e": Chip(
         kind="TPU v6 lite",
@@ -69,6 +85,10 @@ CHIPS = {
         matmul_latency=100,
         hbm=1.64e12,
         vmem=128 * 2**20,
+        hbm_size=32 * 2**30,
+        links=4,
+        link=90e9,
+        dcn=12.5e9,
     ),
     "tpu7x": Chip(  # a chip is two devices of one core
         kind="TPU7x",
@@ -81,6 +101,11 @@ CHIPS = {
         matmul_latency=100,
         hbm=3.7e12,
         vmem=64 * 2**20,
+        hbm_size=96 * 2**30,
+        devices=2,
+        links=6,
+        link=90e9,
+        dcn=12.5e9,
     ),
 }
 

@@ -1,0 +1,218 @@
+"""What a compiled step costs: memory, time, traffic and its dearest operations, as figures for people and programs."""
+
+import dataclasses
+import re
+
+from dsv2_jax.config import Config, Model
+from dsv2_jax.model import parameters
+from dsv2_jax.plan import hlo, timeline
+from dsv2_jax.plan.compile import Topology
+from dsv2_jax.plan.kernels import Call, Prices
+from dsv2_jax.plan.network import Torus
+from dsv2_jax.plan.program import Program
+
+_DEAREST = 10
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of HBM of one device, at the program's peak."""
+
+    size: int
+    peak: int
+    parameters: int
+    optimizer: int
+    batch: int
+    gradients: int
+    activations: int  # and all else that is temporary
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """Collectives of one kind over the same axes of the torus, of one device."""
+
+    kind: str
+    axes: str  # of the torus: "x y"
+    count: int
+    wire: float  # bytes, over a ring or directly
+    busy: float  # seconds that links are in use
+    exposed: float  # seconds that the core waits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Operation:
+    """What one line of source costs: seconds of the core."""
+
+    source: str
+    what: str
+    count: int
+    seconds: float
+    exposed: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Time:
+    """One step on one device, in seconds: an estimate from the compiler's schedule, not a measurement."""
+
+    step: float
+    xla: float  # what the compiler made and estimates
+    unpriced: float  # what it made and does not estimate
+    kernels: float  # Pallas kernels
+    exposed: float  # waiting for other devices
+    copies: float  # waiting for copies between HBM and VMEM
+    at_peak: float  # XLA's part and the kernels' FLOPs at the MXU's peak, communication left out
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A step of a config on a topology."""
+
+    topology: str
+    chips: int
+    devices: int
+    mesh: dict[str, int]
+    remat: str
+    sequences: int
+    micro_batches: int
+    length: int
+    dropping: bool
+    fits: bool
+    memory: Memory
+    time: Time | None = None  # None: it does not fit
+    flops_per_token: float
+    tokens_per_second_per_chip: float = 0.0
+    mfu: float = 0.0
+    wire: float = 0.0  # bytes per device
+    traffic: tuple[Traffic, ...] = ()
+    dearest: tuple[Operation, ...] = ()
+    kernels: tuple[Call, ...] = ()
+    doubts: tuple[str, ...] = ()
+    compile_seconds: float
+    compile_bytes: int
+
+
+def model_flops(model: Model, length: int) -> float:
+    """FLOPs of a token in training: 6 for every activated parameter, and causal attention's products, 3 times forward.
+
+    The convention of the figures that others publish: parameters as `parameters.count_activated` has them (no
+    embedding), half of the score matrix, nothing for what is recomputed.
+    """
+    a = model.attention
+    attention = model.num_hidden_layers * a.num_attention_heads * (a.qk_head_dim + a.v_head_dim) * length
+    return 6.0 * parameters.count_activated(model) + 3.0 * attention
+
+
+def estimate(config: Config, topology: Topology, program: Program, text: str) -> Estimate:
+    """Reads a compiled program. config: as `compile.laid_out` gives it. text: its HLO, "" where it does not fit."""
+    chip, batch = topology.chip, config.batch
+    slices = config.mesh.slices
+    known = program.parameters + program.optimizer + program.batch
+    common = {
+        "topology": topology.name,
+        "chips": topology.chips * slices,
+        "devices": topology.devices * slices,
+        "mesh": config.mesh.sizes(),
+        "remat": config.compute.remat,
+        "sequences": batch.size,
+        "micro_batches": batch.size // (batch.micro_size or batch.size),
+        "length": batch.length,
+        "dropping": bool(config.model.moe_layers and config.model.moe.capacity_factor),
+        "fits": program.fits,
+        "memory": Memory(
+            size=program.limit or chip.hbm_size,
+            peak=program.used,
+            parameters=program.parameters,
+            optimizer=program.optimizer,
+            batch=program.batch,
+            gradients=program.gradients,
+            activations=program.used - known - program.gradients,
+        ),
+        "flops_per_token": model_flops(config.model, batch.length),
+        "compile_seconds": program.seconds,
+        "compile_bytes": program.host_bytes,
+    }
+    if not text:
+        return Estimate(**common)
+    module = hlo.parse(text)
+    torus = Torus(chip, program.coords)
+    prices = Prices(chip)
+    played = timeline.play(module, torus, prices.seconds)
+    time = _time(module, played, prices)
+    tokens = batch.size * batch.length
+    return Estimate(
+        **common,
+        time=time,
+        tokens_per_second_per_chip=tokens / time.step / common["chips"],
+        mfu=common["flops_per_token"] * tokens / (time.step * common["devices"] * chip.peak * chip.cores),
+        wire=sum(use.wire for use in played.uses.values()),
+        traffic=_traffic(module, played, torus),
+        dearest=_dearest(module, played),
+        kernels=tuple(prices.calls(played)),
+        doubts=tuple(f"the turns of loop {name} depend on data: counted once" for name in played.unsolved),
+    )
+
+
+def _time(module: hlo.Module, played: timeline.Timeline, prices: Prices) -> Time:
+    core = kernel = exposed = copies = unpriced = 0.0
+    for (where, name), use in played.uses.items():
+        instruction = module.computations[where].by_name[name]
+        core += use.core
+        if hlo.is_kernel(instruction):
+            kernel += use.core
+        elif instruction.kind == "copy":
+            copies += use.exposed
+        else:
+            exposed += use.exposed
+            unpriced += use.core - use.exposed if instruction.cycles is None else 0.0
+    xla = core - kernel - exposed - copies - unpriced
+    return Time(
+        step=played.seconds,
+        xla=xla,
+        unpriced=unpriced,
+        kernels=kernel,
+        exposed=exposed,
+        copies=copies,
+        at_peak=xla + prices.at_peak(played),
+    )
+
+
+def _traffic(module: hlo.Module, played: timeline.Timeline, torus: Torus) -> tuple[Traffic, ...]:
+    starts: dict[tuple[str, str], timeline.Use] = {}
+    for (where, name), use in played.uses.items():
+        instruction = module.computations[where].by_name[name]
+        collective = timeline.collective_of(instruction, module.computations[where], module)
+        if collective is None:
+            continue
+        key = collective.kind, " ".join(torus.axes(collective))
+        starts.setdefault(key, timeline.Use()).add(use)
+    rows = [
+        Traffic(kind=kind, axes=axes, count=use.count, wire=use.wire, busy=use.busy, exposed=use.exposed)
+        for (kind, axes), use in starts.items()
+    ]
+    return tuple(sorted(rows, key=lambda row: -row.wire))
+
+
+def _dearest(module: hlo.Module, played: timeline.Timeline) -> tuple[Operation, ...]:
+    """By line of source and what is done there, dearest first."""
+    lines: dict[tuple[str, str], timeline.Use] = {}
+    for (where, name), use in played.uses.items():
+        instruction = module.computations[where].by_name[name]
+        key = module.source(instruction), _what(instruction)
+        lines.setdefault(key, timeline.Use()).add(use)
+    rows = [
+        Operation(source=source, what=what, count=use.count, seconds=use.core, exposed=use.exposed)
+        for (source, what), use in lines.items()
+    ]
+    return tuple(sorted(rows, key=lambda row: -row.seconds)[:_DEAREST])
+
+
+def _what(instruction: hlo.Instruction) -> str:
+    """The end of the name that JAX gave an operation, with its direction."""
+    found = re.search(r'op_name="([^"]*)"', instruction.attributes)
+    if not found:
+        return instruction.kind
+    backward = "transpose(" in found[1]
+    again = "rematted" in found[1] or "checkpoint" in found[1]
+    scope = [part for part in found[1].split("/") if part in ("attention", "ffn", "shared_experts")]
+    direction = "recomputed" if again and not backward else "backward" if backward else ""
+    return " ".join(part for part in (*scope[-1:], found[1].split("/")[-1], direction) if part)

@@ -1,0 +1,150 @@
+"""The training step of a config, compiled for TPUs that are not there; run as a process, it writes what it learnt.
+
+`python -m dsv2_jax.plan.program FOLDER` reads FOLDER/request.json and leaves program.json and, if the program fits the
+chips, hlo.txt.gz: the optimised and scheduled program of one device.
+"""
+
+import dataclasses
+import gzip
+import json
+import math
+import re
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv2_jax import config as settings
+from dsv2_jax.config import Config
+from dsv2_jax.model import transformer
+from dsv2_jax.parallel import mesh as device_mesh
+from dsv2_jax.parallel import sharding, xla
+from dsv2_jax.plan import network
+from dsv2_jax.training.step import create, state_specs, train_step
+
+REQUEST, PROGRAM, HLO = "request.json", "program.json", "hlo.txt.gz"
+_BATCH = ("tokens_BT", "targets_BT", "positions_BT", "segments_BT", "bytes_BT", "weights_BT")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """What the compiler said of a step on one device. Bytes of HBM; where it does not fit, `used` and `limit` alone."""
+
+    fits: bool
+    used: int  # the peak, arguments included
+    limit: int  # what the compiler lets a program use; 0: it did not say, for it fits
+    parameters: int
+    optimizer: int
+    batch: int
+    gradients: int  # float32, as large as one moment; they are temporary
+    coords: tuple[tuple[int, ...], ...]  # (slice, x, y, z, core) of each device, in the order of the program's devices
+    seconds: float
+    host_bytes: int  # peak of the compiling process
+
+
+def arguments(config: Config, devices: jax.sharding.Mesh) -> tuple[Any, Any]:
+    """Shapes and shardings of a step's state and of its batch of `config.batch.size` sequences."""
+    rows = config.batch.micro_size or config.batch.size
+    shape = config.batch.size // rows, rows, config.batch.length
+
+    def placed(leaf: Any, on: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on)
+
+    state = jax.eval_shape(lambda: create(transformer.init(config.model, jax.random.key(0)), config))
+    state = jax.tree.map(placed, state, sharding.on(devices, state_specs(config)))
+    batch = {
+        name: placed(
+            jax.ShapeDtypeStruct(shape, jnp.float32 if name == "weights_BT" else jnp.int32),
+            sharding.on(devices, sharding.batch_spec(name)),
+        )
+        for name in _BATCH
+    }
+    return state, batch
+
+
+def shard_bytes(tree: Any) -> int:
+    """Bytes that one device holds of these shapes."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def compile_step(config: Config, devices: list[Any]) -> tuple[Program, str]:
+    """Compiles a step for these devices, whose number is that of `config.mesh`: (the program, its HLO, "" if too big).
+
+    Raises ValueError if the config cannot be laid over the devices.
+    """
+    start = time.monotonic()
+    mesh = device_mesh.make(config.mesh, devices)
+    if mesh is None:  # shardings, not the default device, say that it is a TPU
+        mesh = jax.sharding.Mesh(np.array(devices).reshape((1,) * len(settings.AXES)), settings.AXES)
+    state, batch = arguments(config, mesh)
+    used, limit, hlo = 0, 0, ""
+    lowered = train_step.lower(state, batch, 1e-3, config=config, mesh=mesh)
+    print("compiling", flush=True)
+    with tempfile.TemporaryDirectory() as dumps:
+        # jaxlib cannot print programs whose collectives the SparseCore runs; the compiler can.
+        dump = {"xla_dump_to": dumps, "xla_dump_hlo_as_text": True, "xla_dump_hlo_module_re": ".*train_step.*"}
+        try:
+            memory = lowered.compile(xla.OPTIONS | dump).memory_analysis()
+            assert memory is not None
+            used = memory.peak_memory_in_bytes
+            (printed,) = Path(dumps).glob("*after_codegen.txt")
+            hlo = _as_calls(printed.read_text())
+        except jax.errors.JaxRuntimeError as error:
+            used, limit = _exhausted(str(error))
+            if not used:
+                raise
+    program = Program(
+        fits=bool(hlo),
+        used=used,
+        limit=limit,
+        parameters=shard_bytes(state.params),
+        optimizer=shard_bytes(state.optimizer),
+        batch=shard_bytes(batch),
+        gradients=shard_bytes(state.optimizer) // 2,
+        coords=tuple(network.place(device) for device in mesh.devices.flat),
+        seconds=time.monotonic() - start,
+        host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
+    return program, hlo
+
+
+def _as_calls(hlo: str) -> str:
+    """What the SparseCore runs stands in custom calls of no known target: written as the calls that they are."""
+    odd = re.compile(r'\bcustom-call(\([^)]*\)), custom_call_target="TODO\([^"]*", called_computations=\{(%[^}]*)\}')
+    return odd.sub(r"call\1, to_apply=\2", hlo)
+
+
+def _exhausted(message: str) -> tuple[int, int]:
+    """(bytes used, bytes there are) of the compiler's complaint about HBM; zeros for any other error."""
+    found = re.search(r"Used ([\d.]+)([KMG]?) of ([\d.]+)([KMG]?) hbm", message)
+    if not found:
+        return 0, 0
+    return int(float(found[1]) * _UNITS[found[2]]), int(float(found[3]) * _UNITS[found[4]])
+
+
+def main(folder: Path) -> None:
+    """Compiles what the folder's request asks for."""
+    from jax.experimental import topologies
+
+    request = json.loads((folder / REQUEST).read_text())
+    config = settings.from_json(Config, json.dumps(request["config"]))
+    devices = topologies.get_topology_desc(
+        platform="tpu", topology_name=request["topology"], num_slices=request["slices"]
+    ).devices
+    print("tracing", flush=True)
+    program, hlo = compile_step(config, list(devices))
+    if hlo:
+        with gzip.open(folder / HLO, "wt", compresslevel=3) as file:
+            file.write(hlo)
+    (folder / PROGRAM).write_text(json.dumps(dataclasses.asdict(program)))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,59 @@
+"""What would make a step fit that does not: found by compiling, one change after the other."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+from dsv2_jax.config import Config
+from dsv2_jax.parallel.mesh import BATCH
+from dsv2_jax.plan.compile import Topology
+from dsv2_jax.plan.estimate import Estimate
+
+_LARGER = 2  # so many times the number of chips is doubled
+
+
+def remedies(config: Config, topology: Topology, plan: Callable[[Config, Topology], Estimate]) -> str:
+    """A sentence: the least change with which the step fits, or what was tried. plan: compiles."""
+    tried = []
+    for told, changed, chips in _candidates(config, topology):
+        try:
+            result = plan(changed, chips)
+        except ValueError:  # cannot be laid over these devices
+            continue
+        m = result.memory
+        if result.fits:
+            return f"it fits with {told}: {m.peak / 2**30:.2f} GiB" + (
+                f" (not with {', '.join(tried)})" if tried else ""
+            )
+        tried.append(f"{told}, {m.peak / 2**30:.2f} GiB")
+    return "nothing that was tried fits" + (f": {'; '.join(tried)}" if tried else "")
+
+
+def _candidates(config: Config, topology: Topology) -> Iterator[tuple[str, Config, Topology]]:
+    told = ""
+    if config.compute.remat != "full":
+        config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, remat="full"))
+        told = "--compute.remat full"
+        yield told, config, topology
+    mesh = config.mesh.resolve(topology.devices * config.mesh.slices)
+    least, rows = mesh.size(*BATCH), config.batch.micro_size or config.batch.size
+    while rows % 2 == 0 and (rows // 2) % least == 0:
+        rows //= 2
+        moe = config.model.moe
+        if moe.budget_sequences and rows % moe.budget_sequences:
+            break
+        batch = dataclasses.replace(config.batch, micro_size=rows)
+        smaller = dataclasses.replace(config, batch=batch)
+        yield " ".join(filter(None, (told, f"--batch.micro_size {rows}"))), smaller, topology
+    growing = topology
+    for _ in range(_LARGER):
+        growing = larger(growing)
+        mesh = dataclasses.replace(config.mesh, fsdp=-1)
+        wider = dataclasses.replace(config, mesh=mesh)
+        yield " ".join(filter(None, (told, f"--topology {growing.name} --mesh.fsdp -1"))), wider, growing
+
+
+def larger(topology: Topology) -> Topology:
+    """Twice the chips: the smallest dimension doubled."""
+    shape = list(topology.shape)
+    shape[shape.index(min(shape))] *= 2
+    return Topology(f"{topology.name.split(':')[0]}:{'x'.join(map(str, sorted(shape)))}")

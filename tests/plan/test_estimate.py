@@ -1,0 +1,152 @@
+"""Figures of a plan against known ones, what is proposed when a step does not fit, and mistakes on the command line."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs import PRESETS, models
+from dsv2_jax.config import Compute, Mesh
+from dsv2_jax.plan import report
+from dsv2_jax.plan.compile import Topology, laid_out
+from dsv2_jax.plan.estimate import estimate, model_flops
+from dsv2_jax.plan.program import Program, _as_calls, _exhausted
+from dsv2_jax.plan.remedies import larger, remedies
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.mark.parametrize(
+    ("model", "step", "tokens", "chips", "mfu"),
+    [(models.v2_lite(), 1.850, 262_144, 16, 0.317), (models.v2(), 11.937, 4_194_304, 256, 0.464)],
+)
+def test_flops_are_counted_as_others_count_them(model, step, tokens, chips, mfu):
+    """MaxText's own counting, from its step times and the utilisation that go with them (three digits)."""
+    assert model_flops(model, 4096) * tokens / (step * chips * 459e12) == pytest.approx(mfu, abs=6e-4)
+
+
+def test_flops_by_hand():
+    """Two layers, two heads of 3 + 1 and value 2, eight tokens: 2 * 2 * (4 + 2) * 8 / 2 products of keys, two FLOPs."""
+    tiny = models.tiny()
+    attention = dataclasses.replace(
+        tiny.attention, num_attention_heads=2, qk_nope_head_dim=2, qk_rope_head_dim=2, v_head_dim=2
+    )
+    model = dataclasses.replace(tiny, num_hidden_layers=2, attention=attention)
+    longer = model_flops(model, 16) - model_flops(model, 8)
+    assert longer == 3 * 2 * (2 * 2 * (4 + 2) * 16 / 2 - 2 * 2 * (4 + 2) * 8 / 2)
+
+
+def program(used, fits=True, limit=0):
+    return Program(
+        fits=fits,
+        used=used,
+        limit=limit,
+        parameters=4,
+        optimizer=8,
+        batch=1,
+        gradients=4,
+        coords=((0, 0, 0, 0, 0),),
+        seconds=1.0,
+        host_bytes=2**30,
+    )
+
+
+def config(**compute):
+    tiny = PRESETS["tiny"]()
+    batch = dataclasses.replace(tiny.batch, size=16, micro_size=16)
+    model = dataclasses.replace(tiny.model, moe=dataclasses.replace(tiny.model.moe, budget_sequences=1))
+    return dataclasses.replace(tiny, model=model, mesh=Mesh(fsdp=4), batch=batch, compute=Compute(**compute))
+
+
+def test_a_step_that_does_not_fit_says_what_would():
+    topology, tried = Topology("v5p:2x2x1"), []
+
+    def plan(changed, chips):
+        tried.append((changed.compute.remat, changed.batch.micro_size, chips.name))
+        here = laid_out(changed, chips)
+        fits = changed.batch.micro_size == 4
+        return estimate(
+            here, chips, program(200 * 2**30, fits=False, limit=95 * 2**30) if not fits else program(90), ""
+        )
+
+    told = remedies(config(remat="attention"), topology, plan)
+    assert tried == [("full", 16, "v5p:2x2x1"), ("full", 8, "v5p:2x2x1"), ("full", 4, "v5p:2x2x1")]
+    assert told.startswith("it fits with --compute.remat full --batch.micro_size 4")
+    assert "200.00 GiB" in told
+
+
+def test_more_chips_are_the_last_thing_tried():
+    names = []
+
+    def plan(changed, chips):
+        names.append(chips.name)
+        return estimate(laid_out(changed, chips), chips, program(2**38, fits=False, limit=95 * 2**30), "")
+
+    told = remedies(config(remat="full"), Topology("v5p:2x2x1"), plan)
+    assert names == ["v5p:2x2x1", "v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4"]
+    assert told.startswith("nothing that was tried fits")
+    assert larger(Topology("v6e:8x16")).name == "v6e:16x16"
+
+
+def test_what_does_not_fit_is_reported_without_a_time():
+    e = estimate(
+        laid_out(config(), Topology("v5p:2x2x1")), Topology("v5p:2x2x1"), program(2**37, fits=False, limit=2**36), ""
+    )
+    assert e.time is None
+    assert "needs 128.00 GiB, has 64.00" in report.show(e)
+    json.dumps(dataclasses.asdict(e))
+
+
+def test_the_compilers_complaint_is_understood():
+    said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.25G of 15.75G hbm. Exceeded hbm capacity"
+    assert _exhausted(said) == (int(17.25 * 2**30), int(15.75 * 2**30))
+    assert _exhausted("INTERNAL: something else") == (0, 0)
+
+
+def test_calls_on_the_sparse_core_are_written_as_calls():
+    odd = '%c = f32[8]{0} custom-call(%p), custom_call_target="TODO(b/1)", called_computations={%x.9}, metadata={}'
+    assert _as_calls(odd) == "%c = f32[8]{0} call(%p), to_apply=%x.9, metadata={}"
+    known = '%c = f32[8]{0} custom-call(%p), custom_call_target="tpu_custom_call"'
+    assert _as_calls(known) == known
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["v3", "--topology", "v5p:2x2x1"], "unknown preset 'v3'; did you mean v2?"),
+        (["tiny"], "--topology is missing"),
+        (["tiny", "--topology", "v5p"], "a topology reads CHIP:XxYxZ"),
+        (["tiny", "--topology", "v5q:2x2x1"], "unknown chip 'v5q'; did you mean v5p?"),
+        (["tiny", "--topology", "v5p:4x4"], "a topology of v5p has 3 dimensions"),
+        (["tiny", "--topology", "v5p:2x2x1", "--mesh.fsdp", "3"], "cannot be laid over 4 devices"),
+        (["tiny", "--topology", "v5p:2x2x1", "--toplogy", "x"], "unknown flag --toplogy; did you mean --topology?"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(arguments, told):
+    done = subprocess.run(
+        [sys.executable, "-m", "dsv2_jax.plan", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.tpu
+def test_the_command_plans_a_preset(tmp_path):
+    """Compiled for real, in figures for a program, the HLO kept; the second time nothing is compiled."""
+    flags = ["tiny", "--topology", "v5p:2x2x1", "--batch.size", "8", "--mesh.fsdp", "4", "--tokens", "10000"]
+    flags += ["--model.moe.budget_sequences", "2"]
+    files = ["--json", str(tmp_path / "plan.json"), "--hlo", str(tmp_path / "hlo.gz")]
+    command = [sys.executable, "-m", "dsv2_jax.plan", *flags, *files]
+    first, second = (subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True) for _ in range(2))
+    assert "compiling" in first.stderr and "compiling" not in second.stderr
+    assert first.stdout == second.stdout
+    figures = json.loads((tmp_path / "plan.json").read_text())
+    assert figures["fits"] and figures["memory"]["peak"] > figures["memory"]["parameters"] > 0
+    assert figures["time"]["step"] == pytest.approx(
+        sum(figures["time"][part] for part in ("xla", "unpriced", "kernels", "exposed", "copies"))
+    )
+    assert {x["kind"] for x in figures["traffic"]} >= {"all-gather"}
