@@ -1,12 +1,17 @@
 """python -m dsv2_jax.generate --checkpoint DIR --prompt TEXT: continues a text, streamed to the terminal."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dsv2_jax import cli
-from dsv2_jax.config import Compute, check
+from dsv2_jax.config import check
+from dsv2_jax.inference.engine import Capacity, Engine
+from dsv2_jax.inference.request import Request
+from dsv2_jax.inference.sampling import Sampling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,8 +32,6 @@ def main() -> None:
     """The command line."""
     args = cli.parse(Generate, prog="python -m dsv2_jax.generate")
     from dsv2_jax import loading
-    from dsv2_jax.inference import generation
-    from dsv2_jax.inference.sampling import Sampling
 
     cli.keep_compiled_programs()
     check((args.prompt_ids is None) == (args.out_ids is None), "--prompt-ids and --out-ids belong together")
@@ -36,36 +39,45 @@ def main() -> None:
     sampling = Sampling(temperature=args.temperature, top_p=args.top_p)
     prompts = None if args.prompt_ids is None else cli.read_ids(args.prompt_ids)
     loaded = loading.load(args.checkpoint)
-    words = loaded.tokenizer
     if prompts is None:
-        words = loaded.need_tokenizer()
-        prompts = np.array([[words.bos_id, *words.encode(args.prompt)]])
-    compute = Compute()
-    prepared = generation.prepare(loaded.params, compute)
-    new = generation.generate(
-        prepared,
-        prompts.tolist(),
-        args.max_new,
-        model=loaded.model,
-        compute=compute,
+        stream(loaded, args, sampling)
+        return
+    requests = [
+        Request(prompt=tuple(row), max_new=args.max_new, sampling=sampling, seed=args.seed + i)
+        for i, row in enumerate(prompts.tolist())
+    ]
+    new = [result.tokens for result in engine(loaded, requests).generate(requests)]
+    ids_BT = np.concatenate([prompts, np.array(new)], axis=1)
+    np.save(args.out_ids, ids_BT.astype(np.int64))  # pyright: ignore[reportArgumentType]
+    print(f"wrote ids [{', '.join(map(str, ids_BT.shape))}] to {args.out_ids}")
+
+
+def engine(loaded: Any, requests: Sequence[Request]) -> Engine:
+    """An engine as large as these requests need."""
+    longest = max(len(request.prompt) + request.max_new for request in requests)
+    capacity = Capacity(
+        rows=min(len(requests), 16), length=min(longest, loaded.model.max_position_embeddings), chunk=64
+    )
+    return Engine(loaded.params, loaded.model, capacity=capacity, words=loaded.tokenizer)
+
+
+def stream(loaded: Any, args: Generate, sampling: Sampling) -> None:
+    """Writes the prompt and what follows it to the terminal, as it comes."""
+    words = loaded.need_tokenizer()
+    request = Request(
+        prompt=(words.bos_id, *words.encode(args.prompt)),
+        max_new=args.max_new,
         sampling=sampling,
         seed=args.seed,
+        stop_ids=(words.eos_id,),
+        text=True,
     )
-    if args.out_ids is not None:
-        ids_BT = np.stack([*prompts.T, *new], axis=1)
-        np.save(args.out_ids, ids_BT.astype(np.int64))
-        print(f"wrote ids [{', '.join(map(str, ids_BT.shape))}] to {args.out_ids}")
-        return
-    assert words is not None
+    running = engine(loaded, [request])
+    running.add(request)
     print(args.prompt, end="", flush=True)
-    ids, shown = [], ""
-    for (token,) in new:
-        if token == words.eos_id:
-            break
-        ids.append(int(token))
-        text = words.decode(ids).rstrip("\ufffd")  # the bytes of a character may still be on their way
-        print(text[len(shown) :], end="", flush=True)
-        shown = text
+    while running.unfinished:
+        for event in running.step():
+            print(event.text, end="", flush=True)
     print()
 
 

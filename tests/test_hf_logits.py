@@ -16,8 +16,8 @@ from hf_cases import MODELS, lite, make_run
 from configs import models
 from dsv2_jax.config import Attention, Batch, Compute, Config, Model, Moe, Rope
 from dsv2_jax.hf import export, load_params, names
-from dsv2_jax.inference import generation
-from dsv2_jax.inference.sampling import Sampling
+from dsv2_jax.inference.engine import Capacity, Engine
+from dsv2_jax.inference.request import Request
 from dsv2_jax.model import transformer
 from dsv2_jax.training.loss import loss
 
@@ -122,19 +122,17 @@ def test_logits_are_those_of_transformers_and_mlx_lm(case):
 
 
 def test_greedy_continuations_are_those_of_transformers(case):
-    """A short and a long prompt in one batch, padded on the left; transformers takes them one by one."""
+    """A short and a long prompt in one batch; transformers takes them one by one."""
     _, model, params, judge = case
     rng = np.random.default_rng(3)
     prompts = [rng.integers(0, model.vocab_size, length).tolist() for length in (3, 60)]
-    steps = generation.generate(
-        generation.prepare(params, EXACT), prompts, 64, model=model, compute=EXACT, sampling=Sampling()
-    )
-    mine = np.stack(list(steps), axis=1)
-    for prompt, new in zip(prompts, mine, strict=True):
+    engine = Engine(params, model, compute=EXACT, capacity=Capacity(rows=2, length=128, chunk=64, page=16))
+    mine = engine.generate([Request(prompt=tuple(prompt), max_new=64) for prompt in prompts])
+    for prompt, result in zip(prompts, mine, strict=True):
         ids = torch.tensor([prompt])
         settings = {"max_new_tokens": 64, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         theirs = judge.generate(ids, attention_mask=torch.ones_like(ids), **settings)
-        assert new.tolist() == theirs[0, len(prompt) :].tolist()
+        assert list(result.tokens) == theirs[0, len(prompt) :].tolist()
 
 
 def gradients_by_file_names(judge: torch.nn.Module) -> dict[str, np.ndarray]:

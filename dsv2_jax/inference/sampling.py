@@ -1,34 +1,144 @@
-"""Choosing the next token from its logits."""
+"""Choosing the next token of every row from its logits, each row by its own settings."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
+from jax import Array, lax
 
 from dsv2_jax.config import check
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """temperature 0 is greedy. top_p keeps the fewest tokens whose probabilities reach it; 1 keeps all."""
+    """How a token is drawn: penalty and bias, then temperature, then top_k, top_p and min_p of what is left."""
 
-    temperature: float = 0.0
-    top_p: float = 1.0
+    temperature: float = 0.0  # 0 is greedy
+    top_k: int = 0  # the most probable tokens that stay; 0: all
+    top_p: float = 1.0  # the fewest tokens whose probabilities reach it stay; 1: all
+    min_p: float = 0.0  # tokens stay that are at least so probable as this share of the most probable one
+    repetition_penalty: float = 1.0  # logits of tokens already there: positive ones divided by it, others multiplied
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit)
 
     def __post_init__(self) -> None:
-        check(self.temperature >= 0, f"temperature must not be negative, not {self.temperature}")
+        check(0 <= self.temperature < float("inf"), f"temperature must not be negative, not {self.temperature}")
+        check(self.top_k >= 0, f"top_k must not be negative, not {self.top_k}")
         check(0 < self.top_p <= 1, f"top_p must lie above 0 and at most at 1, not {self.top_p}")
+        check(0 <= self.min_p <= 1, f"min_p must lie in 0 to 1, not {self.min_p}")
+        check(
+            0 < self.repetition_penalty < float("inf"),
+            f"repetition_penalty must be positive, not {self.repetition_penalty}",
+        )
+        check(
+            all(abs(bias) < float("inf") for _, bias in self.logit_bias),
+            "logit_bias must be finite: -100 already bans a token",
+        )
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether logits change before the temperature."""
+        return self.repetition_penalty != 1 or bool(self.logit_bias)
 
 
-def sample(logits_BW: Array, key: Array, sampling: Sampling) -> Array:
-    """Token ids int32 [B] drawn from logits [B, W]; the key is not used when greedy."""
-    if sampling.temperature == 0:
-        return jnp.argmax(logits_BW, axis=-1).astype(jnp.int32)
-    logits_BW = logits_BW.astype(jnp.float32) / sampling.temperature
-    if sampling.top_p < 1:
-        sorted_BW = jnp.sort(logits_BW, axis=-1, descending=True)
-        before_BW = jnp.cumsum(jax.nn.softmax(sorted_BW, axis=-1), axis=-1) - jax.nn.softmax(sorted_BW, axis=-1)
-        least_B1 = jnp.where(before_BW < sampling.top_p, sorted_BW, jnp.inf).min(axis=-1, keepdims=True)
-        logits_BW = jnp.where(logits_BW >= least_B1, logits_BW, -jnp.inf)
-    return jax.random.categorical(key, logits_BW, axis=-1).astype(jnp.int32)
+class Rows(NamedTuple):
+    """Settings of N rows: float32 [N], integers [N]. time_N: the position of the token that is drawn."""
+
+    temperature_N: Array | np.ndarray
+    top_k_N: Array | np.ndarray
+    top_p_N: Array | np.ndarray
+    min_p_N: Array | np.ndarray
+    penalty_N: Array | np.ndarray
+    seed_N: Array | np.ndarray
+    time_N: Array | np.ndarray
+
+
+class Adjust(NamedTuple):
+    """What penalties and biases act on. seen_NW bool: tokens of the row so far. bias_NW float32."""
+
+    seen_NW: Array | np.ndarray
+    bias_NW: Array | np.ndarray
+
+
+def rows(settings: Sequence[Sampling], seeds: Sequence[int], times: Sequence[int], n: int) -> Rows:
+    """Host arrays of these rows, padded to n with greedy ones."""
+    numbers = np.zeros((5, n), np.float32)
+    numbers[2] = numbers[4] = 1
+    whole = np.zeros((2, n), np.int64)
+    for i, (s, seed, time) in enumerate(zip(settings, seeds, times, strict=True)):
+        numbers[:, i] = s.temperature, s.top_k, s.top_p, s.min_p, s.repetition_penalty
+        whole[:, i] = seed % 2**32, time
+    temperature, top_k, top_p, min_p, penalty = numbers
+    return Rows(
+        temperature,
+        top_k.astype(np.int32),
+        top_p,
+        min_p,
+        penalty,
+        whole[0].astype(np.uint32),
+        whole[1].astype(np.int32),
+    )
+
+
+def sample(logits_NW: Array, rows: Rows, adjust: Adjust | None = None) -> Array:
+    """Token ids int32 [N] from logits [N, W].
+
+    A draw depends on its row's logits, settings, seed and position, on no other row: Gumbel noise of a key made of seed
+    and position is added, and the largest wins. Of the filters, tokens as probable as the last one kept stay too.
+    """
+    logits_NW = logits_NW.astype(jnp.float32)
+    if adjust is not None:
+        logits_NW = adjusted(logits_NW, rows, adjust)
+    greedy_N = jnp.argmax(logits_NW, axis=-1).astype(jnp.int32)
+
+    def draw() -> Array:
+        hot_NW = logits_NW / jnp.where(rows.temperature_N > 0, rows.temperature_N, 1)[:, None]
+        filters = (rows.top_k_N > 0) | (rows.top_p_N < 1) | (rows.min_p_N > 0)
+        hot_NW = lax.cond(jnp.any(filters & (rows.temperature_N > 0)), lambda: filtered(hot_NW, rows), lambda: hot_NW)
+        keys_N = jax.vmap(lambda seed, time: jax.random.fold_in(jax.random.key(seed), time))(rows.seed_N, rows.time_N)
+        noise_NW = jax.vmap(lambda key: jax.random.gumbel(key, hot_NW.shape[1:]))(keys_N)
+        return jnp.argmax(hot_NW + noise_NW, axis=-1).astype(jnp.int32)
+
+    drawn_N = lax.cond(jnp.any(rows.temperature_N > 0), draw, lambda: greedy_N)
+    return jnp.where(rows.temperature_N > 0, drawn_N, greedy_N)
+
+
+def adjusted(logits_NW: Array, rows: Rows, adjust: Adjust) -> Array:
+    """Logits with the penalty on tokens already seen, and with the biases."""
+    penalty_N1 = jnp.asarray(rows.penalty_N)[:, None]
+    penalised_NW = jnp.where(logits_NW > 0, logits_NW / penalty_N1, logits_NW * penalty_N1)
+    return jnp.where(adjust.seen_NW, penalised_NW, logits_NW) + adjust.bias_NW
+
+
+def filtered(logits_NW: Array, rows: Rows) -> Array:
+    """Logits with -inf where top_k, then top_p, then min_p of a row take a token out.
+
+    The threshold of a row is found by its bits, the highest first: a sort of the vocabulary would cost more.
+    """
+    order_NW = _ordered(logits_NW)
+    k_N = jnp.where(rows.top_k_N > 0, rows.top_k_N, logits_NW.shape[1])
+    kept_NW = order_NW >= _threshold(order_NW, jnp.ones_like(logits_NW), k_N.astype(jnp.float32))[:, None]
+    mass_NW = jnp.where(kept_NW, jnp.exp(logits_NW - jnp.max(logits_NW, axis=-1, keepdims=True)), 0)
+    goal_N = jnp.where(rows.top_p_N < 1, rows.top_p_N * jnp.sum(mass_NW, axis=-1), jnp.inf)
+    kept_NW &= order_NW >= _threshold(order_NW, mass_NW, goal_N)[:, None]
+    kept_NW &= mass_NW >= jnp.asarray(rows.min_p_N)[:, None]
+    return jnp.where(kept_NW, logits_NW, -jnp.inf)
+
+
+def _ordered(x: Array) -> Array:
+    """uint32 in the order of the float32 numbers."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    return jnp.where(bits >> 31, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _threshold(order_NW: Array, mass_NW: Array, goal_N: Array) -> Array:
+    """The largest number so that the mass at or above it reaches the goal; 0, which keeps all, where none does."""
+
+    def turn(i: Array, found_N: Array) -> Array:
+        try_N = found_N | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+        reached_N = jnp.sum(jnp.where(order_NW >= try_N[:, None], mass_NW, 0), axis=-1) >= goal_N
+        return jnp.where(reached_N, try_N, found_N)
+
+    return lax.fori_loop(0, 32, turn, jnp.zeros(order_NW.shape[0], jnp.uint32))

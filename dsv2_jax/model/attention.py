@@ -14,7 +14,7 @@ from jax import Array
 
 from dsv2_jax.config import SINGLE, Mesh, Model
 from dsv2_jax.model import cache as caches
-from dsv2_jax.model import rope
+from dsv2_jax.model import paged, rope
 from dsv2_jax.model.blockwise import attention as blockwise_attention
 from dsv2_jax.model.layers import Kernels, rms_norm
 from dsv2_jax.model.matmul import project
@@ -43,7 +43,7 @@ class Where(NamedTuple):
 def attend(
     p: Params,
     x_BTD: Array,
-    where: Where,
+    where: Where | paged.Where,
     cache: caches.Layer | None,
     model: Model,
     mesh: Mesh = SINGLE,
@@ -58,7 +58,7 @@ def attend(
 def latent_attention(
     p: Params,
     x_BTD: Array,
-    where: Where,
+    where: Where | paged.Where,
     cache: caches.Layer | None,
     model: Model,
     mesh: Mesh = SINGLE,
@@ -74,6 +74,9 @@ def latent_attention(
     latent_BSC = rms_norm(project(x_BTD, p["w_dkv_DC"]), p["norm_kv_C"], LATENT_EPSILON)
     k_rope_BSR = rope.rotate(project(x_BTD, p["w_kr_DR"]), where.phases_BTR)
 
+    if isinstance(where, paged.Where):
+        assert cache is not None
+        return paged.latent(p, q_nope_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR, where, cache, model)
     if cache is not None:
         cache = {
             "latent_BSC": caches.write(cache["latent_BSC"], latent_BSC, where.offset),
@@ -128,7 +131,7 @@ def absorbed(
 def grouped_query_attention(
     p: Params,
     x_BTD: Array,
-    where: Where,
+    where: Where | paged.Where,
     cache: caches.Layer | None,
     model: Model,
     mesh: Mesh = SINGLE,
@@ -137,6 +140,9 @@ def grouped_query_attention(
     """GQA before W^O, [B, T, H, V]; MHA with as many KV heads as heads, MQA with one (App. D.1)."""
     q_BTHR = rope.rotate(project(x_BTD, p["w_q_DHR"]), where.phases_BTR)
     k_BSJR, v_BSJV = rope.rotate(project(x_BTD, p["w_k_DJR"]), where.phases_BTR), project(x_BTD, p["w_v_DJV"])
+    if isinstance(where, paged.Where):
+        assert cache is not None
+        return paged.grouped_queries(q_BTHR, k_BSJR, v_BSJV, where, cache, model)
     if cache is not None:
         cache = {
             "key_BSJR": caches.write(cache["key_BSJR"], k_BSJR, where.offset),

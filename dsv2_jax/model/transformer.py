@@ -15,7 +15,7 @@ from jax import Array
 
 from dsv2_jax.config import AXES, SINGLE, Compute, Mesh, Model
 from dsv2_jax.model import cache as caches
-from dsv2_jax.model import parameters, rope
+from dsv2_jax.model import paged, parameters, rope
 from dsv2_jax.model.attention import Where, attend
 from dsv2_jax.model.layers import Kernels, compute_dtype, declare, kernels, rms_norm, swiglu
 from dsv2_jax.model.matmul import project
@@ -36,7 +36,7 @@ class Output(NamedTuple):
     """hidden_BTD: after the last norm, in the compute dtype. statistics: `mixture`'s, each with a leading L."""
 
     hidden_BTD: Array
-    cache: caches.Cache | None
+    cache: caches.Cache | paged.Cache | None
     statistics: dict[str, Array]
 
 
@@ -50,7 +50,7 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: Array, cache: caches.Layer | None, where: Where, exempt_B: Array | None
+        self, x_BTD: Array, cache: caches.Layer | None, where: Where | paged.Where, exempt_B: Array | None
     ) -> tuple[Array, tuple[caches.Layer | None, dict[str, Array]]]:
         """(x [B, T, D] behind the layer, (its cache, its statistics))."""
         p = declare(self, self.model, parameters.layer_names(self.model, self.sparse))
@@ -123,20 +123,23 @@ class Transformer(nn.Module):
         segments_BT: Array,
         *,
         exempt_B: Array | None = None,
-        cache: caches.Cache | None = None,
+        cache: caches.Cache | paged.Cache | None = None,
         prefill: bool = False,
         micro_batches: int = 1,
     ) -> Output:
         """Runs tokens int32 at positions int32; a token attends earlier tokens of its segment (int32, 0 is padding).
 
         exempt_B bool: given in training only, then experts' budgets hold for all other sequences. cache: only when
-        unrolled; the tokens are written behind its filled slots. prefill: the cache is known to be empty, so the
-        expanded form serves. micro_batches: how many follow each other in the rows, for a pipeline to work on; the
-        result is then of this stage's part of the positions.
+        unrolled; the tokens are written behind its filled slots, or, with B = 1, where its plan says. prefill: the
+        cache is known to be empty, so the expanded form serves. micro_batches: how many follow each other in the rows,
+        for a pipeline to work on; the result is then of this stage's part of the positions.
         """
         segments_BS = context.whole(segments_BT, self.mesh)
-        where = Where(rope.phases(self.model, positions_BT), segments_BT, segments_BS, 0)
-        if cache is not None:
+        phases_BTR = rope.phases(self.model, positions_BT)
+        where: Any = Where(phases_BTR, segments_BT, segments_BS, 0)
+        if isinstance(cache, paged.Cache):
+            where = paged.Where(phases_BTR, segments_BT, cache.plan, cache.form)
+        elif cache is not None:
             offset = 0 if prefill else cache.length
             where = where._replace(offset=offset, segments_BS=caches.write(cache.segments_BS, segments_BT, offset))
         x_BTD = Embed(self.model, self.mesh, name="embed")(tokens_BT, compute_dtype(self.compute))
@@ -145,7 +148,9 @@ class Transformer(nn.Module):
         else:
             assert cache is None, "a cache needs the unrolled form"
             x_BTD, layers, statistics = self._scanned(x_BTD, where, exempt_B, micro_batches)
-        if cache is not None:
+        if isinstance(cache, paged.Cache):
+            cache = cache._replace(layers=layers)
+        elif cache is not None:
             cache = caches.Cache(layers, where.segments_BS, cache.length + tokens_BT.shape[1])
         return Output(Head(self.model, self.mesh, name="head")(x_BTD), cache, statistics)
 
@@ -188,7 +193,9 @@ class Transformer(nn.Module):
         statistics = {name: pipeline.all_layers(x / micro_batches, self.mesh) for name, x in sums.items()}
         return x_ABTD.reshape(-1, *x_ABTD.shape[2:]), statistics
 
-    def _unrolled(self, x_BTD: Array, cache: caches.Cache | None, where: Where, exempt_B: Array | None) -> Any:
+    def _unrolled(
+        self, x_BTD: Array, cache: caches.Cache | paged.Cache | None, where: Any, exempt_B: Array | None
+    ) -> Any:
         layers: list[caches.Layer | None] = []
         statistics: list[dict[str, Array]] = []
         names = [(kind, i) for kind, count in self._kinds() for i in range(count)]

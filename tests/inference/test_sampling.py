@@ -1,31 +1,87 @@
-"""Choosing a token: greedy, the smallest set that reaches top_p, temperature's statistics, and what is refused."""
+"""Choosing a token: transformers' filters on rows of different settings, statistics of draws, and what is refused."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import transformers
 
-from dsv2_jax.inference.sampling import Sampling, sample
+from dsv2_jax.inference.sampling import Adjust, Sampling, adjusted, filtered, rows, sample
 
 DRAWS = 4000
+draw = jax.jit(sample)
 
 
 def counts(probabilities: list[float], sampling: Sampling, seed: int = 0) -> np.ndarray:
     """How often each token comes up in DRAWS independent rows with these probabilities at temperature 1."""
     logits = jnp.broadcast_to(jnp.log(jnp.asarray(probabilities)), (DRAWS, len(probabilities))) + 5.0
-    return np.bincount(sample(logits, jax.random.key(seed), sampling), minlength=len(probabilities))
+    settings = rows([sampling] * DRAWS, [seed] * DRAWS, range(DRAWS), DRAWS)
+    return np.bincount(draw(logits, settings), minlength=len(probabilities))
 
 
 def chi_square(found: np.ndarray, expected: np.ndarray) -> float:
     return float((((found - expected) ** 2)[expected > 0] / expected[expected > 0]).sum())
 
 
-def test_greedy_takes_the_largest_and_needs_no_key():
+def test_greedy_takes_the_largest_and_needs_no_seed():
     logits = jnp.array([[0.1, 3.0, -2.0], [5.0, 4.9, 0.0], [-9.0, -8.0, -7.0]])
     for seed in range(3):
-        chosen = sample(logits, jax.random.key(seed), Sampling(top_p=0.5))
+        chosen = draw(logits, rows([Sampling(top_p=0.5)] * 3, [seed] * 3, [seed] * 3, 3))
         assert chosen.dtype == jnp.int32
         assert chosen.tolist() == [1, 0, 2]
+
+
+def test_filters_are_those_of_transformers():
+    """Each row by its own settings, in one call; transformers takes them one by one."""
+    settings = [
+        Sampling(temperature=1.0),
+        Sampling(temperature=0.7, top_k=1),
+        Sampling(temperature=1.3, top_k=40),
+        Sampling(temperature=1.0, top_p=0.9),
+        Sampling(temperature=2.0, min_p=0.1),
+        Sampling(temperature=0.9, top_k=50, top_p=0.8),
+        Sampling(temperature=1.1, top_k=30, top_p=0.95, min_p=0.02),
+        Sampling(temperature=0.5, top_p=0.01),
+    ]
+    logits = (np.random.default_rng(0).standard_normal((len(settings), 300)) * 3).astype(np.float32)
+    hot = logits / np.array([s.temperature for s in settings], np.float32)[:, None]
+    mine = jax.jit(filtered)(hot, rows(settings, [0] * 8, [0] * 8, 8))
+    for row, s in enumerate(settings):
+        expected = torch.tensor(logits[row : row + 1]) / s.temperature
+        if s.top_k:
+            expected = transformers.TopKLogitsWarper(s.top_k)(None, expected)
+        if s.top_p < 1:
+            expected = transformers.TopPLogitsWarper(s.top_p)(None, expected)
+        if s.min_p:
+            expected = transformers.MinPLogitsWarper(s.min_p)(None, expected)
+        np.testing.assert_array_equal(np.asarray(mine[row]), expected[0].numpy(), err_msg=str(s))
+
+
+def test_penalty_is_that_of_transformers_and_bias_is_added():
+    logits = np.random.default_rng(1).standard_normal((2, 50)).astype(np.float32)
+    tokens = [3, 7, 7, 20]
+    adjust = Adjust(np.zeros((2, 50), bool), np.zeros((2, 50), np.float32))
+    adjust.seen_NW[:, tokens] = True
+    adjust.bias_NW[1, [4, 7]] = 5.0, -100.0
+    settings = [Sampling(repetition_penalty=1.3), Sampling(logit_bias=((4, 5.0), (7, -100.0)))]
+    mine = np.asarray(adjusted(logits, rows(settings, [0, 0], [0, 0], 2), adjust))
+    judge = transformers.RepetitionPenaltyLogitsProcessor(1.3)
+    np.testing.assert_allclose(mine[0], judge(torch.tensor([tokens]), torch.tensor(logits[:1]))[0], rtol=1e-6)
+    expected = logits[1].copy()
+    expected[[4, 7]] += 5.0, -100.0
+    np.testing.assert_allclose(mine[1], expected, rtol=1e-6)
+
+
+def test_a_draw_depends_on_its_own_row_alone():
+    logits = np.random.default_rng(2).standard_normal((6, 100)).astype(np.float32)
+    settings = [Sampling(temperature=t, top_p=0.9) for t in (0.0, 0.5, 1.0, 1.5, 1.0, 0.8)]
+    seeds, times = [1, 2, 3, 4, 3, 2**40 + 5], [9, 8, 7, 6, 5, 4]
+    together = draw(logits, rows(settings, seeds, times, 6))
+    for i in range(6):
+        padded = np.zeros((2, 100), np.float32)
+        padded[0] = logits[i]
+        assert draw(padded, rows(settings[i : i + 1], seeds[i : i + 1], times[i : i + 1], 2))[0] == together[i]
 
 
 @pytest.mark.parametrize(
@@ -69,9 +125,12 @@ def test_temperature_comes_before_top_p():
 
 
 def test_a_seed_fixes_the_draw():
-    sampling, logits = Sampling(temperature=1.0, top_p=0.9), jnp.zeros((64, 32))
-    first, again, other = (sample(logits, jax.random.key(seed), sampling).tolist() for seed in (5, 5, 6))
-    assert first == again != other
+    logits = jnp.zeros((64, 32))
+
+    def drawn(seed: int) -> list[int]:
+        return draw(logits, rows([Sampling(temperature=1.0, top_p=0.9)] * 64, [seed] * 64, range(64), 64)).tolist()
+
+    assert drawn(5) == drawn(5) != drawn(6)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +139,10 @@ def test_a_seed_fixes_the_draw():
         ({"temperature": -0.1}, "temperature must not be negative, not -0.1"),
         ({"top_p": 0.0}, "top_p must lie above 0"),
         ({"top_p": 1.01}, "top_p must lie above 0"),
+        ({"top_k": -1}, "top_k must not be negative, not -1"),
+        ({"min_p": 1.5}, "min_p must lie in 0 to 1, not 1.5"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be positive, not 0.0"),
+        ({"logit_bias": ((3, float("inf")),)}, "logit_bias must be finite"),
     ],
 )
 def test_impossible_settings_are_refused(settings, told):

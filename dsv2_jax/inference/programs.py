@@ -1,0 +1,179 @@
+"""What the engine runs on devices: a forward pass over mixed tokens, and the draws and scores that follow it.
+
+Every array has a leading axis of lanes. A lane is a device, or a group of them that shares its tokens over the tensor
+axis: it has sequences and pages of its own, and meets the others only where tokens go to their experts.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import PartitionSpec
+
+from dsv2_jax import config
+from dsv2_jax.config import Compute, Model
+from dsv2_jax.inference.sampling import Adjust, Rows, sample
+from dsv2_jax.model import paged, transformer
+from dsv2_jax.model.formats import Format
+from dsv2_jax.model.layers import cast, compute_dtype
+from dsv2_jax.parallel import collectives, mesh, sharding
+
+_LANES = PartitionSpec(mesh.BATCH)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What programs are compiled for, besides their shapes."""
+
+    model: Model
+    compute: Compute
+    form: Format
+    devices: jax.sharding.Mesh | None
+
+    @property
+    def mesh(self) -> config.Mesh:
+        """Sizes of the mesh; parameters are split only where the computation is, for a step gathers nothing."""
+        return dataclasses.replace(mesh.sizes(self.devices), shard="optimizer")
+
+    @property
+    def lanes(self) -> int:
+        """Groups of devices with sequences of their own."""
+        return self.mesh.size(*mesh.BATCH)
+
+
+class Call(NamedTuple):
+    """One forward pass, int32, Z lanes. The first N of T tokens are one of each sequence, the rest a chunk: Plan.
+
+    real_T: whether a token is no padding. last_N: the token whose hidden state is each sequence's newest.
+    """
+
+    tokens_ZT: np.ndarray
+    real_ZT: np.ndarray
+    times_ZT: np.ndarray
+    page_ZT: np.ndarray
+    table_ZNP: np.ndarray
+    blocks_ZM: np.ndarray
+    used_Z: np.ndarray
+    last_ZN: np.ndarray
+
+
+class Drawn(NamedTuple):
+    """New tokens [Z, N], their log-probabilities, and the TOP most probable tokens with theirs (or none: [Z, N, 0])."""
+
+    token_ZN: Array
+    logprob_ZN: Array
+    top_ZNK: Array
+    top_logprob_ZNK: Array
+
+
+def prepare(params: Any, setup: Setup) -> Any:
+    """Parameters as programs read them: unstacked, matrices in the compute dtype."""
+    prepared = _prepare(params, setup=setup)
+    return jax.device_put(prepared, sharding.on(setup.devices, _param_specs(prepared, setup)))
+
+
+@functools.partial(jax.jit, static_argnames="setup")
+def _prepare(params: Any, *, setup: Setup) -> Any:
+    return cast(transformer.unstack(params), compute_dtype(setup.compute))
+
+
+def empty(setup: Setup, pages: int, slots: int) -> tuple[paged.Layer, ...]:
+    """Every lane's cache, on its devices."""
+
+    def make() -> tuple[paged.Layer, ...]:
+        layers = paged.empty(setup.model, setup.mesh, pages, slots, setup.form, compute_dtype(setup.compute))
+        return jax.tree.map(lambda x: x[None], layers)
+
+    specs = _cache_specs(setup)
+    # Said to be where they are: programs would be compiled anew for arrays of which that is not known.
+    return jax.jit(_spread(make, setup, (), specs), out_shardings=sharding.on(setup.devices, specs))()
+
+
+def _cache_specs(setup: Setup) -> Any:
+    one = jax.eval_shape(lambda: paged.empty(setup.model, config.SINGLE, 2, 16, setup.form, jnp.dtype(jnp.float32)))
+
+    def spec(path: tuple, leaf: jax.ShapeDtypeStruct) -> PartitionSpec:
+        by_head = path[-1].key.startswith(("key", "value"))
+        return PartitionSpec(mesh.BATCH, None, None, "tensor") if by_head and leaf.ndim > 2 else _LANES
+
+    return jax.tree_util.tree_map_with_path(spec, one)
+
+
+def _param_specs(prepared: Any, setup: Setup) -> Any:
+    def spec(path: tuple, _: Any) -> PartitionSpec:
+        part, name = (key.key for key in path[:2])
+        return sharding.spec(part, name, setup.model, setup.mesh, stored=False)
+
+    return jax.tree_util.tree_map_with_path(spec, prepared)
+
+
+def _spread(function: Any, setup: Setup, in_specs: Any, out_specs: Any) -> Any:
+    """The function of one lane, whose arrays keep a leading axis of 1, on all lanes of the mesh."""
+    if setup.devices is None:
+        return function
+    return jax.shard_map(function, mesh=setup.devices, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+@functools.partial(jax.jit, static_argnames="setup", donate_argnames="layers")
+def forward(
+    prepared: Any, layers: tuple[paged.Layer, ...], call: Call, *, setup: Setup
+) -> tuple[Array, Array, tuple[paged.Layer, ...]]:
+    """(hidden states [Z, N, D] of `last`, those [Z, T - N, D] of the chunk, the cache with the call's tokens)."""
+
+    def lane(prepared: Any, layers: tuple[paged.Layer, ...], call: Call) -> Any:
+        layers, one = jax.tree.map(lambda x: x[0], (layers, call))
+        plan = paged.Plan(one.table_ZNP, one.page_ZT, one.times_ZT, one.blocks_ZM, one.used_Z)
+        net = transformer.Transformer(setup.model, setup.compute, setup.mesh, unrolled=True)
+        rows = one.tokens_ZT[None], one.times_ZT[None], one.real_ZT[None]
+        out: Any = net.apply({"params": prepared}, *rows, cache=paged.Cache(layers, plan, setup.form))
+        hidden_TD = out.hidden_BTD[0]
+        results = hidden_TD[one.last_ZN], hidden_TD[one.table_ZNP.shape[0] :], out.cache.layers
+        return jax.tree.map(lambda x: x[None], results)
+
+    cache = _cache_specs(setup)
+    specs = (_param_specs(prepared, setup), cache, _LANES)
+    return _spread(lane, setup, specs, (_LANES, _LANES, cache))(prepared, layers, call)
+
+
+@functools.partial(jax.jit, static_argnames=("setup", "top"))
+def draw(head: Any, hidden_ZND: Array, rows: Rows, adjust: Adjust | None, *, setup: Setup, top: int) -> Drawn:
+    """The next token of every row by its settings. `head`: the parameters of that name. top: 0 or TOP."""
+
+    def lane(head: Any, hidden_1ND: Array, rows: Rows, adjust: Adjust | None) -> Drawn:
+        rows, adjust = jax.tree.map(lambda x: x[0], (rows, adjust))
+        logits_NW = _logits(head, hidden_1ND, setup)
+        token_N = sample(logits_NW, rows, adjust)
+        sum_N1 = jax.nn.logsumexp(logits_NW, axis=-1, keepdims=True)
+        values_NK, tops_NK = jax.lax.top_k(logits_NW, top)
+        logprob_N = (jnp.take_along_axis(logits_NW, token_N[:, None], axis=-1) - sum_N1)[:, 0]
+        return jax.tree.map(lambda x: x[None], Drawn(token_N, logprob_N, tops_NK, values_NK - sum_N1))
+
+    specs = (_head_specs(head, setup), _LANES, _LANES, _LANES)
+    return _spread(lane, setup, specs, _LANES)(head, hidden_ZND, rows, adjust)
+
+
+@functools.partial(jax.jit, static_argnames="setup")
+def score(head: Any, hidden_ZCD: Array, targets_ZC: Array, *, setup: Setup) -> tuple[Array, Array]:
+    """Log-probabilities float32 [Z, C] of the targets behind these hidden states, and whether greedy takes them."""
+
+    def lane(head: Any, hidden_1CD: Array, targets_1C: Array) -> tuple[Array, Array]:
+        logits_CW = _logits(head, hidden_1CD, setup)
+        own_C = jnp.take_along_axis(logits_CW, targets_1C[0][:, None], axis=-1)[:, 0]
+        logprob_C = own_C - jax.nn.logsumexp(logits_CW, axis=-1)
+        return logprob_C[None], (jnp.argmax(logits_CW, axis=-1) == targets_1C[0])[None]
+
+    specs = (_head_specs(head, setup), _LANES, _LANES)
+    return _spread(lane, setup, specs, (_LANES, _LANES))(head, hidden_ZCD, targets_ZC)
+
+
+def _head_specs(head: Any, setup: Setup) -> Any:
+    return _param_specs({"head": head}, setup)["head"]
+
+
+def _logits(head: Any, hidden_1ND: Array, setup: Setup) -> Array:
+    logits_NW = transformer.logits({"head": head}, hidden_1ND)[0].astype(jnp.float32)
+    return collectives.gather(logits_NW, ("tensor",), 1, setup.mesh)

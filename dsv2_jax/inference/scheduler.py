@@ -1,0 +1,166 @@
+"""Which sequences run, on which pages, and what part of them a step computes: one lane's bookkeeping, on the host."""
+
+import collections
+import dataclasses
+from collections.abc import Iterator
+
+from dsv2_jax.inference.pages import Digest, Pages, digests
+from dsv2_jax.inference.request import Request
+from dsv2_jax.inference.text import Text
+
+
+@dataclasses.dataclass(eq=False)
+class Sequence:
+    """A request on its way. tokens: prompt and new ones, of which the first `computed` are in the cache."""
+
+    id: int
+    request: Request
+    text: Text | None
+    tokens: list[int]
+    computed: int = 0
+    pages: list[int] = dataclasses.field(default_factory=list)
+    digests: list[Digest] = dataclasses.field(default_factory=list)
+    published: int = 0  # pages that others may find
+    reused: int = 0
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    top: list[tuple[tuple[int, float], ...]] = dataclasses.field(default_factory=list)
+    scores: list[tuple[float, bool]] = dataclasses.field(default_factory=list)
+
+    @property
+    def goal(self) -> int:
+        """Tokens to compute: of one that is only scored, nobody needs what follows the last."""
+        return len(self.tokens) - (self.request.max_new == 0)
+
+    @property
+    def scoring(self) -> bool:
+        """Whether tokens are still to be scored, which only a chunk does."""
+        start, prompt = self.request.score_from, len(self.request.prompt)
+        return start is not None and start + len(self.scores) < prompt
+
+    @property
+    def decodes(self) -> bool:
+        """Whether one token is left to compute, behind others."""
+        return self.goal - self.computed == 1 and self.computed > 0 and not self.scoring
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What a step computes of a sequence: tokens `start` to `stop` - 1, as a row of its own or in the chunk."""
+
+    sequence: Sequence
+    start: int
+    stop: int
+    chunk: bool
+
+
+class Scheduler:
+    """First come, first served, as long as there are rows and pages.
+
+    A sequence is admitted when the pages of all its tokens are available; it takes more as it grows. When none is left,
+    the youngest gives up its own and waits at the head of the queue, to compute again what nobody kept.
+    """
+
+    def __init__(self, pages: int, slots: int, rows: int, chunk: int, block: int):
+        self.pages, self.slots = Pages(pages), slots
+        self.waiting: collections.deque[Sequence] = collections.deque()
+        self.running: list[Sequence] = []  # in the order of admission
+        self.preemptions = 0
+        self._rows, self._chunk, self._block = rows, chunk, block
+
+    @property
+    def load(self) -> int:
+        """Tokens that its sequences may still compute."""
+        every = (*self.waiting, *self.running)
+        return sum(len(s.request.prompt) + s.request.max_new - s.computed for s in every)
+
+    def plan(self) -> list[Part]:
+        """The parts of the next step, in the order of the rows; pages for all of them are held."""
+        self._grow()
+        self._admit()
+        parts, left = [], self._chunk
+        for sequence in self.running:
+            missing = sequence.goal - sequence.computed
+            if sequence.decodes:
+                parts.append(Part(sequence, sequence.computed, sequence.computed + 1, False))
+                continue
+            take = min(missing, left)
+            if take > 0 or missing == 0:  # of one that is scored, all may have been in the cache
+                left -= -(-take // self._block) * self._block
+                parts.append(Part(sequence, sequence.computed, sequence.computed + take, True))
+        return parts
+
+    def done(self, part: Part) -> None:
+        """The part is in the cache: full pages become known."""
+        sequence = part.sequence
+        sequence.computed = part.stop
+        full = sequence.computed // self.slots
+        if full > sequence.published:
+            sequence.digests = digests(sequence.tokens[: full * self.slots], self.slots, sequence.digests)
+            for i in range(sequence.published, full):
+                self.pages.publish(sequence.pages[i], sequence.digests[i])
+            sequence.published = full
+
+    def remove(self, sequence: Sequence) -> None:
+        """Takes out a sequence that ended or was cancelled, wherever it is."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+        self._release(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        self.pages.release(sequence.pages)
+        sequence.pages, sequence.published, sequence.computed = [], 0, 0
+
+    def _grow(self) -> None:
+        """Pages for the next token of every decoding sequence, the oldest first."""
+        for sequence in list(self.running):
+            if sequence not in self.running or sequence.computed < len(sequence.pages) * self.slots:
+                continue
+            while not self.pages.available:
+                youngest = self.running.pop()
+                self._release(youngest)
+                self.waiting.appendleft(youngest)
+                self.preemptions += 1
+                if youngest is sequence:
+                    break
+            else:
+                sequence.pages += self.pages.take(1)
+
+    def _admit(self) -> None:
+        """Waiting sequences that find rows and pages, in their order.
+
+        One whose next page another sequence is computing right now waits for it; those behind may pass.
+        """
+        computing = set(self._being_computed())
+        for sequence in list(self.waiting):
+            if len(self.running) == self._rows:
+                return
+            most = self._reusable(sequence) // self.slots
+            sequence.digests = digests(sequence.tokens[: sequence.goal], self.slots, sequence.digests)
+            found = self.pages.find(sequence.digests[:most])
+            if len(found) < most and sequence.digests[len(found)] in computing:
+                continue
+            needed = -(-max(sequence.goal, 1) // self.slots) - len(found)
+            if needed > self.pages.available - self.pages.kept(found):
+                return
+            self.waiting.remove(sequence)
+            self.pages.hold(found)
+            sequence.pages = found + self.pages.take(needed)
+            sequence.computed = len(found) * self.slots
+            sequence.published = len(found)
+            if not sequence.logprobs:
+                sequence.reused = sequence.computed
+            computing.update(sequence.digests[len(found) :])
+            self.running.append(sequence)
+
+    def _being_computed(self) -> Iterator[Digest]:
+        for sequence in self.running:
+            yield from sequence.digests[sequence.published :]
+
+    def _reusable(self, sequence: Sequence) -> int:
+        """Tokens whose hidden states nobody needs: all before the last, or before the first that is scored."""
+        if sequence.scoring:
+            assert sequence.request.score_from is not None
+            return sequence.request.score_from - 1 + len(sequence.scores)
+        return sequence.goal - 1

@@ -1,0 +1,263 @@
+"""What generation remembers, in pages, and attention over it: tokens of many sequences in one call.
+
+A page holds K slots, a slot one token of one sequence; a sequence's pages lie anywhere, in the order of its table. The
+arrays are laid out as the TPU kernel of pallas_kernels/latent_attention/decode.py reads them. Page 0 is nobody's:
+padding is written there. Letters beside those of parameters.py:
+
+    L pages in all   K slots of a page   N sequences   P pages of a sequence   M blocks of chunk tokens
+    X sequences or blocks at a time      A query rows that share a key head     S slots of a span of pages
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from dsv2_jax.config import Mesh, Model
+from dsv2_jax.model import formats, rope, streams
+from dsv2_jax.model.formats import Format
+from dsv2_jax.model.matmul import from_bits, to_bits
+from dsv2_jax.parallel.mesh import platform
+from pallas_kernels.latent_attention.decode import decode
+
+_BLOCK = 16  # tokens of a block of a chunk
+_SPAN = 256  # slots that one turn of the loop over pages reads, about
+_MASKED = -1e30
+
+Layer = dict[str, Array]  # {"latent_LKC", "rope_LRK"} with MLA, {"key_LKJR", "value_LKJV"} with GQA; their "..._scale"
+
+
+class Plan(NamedTuple):
+    """Where the T tokens of a call stand, int32. The first N are one of each sequence, the rest a chunk in blocks.
+
+    table_NP: pages of each sequence, padded with 0. page_T: the page each token is written to, 0 for padding.
+    times_T: its position in its sequence. blocks_M: the sequence of each block; those from `used` on are padding.
+    """
+
+    table_NP: Array
+    page_T: Array
+    times_T: Array
+    blocks_M: Array
+    used: Array
+
+
+class Cache(NamedTuple):
+    """The pages of all layers, the plan of a call, and the format that rows are kept in."""
+
+    layers: tuple[Layer, ...]
+    plan: Plan
+    form: Format
+
+
+class Where(NamedTuple):
+    """A plan with what layers read of a call besides: RoPE's cos and sin, and segments [1, T], 0 for padding."""
+
+    phases_BTR: tuple[Array, Array]
+    segments_BT: Array
+    plan: Plan
+    form: Format
+
+
+def empty(model: Model, mesh: Mesh, pages: int, slots: int, form: Format, dtype: jnp.dtype) -> tuple[Layer, ...]:
+    """A cache of `pages` pages of `slots` tokens: d_c + d_h^R numbers a token and layer with MLA (section 2.1.4).
+
+    With a tensor axis, keys and values of GQA are this device's heads; the latent is whole on every device. Raises
+    ValueError if the format cannot hold the model's rows.
+    """
+    a, stored = model.attention, jnp.dtype(jnp.bfloat16) if form == "bfloat16" else dtype
+    if formats.is_quantized(form):
+        stored = jnp.dtype(jnp.int8 if form == "int8" else jnp.uint8)
+    if a.kind == "mla":
+        sizes = {
+            "latent_LKC": (pages, slots, formats.width(a.kv_lora_rank, form)),
+            "rope_LRK": (pages, formats.width(a.qk_rope_head_dim, form), slots),
+        }
+    else:
+        heads = a.num_key_value_heads // mesh.tensor
+        sizes = {
+            "key_LKJR": (pages, slots, heads, formats.width(a.qk_rope_head_dim, form)),
+            "value_LKJV": (pages, slots, heads, formats.width(a.v_head_dim, form)),
+        }
+
+    def layer() -> Layer:
+        arrays = {name: jnp.zeros(size, stored) for name, size in sizes.items()}
+        if formats.is_quantized(form):
+            for name, size in sizes.items():
+                scales = (pages, slots, *size[2:3]) if len(size) == 4 else (pages, slots)
+                arrays[f"{name}_scale"] = jnp.zeros(scales, jnp.float16)
+        return arrays
+
+    return tuple(layer() for _ in range(model.num_hidden_layers))
+
+
+def block(model: Model, form: Format) -> int:
+    """Tokens of a block of a chunk, all of one sequence: the kernel takes any rows, plain XLA rectangles."""
+    return 1 if _has_kernel(model, form) else _BLOCK
+
+
+def _has_kernel(model: Model, form: Format) -> bool:
+    return platform() == "tpu" and model.attention.kind == "mla" and not formats.is_quantized(form)
+
+
+def latent(
+    p: dict[str, Array],
+    q_nope_BTHN: Array,
+    q_rope_BTHR: Array,
+    latent_BTC: Array,
+    k_rope_BTR: Array,
+    where: Where,
+    layer: Layer,
+    model: Model,
+) -> tuple[Array, Layer]:
+    """MLA before W^O in its absorbed form (App. C), [1, T, H, V], and the layer's cache with these tokens written."""
+    float32, dtype = {"preferred_element_type": jnp.float32}, q_nope_BTHN.dtype
+    layer = _write(layer, {"latent_LKC": latent_BTC[0], "rope_LRK": k_rope_BTR[0]}, where)
+    q_THC = jnp.einsum("thn,chn->thc", q_nope_BTHN[0], p["w_uk_CHN"], **float32).astype(dtype)
+    if _has_kernel(model, where.form):
+        o_THC = _kernel(q_THC, q_rope_BTHR[0], layer, where.plan, rope.softmax_scale(model))
+    else:
+        heads = (q_THC[:, None], q_rope_BTHR[0][:, None])  # all heads share one key
+        o_THC = _attend(heads, model.attention.kv_lora_rank, layer, where, _read_latent, rope.softmax_scale(model))
+    return jnp.einsum("thc,chv->thv", o_THC, p["w_uv_CHV"], **float32).astype(dtype)[None], layer
+
+
+def grouped_queries(
+    q_BTHR: Array, k_BTJR: Array, v_BTJV: Array, where: Where, layer: Layer, model: Model
+) -> tuple[Array, Layer]:
+    """GQA before W^O, [1, T, H, V], and the layer's cache with these tokens' keys and values (App. D.1)."""
+    layer = _write(layer, {"key_LKJR": k_BTJR[0], "value_LKJV": v_BTJV[0]}, where)
+    t, h, r = q_BTHR.shape[1:]
+    heads = (q_BTHR.reshape(t, k_BTJR.shape[2], h // k_BTJR.shape[2], r),)
+    o_THV = _attend(heads, model.attention.v_head_dim, layer, where, _read_grouped, rope.softmax_scale(model))
+    return o_THV[None], layer
+
+
+def _write(layer: Layer, rows: dict[str, Array], where: Where) -> Layer:
+    """The cache with the tokens' rows [T, ...] in their slots. The rope key of MLA is held with its slots last."""
+    layer, plan = dict(layer), where.plan
+    for name, row in rows.items():
+        slot_T = plan.times_T % layer[name].shape[2 if name == "rope_LRK" else 1]
+        if formats.is_quantized(where.form):
+            row, scale = formats.quantize(row, where.form)
+            layer[f"{name}_scale"] = layer[f"{name}_scale"].at[plan.page_T, slot_T].set(scale)
+        buffer, row = to_bits(layer[name]), to_bits(row.astype(layer[name].dtype))
+        at = buffer.at[plan.page_T, :, slot_T] if name == "rope_LRK" else buffer.at[plan.page_T, slot_T]
+        layer[name] = from_bits(at.set(row))
+    return layer
+
+
+def _kernel(q_THC: Array, q_THR: Array, layer: Layer, plan: Plan, scale: float) -> Array:
+    """The same by the TPU's kernel, to which a sequence is two: its row among the first N, and its rows of the chunk.
+
+    A row that only pads is a sequence of one slot of page 0. Blocks of the chunk must be single tokens there.
+    """
+    n = plan.table_NP.shape[0]
+    own_NM = (plan.blocks_M == jnp.arange(n)[:, None]) & (jnp.arange(len(plan.blocks_M)) < plan.used)
+    counts_N = jnp.sum(own_NM, axis=1, dtype=jnp.int32)
+    starts = jnp.concatenate([jnp.arange(n, dtype=jnp.int32), n + jnp.cumsum(counts_N) - counts_N, n + plan.used[None]])
+    last_N = jnp.max(jnp.where(own_NM, plan.times_T[n:], 0), axis=1, initial=0)
+    lengths = 1 + jnp.concatenate([plan.times_T[:n], last_N])
+    table = jnp.concatenate([plan.table_NP, plan.table_NP])
+    arrays = q_THC, q_THR, layer["latent_LKC"], layer["rope_LRK"], table, lengths, starts
+    return decode(*arrays, scale=scale, implementation="pallas")
+
+
+def _read_latent(layer: Layer, pages_XG: Array, where: Where) -> tuple[tuple[Array, ...], Array]:
+    c, r = (_take(layer, name, pages_XG, where) for name in ("latent_LKC", "rope_LRK"))
+    c_XSC = c.reshape(len(c), -1, c.shape[-1])
+    r_XRS = r.swapaxes(1, 2).reshape(len(r), r.shape[2], -1)
+    return (c_XSC[:, None].swapaxes(2, 3), r_XRS[:, None]), c_XSC[:, None]
+
+
+def _read_grouped(layer: Layer, pages_XG: Array, where: Where) -> tuple[tuple[Array, ...], Array]:
+    k, v = (_take(layer, name, pages_XG, where) for name in ("key_LKJR", "value_LKJV"))
+    k, v = (x.reshape(len(x), -1, *x.shape[3:]).swapaxes(1, 2) for x in (k, v))
+    return (k.swapaxes(2, 3),), v
+
+
+def _take(layer: Layer, name: str, pages_XG: Array, where: Where) -> Array:
+    """Whole pages [X, G, ...] in the dtype of the activations."""
+    rows = from_bits(to_bits(layer[name]).at[pages_XG].get(mode="promise_in_bounds"))
+    if not formats.is_quantized(where.form):
+        return rows
+    scales = layer[f"{name}_scale"].at[pages_XG].get(mode="promise_in_bounds")
+    return formats.dequantize(rows, scales, where.form, axis=2 if name == "rope_LRK" else -1)
+
+
+Read = Callable[[Layer, Array, Where], tuple[tuple[Array, ...], Array]]
+
+
+def _attend(q_TJG: tuple[Array, ...], width: int, layer: Layer, where: Where, read: Read, scale: float) -> Array:
+    """softmax(scale q k^T) v over each token's own sequence up to itself, [T, H, width] in the queries' dtype.
+
+    q_TJG: parts of the queries [T, J, G, ...], whose products with the parts of the keys add up. read: keys
+    [X, J, ..., S] and values [X, J, S, width] of some pages.
+    """
+    plan, n = where.plan, where.plan.table_NP.shape[0]
+    span = max(1, _SPAN // layer[next(iter(layer))].shape[1])
+    table_NP = jnp.pad(plan.table_NP, ((0, 0), (0, -plan.table_NP.shape[1] % span)))
+    dtype = q_TJG[0].dtype
+
+    def some(q_XJA: list[Array], pages_XP: Array, times_XA: Array) -> Array:
+        """[X, J, A, width] in float32; the loop runs over as many pages as the longest sequence has."""
+        x, j, a = q_XJA[0].shape[:3]
+
+        def turn(i: Array, carry: tuple) -> tuple:
+            o, top, total = carry
+            keys, values = read(layer, lax.dynamic_slice_in_dim(pages_XP, i * span, span, 1), where)
+            scores = sum(
+                jnp.einsum("xjak,xjks->xjas", q, k.astype(dtype), preferred_element_type=jnp.float32)
+                for q, k in zip(q_XJA, keys, strict=True)
+            )
+            slots = i * values.shape[2] + jnp.arange(values.shape[2])
+            scores = jnp.where((slots <= times_XA[..., None])[:, None], scores * scale, _MASKED)
+            higher = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
+            p, fade = jnp.exp(scores - higher), jnp.exp(top - higher)
+            part = jnp.einsum(
+                "xjas,xjsv->xjav", p.astype(dtype), values.astype(dtype), preferred_element_type=jnp.float32
+            )
+            return o * fade + part, higher, total * fade + jnp.sum(p, axis=-1, keepdims=True)
+
+        zero = jnp.zeros((x, j, a, 1), jnp.float32)
+        turns = jnp.max(times_XA) // (span * _slots(layer)) + 1
+        o, _, total = lax.fori_loop(0, turns, turn, (jnp.zeros((x, j, a, width), jnp.float32), zero + _MASKED, zero))
+        return o / total
+
+    _, j, g = q_TJG[0].shape[:3]
+    rows = some([q[:n] for q in q_TJG], table_NP, jnp.repeat(plan.times_T[:n, None], g, axis=1))
+    out = [rows.reshape(n, j * g, width).astype(dtype)]
+    if len(plan.times_T) > n:
+        out.append(_chunk(some, [q[n:] for q in q_TJG], table_NP, plan, width))
+    return jnp.concatenate(out)
+
+
+def _chunk(some: Callable, q_TJG: list[Array], table_NP: Array, plan: Plan, width: int) -> Array:
+    """The chunk's part of `_attend`: a loop over its blocks, in parts that CPU threads run side by side."""
+    tokens, j, g = q_TJG[0].shape[:3]
+    size = tokens // len(plan.blocks_M)
+    times_T = plan.times_T[-tokens:]
+
+    def part(first: int, step: int) -> Array:
+        def block(i: Array, out: Array) -> Array:
+            at = (first + i * step) * size
+            q = [lax.dynamic_slice_in_dim(x, at, size).swapaxes(0, 1).reshape(1, j, size * g, -1) for x in q_TJG]
+            pages_1P = table_NP[plan.blocks_M[first + i * step]][None]
+            times = jnp.repeat(lax.dynamic_slice_in_dim(times_T, at, size), g)[None]
+            o = some(q, pages_1P, times).reshape(j, size, g, width).swapaxes(0, 1)
+            return lax.dynamic_update_index_in_dim(out, o.reshape(size, j * g, width), i, 0)
+
+        mine = len(range(first, len(plan.blocks_M), step))
+        zeros = jnp.zeros((mine, size, j * g, width), jnp.float32)
+        return lax.fori_loop(0, jnp.maximum(plan.used - first + step - 1, 0) // step, block, zeros)
+
+    ways = len(streams.ranges(len(plan.blocks_M)))
+    parts = [part(first, ways) for first in range(ways)]
+    # Blocks are dealt out in turn, so that a chunk that is not full keeps all threads busy; even counts interleave.
+    out = jnp.stack(parts, axis=1) if ways > 1 else parts[0]
+    return out.reshape(tokens, j * g, width).astype(q_TJG[0].dtype)
+
+
+def _slots(layer: Layer) -> int:
+    """Slots of a page."""
+    return next(array.shape[1] for name, array in layer.items() if name != "rope_LRK")
