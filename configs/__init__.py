@@ -1,8 +1,11 @@
 """Presets by name: each a function that returns a whole config."""
 
-from configs import pretrain
+from configs import align, pretrain
 
 PRESETS = {
     preset.__name__: preset
-    for preset in (pretrain.nano, pretrain.v2_lite, pretrain.v2, pretrain.dense_67b, pretrain.tiny)
+    for preset in (
+        *(pretrain.nano, pretrain.v2_lite, pretrain.v2, pretrain.dense_67b, pretrain.tiny),
+        *(align.nano_sft, align.v2_sft),
+    )
 }

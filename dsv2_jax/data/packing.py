@@ -1,4 +1,6 @@
-"""Documents to rows of fixed length, in which no position looks into another document and no target is lost.
+"""Documents to rows of fixed length, in which no position looks into another document.
+
+Text is cut where a row ends, and no target is lost; conversations stand whole in a row (see `WholeRows`).
 
 A document of n ids is n - 1 pairs of an id and the one after it. The pairs, not the ids, are laid end to end and cut
 at the rows' borders: the last id before a border still has its target, and the document goes on in the next row as a
@@ -7,8 +9,10 @@ new segment. So nothing needs masking at a seam; only the padding behind the las
     B rows of a batch    T positions of a row
 """
 
+import abc
+import bisect
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -18,10 +22,14 @@ Batch = dict[str, np.ndarray]
 
 
 class Documents(NamedTuple):
-    """Token ids of all documents, int32, one behind the other, and where each one ends, int64."""
+    """Token ids of all documents, int32, one behind the other, and where each one ends, int64.
+
+    learnt bool: which ids count as targets; None: all that follow another.
+    """
 
     ids: np.ndarray
     ends: np.ndarray
+    learnt: np.ndarray | None = None
 
 
 def document_ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
@@ -45,18 +53,19 @@ def blank_batch(rows: int, length: int) -> Batch:
     return batch | {"weights_BT": np.zeros((rows, length), np.float32)}
 
 
-class Rows:
-    """The rows that documents make, any of them in any order; the last may end in padding."""
+class Rows(abc.ABC):
+    """Rows of documents, any of them in any order; a row may end in padding."""
 
     def __init__(self, documents: Documents, length: int, bytes_per_token: np.ndarray) -> None:
         """bytes_per_token int [vocabulary]: the bytes of text of each id."""
-        self._ids, self._ends, self._length = documents.ids, documents.ends, length
-        self._bytes = bytes_per_token
-        # Document d has one pair less than ids, so the pairs before it are the ids before it less d.
-        self._pairs_before = np.concatenate([[0], documents.ends - np.arange(1, len(documents.ends) + 1)])
+        self._documents, self._length, self._bytes = documents, length, bytes_per_token
 
-    def __len__(self) -> int:
-        return -(-int(self._pairs_before[-1]) // self._length)
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    @abc.abstractmethod
+    def _pieces(self, index: int) -> Iterator[tuple[int, int]]:
+        """What stands in a row: (the first id of a run of pairs, how many pairs), one after the other."""
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
         """A batch of these rows; padding where the index is negative."""
@@ -76,17 +85,85 @@ class Rows:
             yield self.batch(chosen)
 
     def _fill(self, batch: Batch, row: int, index: int) -> None:
-        pair, at, segment = index * self._length, 0, 0
-        document = int(np.searchsorted(self._pairs_before, pair, side="right")) - 1
-        while at < self._length and document < len(self._ends):
-            segment += 1
-            count = min(int(self._pairs_before[document + 1]) - pair, self._length - at)
-            start = pair + document  # each document before this one has an id that begins no pair
-            here = (row, slice(at, at + count))
-            batch["tokens_BT"][here] = self._ids[start : start + count]
-            batch["targets_BT"][here] = self._ids[start + 1 : start + count + 1]
+        ids, learnt = self._documents.ids, self._documents.learnt
+        at = 0
+        for segment, (start, count) in enumerate(self._pieces(index), 1):
+            here, targets = (row, slice(at, at + count)), slice(start + 1, start + count + 1)
+            batch["tokens_BT"][here] = ids[start : start + count]
+            batch["targets_BT"][here] = ids[targets]
             batch["positions_BT"][here] = np.arange(count)
             batch["segments_BT"][here] = segment
-            batch["bytes_BT"][here] = self._bytes[batch["targets_BT"][here]]
-            batch["weights_BT"][here] = 1
-            pair, at, document = pair + count, at + count, document + 1
+            batch["bytes_BT"][here] = self._bytes[ids[targets]]
+            batch["weights_BT"][here] = 1 if learnt is None else learnt[targets]
+            at += count
+
+
+class CutRows(Rows):
+    """Rows without gaps: a document goes on in the next row where one ends. The last may end in padding."""
+
+    def __init__(self, documents: Documents, length: int, bytes_per_token: np.ndarray) -> None:
+        super().__init__(documents, length, bytes_per_token)
+        # Document d has one pair less than ids, so the pairs before it are the ids before it less d.
+        self._pairs_before = np.concatenate([[0], documents.ends - np.arange(1, len(documents.ends) + 1)])
+
+    def __len__(self) -> int:
+        return -(-int(self._pairs_before[-1]) // self._length)
+
+    def _pieces(self, index: int) -> Iterator[tuple[int, int]]:
+        pair, left = index * self._length, self._length
+        document = int(np.searchsorted(self._pairs_before, pair, side="right")) - 1
+        while left and document < len(self._documents.ends):
+            count = min(int(self._pairs_before[document + 1]) - pair, left)
+            yield pair + document, count  # each document before this one has an id that begins no pair
+            pair, left, document = pair + count, left - count, document + 1
+
+
+class WholeRows(Rows):
+    """Rows of whole documents, longest first, each in the fullest row that has room for it.
+
+    A document that is longer than a row is dropped or cut to its length, by `too_long`; so is one that then has
+    nothing to learn. too_long: how many were.
+    """
+
+    def __init__(
+        self, documents: Documents, length: int, bytes_per_token: np.ndarray, too_long: Literal["drop", "cut"]
+    ) -> None:
+        super().__init__(documents, length, bytes_per_token)
+        ends = documents.ends
+        self._starts = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
+        self._counts = ends - self._starts - 1
+        over = self._counts > length
+        self.too_long = int(over.sum())
+        self._counts = np.minimum(self._counts, length)
+        keep = ~over if too_long == "drop" else np.array([self._learns(d) for d in range(len(ends))], bool)
+        self._rows: list[list[int]] = []
+        with_room: list[list[int]] = [[] for _ in range(length + 1)]  # rows by the room that they have left
+        rooms: list[int] = []  # of which there are any, rising
+        for document in np.argsort(-self._counts, kind="stable"):
+            count = int(self._counts[document])
+            if not keep[document]:
+                continue
+            at = bisect.bisect_left(rooms, count)
+            room = rooms[at] if at < len(rooms) else length
+            if at < len(rooms):
+                row = with_room[room].pop()
+                if not with_room[room]:
+                    rooms.pop(at)
+            else:
+                row = len(self._rows)
+                self._rows.append([])
+            self._rows[row].append(int(document))
+            if not with_room[room - count]:
+                bisect.insort(rooms, room - count)
+            with_room[room - count].append(row)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def _learns(self, document: int) -> bool:
+        start, learnt = self._starts[document], self._documents.learnt
+        return learnt is None or bool(learnt[start + 1 : start + 1 + self._counts[document]].any())
+
+    def _pieces(self, index: int) -> Iterator[tuple[int, int]]:
+        for document in self._rows[index]:
+            yield int(self._starts[document]), int(self._counts[document])

@@ -6,6 +6,7 @@ every process, and a batch never holds neighbouring rows of one document but by 
 """
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,33 +17,54 @@ import rich.console
 import rich.progress
 
 from dsv2_jax.config import Config, check
+from dsv2_jax.data import chat
 from dsv2_jax.data.corpora import Corpus, Source, published
-from dsv2_jax.data.packing import Batch, Documents, Rows, document_ids, join
+from dsv2_jax.data.packing import Batch, CutRows, Documents, WholeRows, document_ids, join
 from dsv2_jax.data.tokenizer import Tokenizer
 
 
 def train_batches(
     config: Config, corpus: Corpus, tokenizer: Tokenizer, *, mine: Sequence[int] | np.ndarray | None = None
-) -> grain.DatasetIterator[Batch]:
+) -> "TrainBatches":
     """Micro-batches without end: all of their rows, or only the places `mine` (for the arrays see `blank_batch`).
 
     The order depends on `config.seed`, the corpus, the tokenizer, the rows and the length of a micro-batch alone, and
     changes with each epoch.
     """
     rows = config.batch.micro_size or config.batch.size
-    packed = Rows(tokenised(corpus, "train", tokenizer), config.batch.length, tokenizer.bytes_per_token)
+    packed = packed_rows(config, corpus, "train", tokenizer, config.batch.length)
     numbers = grain.MapDataset.range(len(packed)).seed(config.seed).shuffle().repeat().batch(rows)
     places = np.arange(rows) if mine is None else np.asarray(mine)
     batches = numbers.map(lambda indices: packed.batch(indices[places]))
     order = {"corpus": corpus.digest, "seed": config.seed, "rows": rows, "length": config.batch.length}
-    return _TrainBatches(batches, order)
+    left_out = packed.too_long if isinstance(packed, WholeRows) else 0
+    return TrainBatches(batches, order, epoch_tokens=len(packed) * config.batch.length, left_out=left_out)
 
 
-class _TrainBatches(grain.DatasetIterator[Batch]):
-    """Counts batches. Its state is JSON: the number of the next one, and the facts that fix their order."""
+def packed_rows(config: Config, corpus: Corpus, split: str, tokenizer: Tokenizer, length: int) -> CutRows | WholeRows:
+    """The rows of a split, `train` or `held_out`: text without gaps, conversations whole.
 
-    def __init__(self, batches: grain.MapDataset[Batch], order: dict[str, Any]) -> None:
+    Raises ValueError if no conversation fits in a row.
+    """
+    documents = tokenised(corpus, split, tokenizer)
+    if corpus.form == "text":
+        return CutRows(documents, length, tokenizer.bytes_per_token)
+    rows = WholeRows(documents, length, tokenizer.bytes_per_token, config.data.too_long)
+    check(len(rows) > 0, f"no conversation of the {split} split fits in the {length} tokens of a row (batch.length)")
+    return rows
+
+
+class TrainBatches(grain.DatasetIterator[Batch]):
+    """Counts batches. Its state is JSON: the number of the next one, and the facts that fix their order.
+
+    epoch_tokens: rows x length of one pass over the data. left_out: conversations too long for a row.
+    """
+
+    def __init__(
+        self, batches: grain.MapDataset[Batch], order: dict[str, Any], *, epoch_tokens: int, left_out: int
+    ) -> None:
         super().__init__()
+        self.epoch_tokens, self.left_out = epoch_tokens, left_out
         self._batches, self._order, self._next = batches, order, 0
 
     def __next__(self) -> Batch:
@@ -79,8 +101,7 @@ def held_out_batches(
     With a limit, only so many batches, of rows spread evenly over the split. The last batch is filled up with padding.
     Of each batch all rows, or only the places `mine`.
     """
-    documents = tokenised(corpus, "held_out", tokenizer)
-    packed = Rows(documents, length or config.batch.length, tokenizer.bytes_per_token)
+    packed = packed_rows(config, corpus, "held_out", tokenizer, length or config.batch.length)
     count = min(limit * rows, len(packed)) if limit else len(packed)
     return packed.batches(rows, np.arange(count) * len(packed) // count, mine)
 
@@ -97,7 +118,7 @@ def batches_of_text(
     Of each batch all rows, or only the places `mine`.
     """
     documents = join(document_ids(tokenizer, text) for text in texts)
-    return Rows(documents, length, tokenizer.bytes_per_token).batches(rows, mine=mine)
+    return CutRows(documents, length, tokenizer.bytes_per_token).batches(rows, mine=mine)
 
 
 def tokenised(corpus: Corpus, split: str, tokenizer: Tokenizer) -> Documents:
@@ -105,21 +126,30 @@ def tokenised(corpus: Corpus, split: str, tokenizer: Tokenizer) -> Documents:
     folder = corpus.folder / f"{split}-{hashlib.blake2b(tokenizer.identity.encode(), digest_size=8).hexdigest()}"
     if not folder.exists():
         with published(folder) as scratch:
-            _tokenise(getattr(corpus, split), tokenizer, scratch)
+            _tokenise(getattr(corpus, split), tokenizer, corpus.form, scratch)
     ids = np.memmap(folder / "ids.int32", np.int32, mode="r")
-    return Documents(ids, np.load(folder / "ends.npy"))
+    learnt = None if corpus.form == "text" else np.memmap(folder / "learnt.bool", bool, mode="r")
+    return Documents(ids, np.load(folder / "ends.npy"), learnt)
 
 
-def _tokenise(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
+def _encode(tokenizer: Tokenizer, text: str, form: str) -> chat.Encoded:
+    if form == "conversations":
+        return chat.encode(json.loads(text), tokenizer)
+    ids = document_ids(tokenizer, text)
+    return chat.Encoded(ids, np.ones(len(ids), bool))
+
+
+def _tokenise(source: Source, tokenizer: Tokenizer, form: str, folder: Path) -> None:
     console = rich.console.Console(stderr=True)
     numbers = rich.progress.track(
         range(len(source)), "tokenising", console=console, disable=not console.is_terminal, transient=True
     )
     ends, end = np.zeros(len(source), np.int64), 0
-    with (folder / "ids.int32").open("wb") as file:
+    with (folder / "ids.int32").open("wb") as file, (folder / "learnt.bool").open("wb") as learnt:
         for number in numbers:
-            ids = document_ids(tokenizer, source[number]["text"].decode())
-            file.write(ids.tobytes())
-            end += len(ids)
+            encoded = _encode(tokenizer, source[number]["text"].decode(), form)
+            file.write(encoded.ids.tobytes())
+            learnt.write(encoded.answers.tobytes() if form != "text" else b"")
+            end += len(encoded.ids)
             ends[number] = end
     np.save(folder / "ends.npy", ends)

@@ -21,6 +21,7 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
 from dsv2_jax.config import Data, check
+from dsv2_jax.data import chat
 from dsv2_jax.data.corpora import Corpus, published
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
@@ -201,6 +202,7 @@ def _settings() -> dict[str, Any]:
         "add_bos_token": True,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
+        "chat_template": chat.TEMPLATE,
     }
 
 

@@ -37,6 +37,8 @@ FREE = (
     "workdir",
     "resume",
     "tokens",
+    "epochs",
+    "init",
     "cadence",
     "data.folder",
     "mesh",
@@ -87,16 +89,24 @@ class Checkpoints:
         )
 
     def restore(
-        self, initial: Callable[[], State], batches: grain.DatasetIterator, shardings: State
+        self,
+        initial: Callable[[], State],
+        batches: grain.DatasetIterator,
+        shardings: State,
+        start: Callable[[], Any] | None = None,
     ) -> tuple[State, Progress]:
         """The newest checkpoint, and `batches` moved to where it was then; without one, `initial()`, jitted.
 
-        Either is laid out by `shardings`, whatever the layout of the run that saved it. Raises ValueError for a
-        checkpoint of parameters alone.
+        With `start`, the initial state is built around the parameters that it returns. Either is laid out by
+        `shardings`, whatever the layout of the run that saved it. Raises ValueError for a checkpoint of parameters
+        alone.
         """
         step = self._manager.latest_step()
         if step is None:
-            return jax.jit(initial, out_shardings=shardings)(), Progress()
+            if start is None:
+                return jax.jit(initial, out_shardings=shardings)(), Progress()
+            around = jax.jit(lambda p: initial()._replace(params=p), out_shardings=shardings, donate_argnums=0)
+            return around(start()), Progress()
         check(
             (self._run / "checkpoints" / str(step) / "optimizer").exists(),
             f"the checkpoint of step {step} in {self._run} holds parameters only, as an imported model's does: "
@@ -150,7 +160,7 @@ def restore_params(run: Path, step: int | None = None, mesh: jax.sharding.Mesh |
     expected = parameters.tree(config.model)
     reader = ocp.StandardCheckpointHandler()  # a Checkpointer around it would warn that one item is not a checkpoint
     stored = jax.tree.map(lambda array: tuple(array.shape), reader.metadata(folder).tree)
-    _check_shapes(expected, stored, run)
+    check_shapes(expected, stored, run)
     placed = sharding.on(mesh, sharding.param_specs(config.model, sizes(mesh)))
     shapes = {
         part: {name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=placed[part][name]) for name, shape in n.items()}
@@ -164,7 +174,7 @@ def save_params(run: Path, config: Config, params: dict, step: int = 0) -> None:
 
     Raises ValueError if the folder already holds that checkpoint or the parameters are not those of the config.
     """
-    _check_shapes(parameters.tree(config.model), jax.tree.map(lambda a: tuple(a.shape), params), run)
+    check_shapes(parameters.tree(config.model), jax.tree.map(lambda a: tuple(a.shape), params), run)
     check(not (run / "checkpoints" / str(step)).exists(), f"{run} already holds a checkpoint of step {step}")
     run.mkdir(parents=True, exist_ok=True)
     write_config(run, config)
@@ -243,14 +253,15 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for name, inner in value.items() for k, v in _flat(inner, f"{prefix}{name}.").items()}
 
 
-def _check_shapes(expected: dict, found: dict, run: Path) -> None:
+def check_shapes(expected: dict, found: dict, run: Path) -> None:
+    """Raises ValueError naming the first parameter that is missing, unknown, or of another shape than expected."""
     want, have = _flat(expected), _flat(found)
     for name in sorted(set(want) | set(have)):
-        check(name in have, f"the checkpoint in {run} lacks the parameter {name} of its config")
-        check(name in want, f"the checkpoint in {run} holds a parameter {name} that its config does not know")
+        check(name in have, f"the checkpoint in {run} lacks the parameter {name} of the config")
+        check(name in want, f"the checkpoint in {run} holds a parameter {name} that the config does not know")
         check(
             tuple(want[name]) == tuple(have[name]),
-            f"the parameter {name} in {run} has the shape {tuple(have[name])}, its config says {tuple(want[name])}",
+            f"the parameter {name} in {run} has the shape {tuple(have[name])}, the config says {tuple(want[name])}",
         )
 
 

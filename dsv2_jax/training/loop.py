@@ -5,14 +5,16 @@ and the input pipeline's state are in the checkpoint, and every random number co
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
+from dsv2_jax import loading
 from dsv2_jax.config import Config
-from dsv2_jax.data import corpora, pipeline, tokenizer
+from dsv2_jax.data import corpora, pipeline
 from dsv2_jax.evaluation import perplexity
 from dsv2_jax.model import transformer
 from dsv2_jax.parallel import mesh as device_mesh
@@ -46,13 +48,16 @@ def train(config: Config) -> Outcome:
     checkpoint.open_run(config)
     with processes.first_before_others("data"):
         corpus = corpora.prepare(config.data)
-        words = tokenizer.for_config(config.data, config.model.vocab_size, corpus)
+        words = loading.tokenizer_for(config, corpus)
         if processes.is_first():
             checkpoint.keep_tokenizer(run, words.save)
         micro_rows = config.batch.micro_size or config.batch.size
         feed = Feed(mesh, config.mesh, micro_rows)
         batches = pipeline.train_batches(config, corpus, words, mine=feed.mine)
         pipeline.tokenised(corpus, "held_out", words)
+    if config.epochs:
+        whole = max(config.epochs * batches.epoch_tokens, config.batch.size * config.batch.length)
+        config = dataclasses.replace(config, tokens=whole)
 
     def evaluate(limit: int | None) -> dict[str, Any]:
         held_out = pipeline.held_out_batches(config, corpus, words, rows=micro_rows, limit=limit, mine=feed.mine)
@@ -63,8 +68,16 @@ def train(config: Config) -> Outcome:
 
     shardings = sharding.on(mesh, state_specs(config))
     with Checkpoints(run, config.cadence.keep) as checkpoints, Stop() as stop:
-        state, progress = checkpoints.restore(initial_state, batches, shardings)
+        state, progress = checkpoints.restore(
+            initial_state,
+            batches,
+            shardings,
+            functools.partial(loading.params_for, config, mesh) if config.init else None,
+        )
         with metrics.Log(config, progress) as log:
+            if batches.left_out:
+                what = {"drop": "dropped", "cut": "cut"}[config.data.too_long]
+                log.say(f"{batches.left_out:,} conversations longer than a row: {what}")
             if progress.step:
                 log.say(f"going on from step {progress.step:,} in {run}")
             while progress.tokens < config.tokens and not stop.asked(progress.step):

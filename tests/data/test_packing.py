@@ -5,11 +5,11 @@ import itertools
 import numpy as np
 import pytest
 
-from dsv2_jax.data.packing import Rows, join
+from dsv2_jax.data.packing import CutRows, WholeRows, join
 
 
 def _rows(documents, length):
-    return Rows(join(np.array(ids, np.int32) for ids in documents), length, 2 * np.arange(1000))
+    return CutRows(join(np.array(ids, np.int32) for ids in documents), length, 2 * np.arange(1000))
 
 
 def test_rows_worked_by_hand():
@@ -77,3 +77,54 @@ def test_any_row_can_be_read_by_itself_and_the_last_batch_is_padded():
     for batch, (first, second) in zip(batches, zip(*parts, strict=True), strict=True):
         assert all((first[name] == batch[name][[0, 3]]).all() for name in batch)
         assert all((second[name] == batch[name][[1, 2]]).all() for name in batch)
+
+
+def _whole(lengths, length, too_long, learnt=None):
+    documents = join(np.arange(100 * i, 100 * i + n, dtype=np.int32) for i, n in enumerate(lengths))
+    if learnt is not None:
+        documents = documents._replace(learnt=np.array(learnt, bool))
+    return WholeRows(documents, length, np.ones(50_000, int), too_long)
+
+
+def test_whole_documents_worked_by_hand():
+    # 6, 2, 4, 1 and 3 pairs into rows of 6: [0], [2, 1] and [4, 3]
+    rows = _whole([7, 3, 5, 2, 4], 6, "drop")
+    assert len(rows) == 3 and rows.too_long == 0
+    batch = rows.batch([0, 1, 2])
+    assert batch["tokens_BT"].tolist() == [
+        [0, 1, 2, 3, 4, 5],
+        [200, 201, 202, 203, 100, 101],
+        [400, 401, 402, 300, 0, 0],
+    ]
+    assert batch["segments_BT"].tolist() == [[1] * 6, [1, 1, 1, 1, 2, 2], [1, 1, 1, 2, 0, 0]]
+    assert batch["positions_BT"].tolist() == [[*range(6)], [0, 1, 2, 3, 0, 1], [0, 1, 2, 0, 0, 0]]
+
+
+def test_only_what_is_learnt_has_weight():
+    rows = _whole([4, 3], 8, "drop", learnt=[1, 0, 1, 1, 1, 0, 1])
+    assert rows.batch([0])["weights_BT"].tolist() == [[0, 1, 1, 0, 1, 0, 0, 0]]
+
+
+def test_too_long_documents_are_dropped_or_cut_and_counted():
+    lengths, learnt = [9, 3, 8], [0] * 8 + [1] + [1] * 3 + [0, 1] + [0] * 6
+    dropped = _whole(lengths, 5, "drop", learnt)
+    assert (dropped.too_long, len(dropped)) == (2, 1)
+    assert dropped.batch([0])["tokens_BT"].tolist() == [[100, 101, 0, 0, 0]]
+    cut = _whole(lengths, 5, "cut", learnt)  # of the first, what is left has nothing to learn
+    assert (cut.too_long, len(cut)) == (2, 2)
+    assert cut.batch([0, 1])["tokens_BT"].tolist() == [[200, 201, 202, 203, 204], [100, 101, 0, 0, 0]]
+
+
+def test_whole_rows_hold_every_document_once_in_hardly_more_rows_than_any_packing_needs():
+    random = np.random.default_rng(0)
+    lengths = random.integers(2, 60, 500)
+    rows = _whole(lengths, 64, "drop")
+    batch = rows.batch(range(len(rows)))
+    real = batch["segments_BT"] > 0
+    found = sorted(zip(batch["tokens_BT"][real].tolist(), batch["targets_BT"][real].tolist(), strict=True))
+    assert found == [(100 * i + j, 100 * i + j + 1) for i, n in enumerate(lengths) for j in range(n - 1)]
+    starts = (batch["positions_BT"] == 0) & real
+    assert starts.sum() == len(lengths)
+    pairs = lengths - 1
+    fewest = max(-(-pairs.sum() // 64), (pairs > 32).sum())  # no two of these share a row
+    assert len(rows) <= 11 / 9 * fewest + 1

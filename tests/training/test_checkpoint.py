@@ -118,7 +118,7 @@ def test_parameters_that_are_not_the_configs_are_named(config):
     params = random_params(config)
     wide = dataclasses.replace(config, model=dataclasses.replace(config.model, intermediate_size=52))
     with pytest.raises(
-        ValueError, match=r"dense\.w_down_ID .* has the shape \(1, 48, 32\), its config says \(1, 52, 32\)"
+        ValueError, match=r"dense\.w_down_ID .* has the shape \(1, 48, 32\), the config says \(1, 52, 32\)"
     ):
         checkpoint.save_params(config.workdir, wide, params)
     checkpoint.save_params(config.workdir, config, params)

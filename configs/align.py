@@ -1,0 +1,36 @@
+"""Fine-tuning presets (section 4): the paper's recipe, and the same shrunk to a laptop. Give --init a base model."""
+
+import dataclasses
+from pathlib import Path
+
+from configs import models
+from dsv2_jax.config import Batch, Cadence, Compute, Config, Data, Optimizer
+
+
+def v2_sft() -> Config:
+    """Supervised fine-tuning of DeepSeek-V2: two epochs (section 4.1). Give --init and --data.source."""
+    model = models.v2()
+    return Config(
+        workdir=Path("runs/v2_sft"),
+        tokens=0,
+        epochs=2,
+        model=dataclasses.replace(model, moe=dataclasses.replace(model.moe, budget_sequences=8)),
+        data=Data(form="conversations"),
+        batch=Batch(size=256),  # the paper gives none
+        optimizer=Optimizer(peak_lr=5e-6, warmup_steps=100, decay_at=()),
+    )
+
+
+def nano_sft() -> Config:
+    """Supervised fine-tuning of nano on questions with verifiable answers. Give --init runs/nano."""
+    return Config(
+        workdir=Path("runs/nano_sft"),
+        tokens=0,
+        epochs=8,
+        model=models.nano(),
+        data=Data(form="conversations"),
+        batch=Batch(size=4, length=256),
+        optimizer=Optimizer(peak_lr=1e-3, warmup_steps=20, decay_at=(0.6, 0.9)),
+        compute=Compute(remat="none", loss_chunk=512),
+        cadence=Cadence(log=10, evaluate=250, evaluate_batches=8, save=250),
+    )

@@ -1,0 +1,46 @@
+"""Conversations to learn instructions from: verifiable tasks of reasoning-gym, made anew from fixed seeds.
+
+Nothing here comes from a benchmark: the generators that rephrase test items of one (GSM8K among them) are not used.
+Tasks are sized so that a model of some million parameters can learn them.
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import reasoning_gym
+
+from dsv2_jax.data.chat import Messages
+
+TASKS: dict[str, dict[str, Any]] = {
+    "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
+    "gcd": {"min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 30},
+    "spell_backward": {"min_word_len": 3, "max_word_len": 5},
+    "letter_counting": {"min_words": 2, "max_words": 4},
+}
+_EACH = 2000  # questions of a task
+_TURNS = (1, 1, 2, 3)  # questions of a conversation, in turn
+_SEED = 1
+
+
+def questions(task: str, count: int, seed: int) -> Any:
+    """So many questions of a task: reasoning-gym's dataset, which also scores answers. Other seeds, other questions."""
+    return reasoning_gym.create_dataset(task, size=count, seed=seed, **TASKS[task])
+
+
+def build() -> Iterator[tuple[str, Messages]]:
+    """(name, messages) of every conversation of the built-in instruction data; some have several questions."""
+    for task in TASKS:
+        items = (item for item in questions(task, _EACH, _SEED))
+        number = 0
+        while turns := list(itertools.islice(items, _TURNS[number % len(_TURNS)])):
+            messages = [
+                message
+                for item in turns
+                for message in (
+                    {"role": "user", "content": item["question"].strip()},
+                    {"role": "assistant", "content": item["answer"]},
+                )
+            ]
+            yield f"{task}/{number}", messages
+            number += 1
