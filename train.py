@@ -19,6 +19,7 @@ def main() -> int:
         cli.fail(f"unknown preset '{name}'{cli.nearest(name, PRESETS) or '; there are ' + ', '.join(PRESETS)}")
     config = cli.parse(PRESETS[name](), flags, prog=f"train.py {name}")
 
+    from dsv2_jax.alignment import grpo
     from dsv2_jax.parallel import processes, xla  # here, so that mistakes and --help are answered at once
     from dsv2_jax.training import loop
 
@@ -26,7 +27,7 @@ def main() -> int:
     cli.keep_compiled_programs()
     cli.keep_freed_memory()
     with processes.joined(config.processes):
-        outcome = loop.train(config)
+        outcome = grpo.train(config) if config.grpo.group else loop.train(config)
         first = processes.is_first()
     run = config.workdir
     if not outcome.finished:
@@ -35,12 +36,14 @@ def main() -> int:
         return loop.STOPPED
     if not first:
         return 0
-    print(
-        f"checkpoint  {run / 'checkpoints' / str(outcome.progress.step)}\n"
-        f"metrics     {run / 'metrics.jsonl'}\n"
-        f"plots       {run / 'plots'}\n"
-        f"held out    {outcome.held_out['held_out_bits_per_byte']:.4f} bits per byte"
-    )
+    print(f"checkpoint  {run / 'checkpoints' / str(outcome.progress.step)}")
+    print(f"metrics     {run / 'metrics.jsonl'}")
+    if config.grpo.group:
+        print(f"samples     {run / 'samples.jsonl'}")
+        print(f"held out    {outcome.held_out['held_out_reward']:.4f} reward")
+        return 0
+    print(f"plots       {run / 'plots'}")
+    print(f"held out    {outcome.held_out['held_out_bits_per_byte']:.4f} bits per byte")
     return 0
 
 

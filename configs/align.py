@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from configs import models
-from dsv2_jax.config import Batch, Cadence, Compute, Config, Data, Optimizer
+from dsv2_jax.config import Batch, Cadence, Compute, Config, Data, Grpo, Optimizer
 
 
 def v2_sft() -> Config:
@@ -33,4 +33,19 @@ def nano_sft() -> Config:
         optimizer=Optimizer(peak_lr=1e-3, warmup_steps=20, decay_at=(0.6, 0.9)),
         compute=Compute(remat="none", loss_chunk=512),
         cadence=Cadence(log=10, evaluate=250, evaluate_batches=8, save=250),
+    )
+
+
+def nano_grpo() -> Config:
+    """GRPO of nano on sums, which its answers are checked for. Give --init runs/nano_sft."""
+    return Config(
+        workdir=Path("runs/nano_grpo"),
+        tokens=0,
+        model=models.nano(),
+        data=Data(form="prompts", tasks=("chain_sum",)),
+        batch=Batch(size=64, length=64),
+        optimizer=Optimizer(peak_lr=1e-4, warmup_steps=5, decay_at=(), weight_decay=0.0),
+        compute=Compute(remat="none", loss_chunk=512),
+        cadence=Cadence(log=1, evaluate=20, save=20),
+        grpo=Grpo(group=8, prompts=16, passes=1, steps=100, max_new=8),
     )

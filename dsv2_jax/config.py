@@ -184,7 +184,9 @@ class Data:
     """What is read and how it becomes tokens."""
 
     source: str = "builtin"  # `builtin`, or a text file, a JSONL file, or a folder of such
-    form: Literal["text", "conversations"] = "text"  # conversations: JSONL lines with `messages`, for fine-tuning
+    # conversations: JSONL lines with `messages`, for fine-tuning; prompts: with `prompt`, for GRPO
+    form: Literal["text", "conversations", "prompts"] = "text"
+    tasks: tuple[str, ...] = ()  # of the built-in questions; none: all (see data/instructions.py)
     too_long: Literal["drop", "cut"] = "drop"  # what becomes of a conversation that does not fit in a row
     tokenizer: str = "train"  # `train`: the init checkpoint's, else learnt from the source; or a .model, tokenizer.json
     text_field: str = "text"  # the key of a JSONL line that holds its text
@@ -218,6 +220,40 @@ class Batch:
                 f"batch.ramp_from ({self.ramp_from}) must be a multiple of batch.micro_size ({micro}), at most size",
             )
             check(self.ramp_tokens > 0, "batch.ramp_tokens must be positive when batch.ramp_from is given")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grpo:
+    """Group relative policy optimization (section 4.2). A group of 0: the run is no such stage."""
+
+    group: int = 0  # G: responses to a prompt
+    prompts: int = 8  # whose groups are sampled at a time
+    passes: int = 1  # over these samples, batch.size of them a step
+    steps: int = 100  # of the optimizer, in all
+    max_new: int = 64  # tokens of a response
+    clip: float = 0.2  # epsilon
+    beta: float = 0.04  # weight of the KL divergence from the reference, which is what the run started from
+    level: Literal["token", "sequence"] = "token"  # what a ratio is of; see alignment/objective.py
+    truncate: float = 2.0  # most weight of a token that the sampler found unlikelier than the trainer; 0: no weights
+    rewards: tuple[str, ...] = ("task",)  # of alignment/verifiers.py
+    weights: tuple[float, ...] = (1.0,)  # c_1, c_2, ... of their sum
+    evaluate_prompts: int = 128  # held-out ones, answered greedily
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "passes", "steps", "max_new", "evaluate_prompts"):
+            check(getattr(self, name) > 0, f"grpo.{name} must be positive, not {getattr(self, name)}")
+        check(
+            self.group == 0 or self.group > 1,
+            f"grpo.group must be at least 2, not {self.group}: it is compared with itself",
+        )
+        check(
+            self.clip > 0 and min(self.beta, self.truncate) >= 0,
+            "grpo.clip must be positive, beta and truncate not negative",
+        )
+        check(
+            len(self.rewards) == len(self.weights) > 0,
+            f"grpo.rewards and grpo.weights must be as many, not {len(self.rewards)} and {len(self.weights)}",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -358,6 +394,7 @@ class Config:
     processes: Processes = Processes()
     compute: Compute = Compute()
     cadence: Cadence = Cadence()
+    grpo: Grpo = Grpo()
 
     def __post_init__(self) -> None:
         check(
@@ -366,8 +403,13 @@ class Config:
             f"({self.model.max_position_embeddings})",
         )
         check(self.epochs >= 0, f"epochs must not be negative, not {self.epochs}")
+        sampled = self.grpo.prompts * self.grpo.group
         check(
-            self.epochs > 0 or self.tokens >= self.batch.size * self.batch.length,
+            sampled % self.batch.size == 0,
+            f"batch.size ({self.batch.size}) must divide the grpo.prompts x grpo.group = {sampled} responses",
+        )
+        check(
+            self.epochs > 0 or self.grpo.group > 0 or self.tokens >= self.batch.size * self.batch.length,
             f"tokens ({self.tokens}) is less than one batch of {self.batch.size} x {self.batch.length}",
         )
         check(self.seed >= 0, f"seed must not be negative, not {self.seed}")

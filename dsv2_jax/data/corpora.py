@@ -63,10 +63,12 @@ def prepare(data: Data) -> Corpus:
     root = data.folder / "corpora"
     if data.source != "builtin":
         return _prepare(LocalText, root, local(Path(data.source), data.text_field, data.form), data)
-    if data.form == "conversations":
+    if data.form != "text":
         from dsv2_jax.data import instructions  # whose library takes seconds to import
 
-        listed = [Document(name, json.dumps(messages)) for name, messages in instructions.build()]
+        tasks = instructions.chosen(data.tasks)
+        made = instructions.build(tasks) if data.form == "conversations" else instructions.prompts(tasks)
+        listed = [Document(name, json.dumps(value)) for name, value in made]
         return _prepare(Instructions, root, lambda: listed, data)
     packages = builtin.PACKAGES if data.fetch else ()
     folder = root / _builtin_name(data, packages)
@@ -111,7 +113,8 @@ def _open(folder: Path, data: Data) -> Corpus:
 def local(source: Path, text_field: str, form: str = "text") -> Callable[[], Iterator[Document]]:
     """Reads a text file (a document), a JSONL file (a document a line), or all such files of a folder, at each call.
 
-    With the form `conversations`, JSONL files only: a line's key `messages` holds a conversation. Raises ValueError for
+    With the form `conversations`, JSONL files only: a line's key `messages` holds a conversation; with `prompts` its
+    key `prompt` holds a question or messages, and the whole line is the document. Raises ValueError for
     a path that does not exist and, while reading, for what is not UTF-8 or not such JSON.
     """
     check(source.exists(), f"data.source {source} does not exist; give `builtin`, a file or a folder")
@@ -128,7 +131,7 @@ def local(source: Path, text_field: str, form: str = "text") -> Callable[[], Ite
                 for where, line, value in _jsonl(path):
                     yield Document(f"{name}:{line}", _READ[form](value, where, text_field))
             elif form != "text":
-                raise ValueError(f"{path}: conversations are read from .jsonl files only")
+                raise ValueError(f"{path}: {form} are read from .jsonl files only")
             elif text := _decode(path.read_bytes(), path, 0).strip("\ufeff"):
                 yield Document(name, text)
 
@@ -172,7 +175,16 @@ def _check_unicode(text: str, where: str) -> None:
     check(not any("\ud800" <= c <= "\udfff" for c in text), f"{where} holds half a surrogate pair")
 
 
-_READ = {"text": _text, "conversations": _conversation}
+def _prompt(value: Any, where: str, _: str) -> str:
+    check(isinstance(value, dict) and "prompt" in value, f"{where} has no key 'prompt'")
+    if isinstance(value["prompt"], str):
+        _check_unicode(value["prompt"], f"{where}: 'prompt'")
+    else:
+        chat.checked(value["prompt"], f"{where}: 'prompt'")
+    return json.dumps(value)
+
+
+_READ = {"text": _text, "conversations": _conversation, "prompts": _prompt}
 
 
 def _decode(raw: bytes, path: Path, offset: int) -> str:

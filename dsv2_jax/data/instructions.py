@@ -5,11 +5,12 @@ Tasks are sized so that a model of some million parameters can learn them.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import reasoning_gym
 
+from dsv2_jax.config import check
 from dsv2_jax.data.chat import Messages
 
 TASKS: dict[str, dict[str, Any]] = {
@@ -28,9 +29,27 @@ def questions(task: str, count: int, seed: int) -> Any:
     return reasoning_gym.create_dataset(task, size=count, seed=seed, **TASKS[task])
 
 
-def build() -> Iterator[tuple[str, Messages]]:
+def prompts(tasks: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, item) of every built-in question: `prompt`, and what the reward `task` needs. Each question once.
+
+    They have another seed than those of `build`, but of a task with few questions both have some of the same.
+    """
+    for task in tasks:
+        once = {item["question"].strip(): item for item in questions(task, _EACH, _SEED + 1)}
+        for number, (question, item) in enumerate(once.items()):
+            yield f"{task}/{number}", {**item, "task": task, "prompt": question}
+
+
+def chosen(tasks: Sequence[str]) -> tuple[str, ...]:
+    """These tasks, or all for none. Raises ValueError for one that there is not."""
+    for task in tasks:
+        check(task in TASKS, f"data.tasks: no task {task!r}; there are {', '.join(TASKS)}")
+    return tuple(tasks or TASKS)
+
+
+def build(tasks: Sequence[str]) -> Iterator[tuple[str, Messages]]:
     """(name, messages) of every conversation of the built-in instruction data; some have several questions."""
-    for task in TASKS:
+    for task in tasks:
         items = (item for item in questions(task, _EACH, _SEED))
         number = 0
         while turns := list(itertools.islice(items, _TURNS[number % len(_TURNS)])):

@@ -45,6 +45,7 @@ FREE = (
     "processes",
     "compute.remat",
     "compute.loss_chunk",
+    "grpo.steps",
 )
 
 _WORTH_SLICING = 64 * 2**20  # bytes of a stacked parameter

@@ -1,4 +1,4 @@
-"""Cross-entropy of a large vocabulary without its logits: made for a chunk of tokens at a time, gradients included."""
+"""Cross-entropy and log-probabilities over a large vocabulary, whose logits exist for a chunk of tokens at a time."""
 
 import functools
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from dsv2_jax.config import SINGLE, Mesh
-from dsv2_jax.model.matmul import dot, weight_gradient
+from dsv2_jax.model.matmul import dot, project, weight_gradient
 from dsv2_jax.parallel import collectives
 
 
@@ -28,6 +28,25 @@ def cross_entropy(
         return nll + _nll(logits, lse, _own(targets, w_head_DW, mesh), weights, mesh), None
 
     return lax.scan(add, jnp.float32(0), _chunks(h_ND, targets_N, weights_N, chunk))[0]
+
+
+def token_log_probabilities(h_ND: Array, w_head_DW: Array, targets_N: Array, chunk: int) -> tuple[Array, Array]:
+    """(log softmax(h[n] @ w_head)[targets[n]], the entropy of that softmax), float32 [N] each, in nats.
+
+    Logits exist for `chunk` tokens at a time; the backward pass makes them again. The entropy has no gradient.
+    """
+    size, n = min(chunk, len(h_ND)), len(h_ND)
+
+    @jax.checkpoint  # pyright: ignore[reportPrivateImportUsage]
+    def some(h_ND: Array, targets_N: Array) -> tuple[Array, Array]:
+        logp_NW = jax.nn.log_softmax(project(h_ND, w_head_DW).astype(jnp.float32), axis=-1)
+        chosen_N = jnp.take_along_axis(logp_NW, targets_N[:, None], axis=1)[:, 0]
+        fixed_NW = lax.stop_gradient(logp_NW)
+        return chosen_N, -jnp.sum(jnp.exp(fixed_NW) * fixed_NW, axis=-1)
+
+    h, targets, _ = _chunks(h_ND, targets_N, jnp.ones(n), size)
+    logp, entropy = lax.map(lambda part: some(*part), (h, targets))
+    return logp.reshape(-1)[:n], entropy.reshape(-1)[:n]
 
 
 def _chunks(h_ND: Array, targets_N: Array, weights_N: Array, chunk: int) -> tuple[Array, Array, Array]:

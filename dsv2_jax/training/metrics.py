@@ -154,6 +154,16 @@ class Log:
         self._display.say(f"step {progress.step:,}  {part}: {result['bits_per_byte']:.4f} bits per byte")
         self._clock = time.perf_counter(), progress.tokens  # the time of an evaluation is not the training's
 
+    def figures(self, progress: Progress, figures: dict[str, float]) -> None:
+        """Writes what is not of one step, such as an evaluation that is no held-out loss, and says it."""
+        self.flush()
+        if not self._first:
+            return
+        self._write({"step": progress.step, "tokens": progress.tokens, **figures})
+        told = "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in figures.items())
+        self._display.say(f"step {progress.step:,}  {told}")
+        self._clock = time.perf_counter(), progress.tokens
+
     def say(self, text: str) -> None:
         """Prints a sentence above the progress bar."""
         if self._first:
@@ -170,9 +180,11 @@ class Log:
             self.say(f"step {progress.step:,}: loss or gradient norm is not finite; the update was refused")
         if progress.step % self._config.cadence.log == 0 or progress.tokens >= self._config.tokens or skipped:
             load_LE = metrics.pop("load_LE", None)
-            weight, text_bytes = float(metrics.pop("tokens")), float(metrics.pop("bytes"))
+            weight, text_bytes = float(metrics.pop("tokens", 0)), float(metrics.pop("bytes", 0))
             line = {"step": progress.step, "tokens": progress.tokens} | {k: float(v) for k, v in metrics.items()}
-            line |= {"bits_per_byte": bits_per_byte(line["nll"], weight, text_bytes), "lr": lr, "skipped": int(skipped)}
+            line |= {"lr": lr, "skipped": int(skipped)}
+            if "nll" in line:
+                line["bits_per_byte"] = bits_per_byte(line["nll"], weight, text_bytes)
             line |= load_summary(load_LE) if load_LE is not None else {}
             if self._clock:
                 speed = (progress.tokens - self._clock[1]) / (now - self._clock[0])
@@ -212,7 +224,8 @@ class Display:
 
     def show(self, line: dict[str, Any]) -> None:
         """The figures of a line of metrics."""
-        figures = f"loss {line['loss']:.4f}  bits/byte {line['bits_per_byte']:.4f}"
+        told = {"loss": "loss", "bits_per_byte": "bits/byte", "reward": "reward", "kl": "KL"}
+        figures = "  ".join(f"{name} {line[key]:.4f}" for key, name in told.items() if key in line)
         if "tokens_per_second" in line:
             figures += f"  {line['tokens_per_second']:,.0f} tokens/s"
         if self._bar:

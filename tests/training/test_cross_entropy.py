@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv2_jax.training.cross_entropy import cross_entropy
+from dsv2_jax.training.cross_entropy import cross_entropy, token_log_probabilities
 
 
 def _case(n, dtype, d=6, w=11):
@@ -56,3 +56,24 @@ def test_logits_exist_for_one_chunk_only():
     ]
     step = jax.jit(jax.grad(lambda *a: cross_entropy(*a, chunk), (0, 1)))
     assert step.lower(*shapes).compile().memory_analysis().temp_size_in_bytes < n * w * 4 / 2
+
+
+@pytest.mark.parametrize("chunk", [3, 64])
+def test_token_log_probabilities_and_their_gradients_against_float64(chunk):
+    random = np.random.default_rng(0)
+    h, w, targets = random.normal(size=(10, 6)), random.normal(size=(6, 13)), random.integers(0, 13, 10)
+    weights = random.normal(size=10)
+    logits = h @ w
+    logp = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    g = weights[:, None] * (np.eye(13)[targets] - np.exp(logp))
+
+    def weighed(h, w):
+        found, entropy = token_log_probabilities(h, w, jnp.asarray(targets), chunk)
+        return (found * weights).sum() + entropy.sum(), (found, entropy)
+
+    arguments = jnp.asarray(h, jnp.float32), jnp.asarray(w, jnp.float32)
+    (dh, dw), (found, entropy) = jax.grad(weighed, argnums=(0, 1), has_aux=True)(*arguments)
+    np.testing.assert_allclose(found, logp[np.arange(10), targets], rtol=1e-5)
+    np.testing.assert_allclose(entropy, -(np.exp(logp) * logp).sum(1), rtol=1e-5)
+    np.testing.assert_allclose(dh, g @ w.T, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(dw, h.T @ g, rtol=1e-4, atol=1e-5)

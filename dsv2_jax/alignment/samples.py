@@ -1,0 +1,146 @@
+"""What GRPO asks, what comes back, and both as arrays to train on."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax.numpy as jnp
+import numpy as np
+
+from dsv2_jax.alignment import objective
+from dsv2_jax.config import Config, check
+from dsv2_jax.data import chat
+from dsv2_jax.data.corpora import Corpus, Source
+from dsv2_jax.data.packing import Batch, blank_batch
+from dsv2_jax.data.tokenizer import Tokenizer
+
+Question = tuple[dict[str, Any], tuple[int, ...]]  # an item of the data, and its prompt's ids
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One response. answer: its ids, the end of sequence included; logprobs: the sampler's of them."""
+
+    item: dict[str, Any]
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    rewards: dict[str, float]
+
+
+class Prompts(grain.DatasetIterator[Question]):
+    """Prompts without end, in an order that the seed draws anew each epoch. Its state is the number of the next one.
+
+    Prompts are rendered in the chat template. Those that leave no room for a response are passed over; raises
+    ValueError if that is all of them.
+    """
+
+    def __init__(self, config: Config, corpus: Corpus, words: Tokenizer):
+        super().__init__()
+        self._config, self._words, self._next = config, words, 0
+        train = self._questions(corpus.train)
+        self._held_out = self._questions(corpus.held_out)
+        check(
+            bool(train and self._held_out),
+            f"no prompt leaves room for grpo.max_new ({config.grpo.max_new}) tokens in batch.length "
+            f"({config.batch.length})",
+        )
+        self._order = grain.MapDataset.source(train).seed(config.seed).shuffle().repeat()
+        self._digest = corpus.digest
+
+    def __next__(self) -> Question:
+        question: Any = self._order[self._next]
+        self._next += 1
+        return question
+
+    def held_out(self, count: int) -> list[Question]:
+        """The first held-out questions."""
+        return self._held_out[:count]
+
+    def get_state(self) -> dict[str, Any]:
+        """JSON."""
+        return {"corpus": self._digest, "seed": self._config.seed, "next": self._next}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Raises ValueError for the state of other data or another seed."""
+        for name, value in self.get_state().items():
+            check(
+                name == "next" or state.get(name) == value,
+                f"the saved place in the prompts is of {name} {state.get(name)!r}, and this run has {value!r}",
+            )
+        self._next = state["next"]
+
+    def _questions(self, source: Source) -> list[Question]:
+        found = []
+        for number in range(len(source)):
+            item = json.loads(source[number]["text"])
+            asked = item["prompt"]
+            messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+            ids = chat.encode(messages, self._words, generation=True).ids
+            if len(ids) + self._config.grpo.max_new <= self._config.batch.length + 1:
+                found.append((item, tuple(ids.tolist())))
+        return found
+
+
+def arrays(samples: list[Sample], config: Config) -> tuple[Batch, dict[str, float]]:
+    """A row for every response behind its prompt, and figures of the rewards.
+
+    Rows: `blank_batch`'s leaves, `sampler_BT` (the sampler's log-probabilities) and `advantages_BT` (alike in a row),
+    float32. The weights of a response's tokens are one over their number. Samples come group by group.
+    """
+    length, group = config.batch.length, config.grpo.group
+    rows = blank_batch(len(samples), length) | {"sampler_BT": np.zeros((len(samples), length), np.float32)}
+    del rows["bytes_BT"]
+    for row, sample in enumerate(samples):
+        ids = np.array(sample.prompt + sample.answer, np.int32)
+        count, first = len(ids) - 1, len(sample.prompt) - 1
+        rows["tokens_BT"][row, :count], rows["targets_BT"][row, :count] = ids[:-1], ids[1:]
+        rows["positions_BT"][row, :count], rows["segments_BT"][row, :count] = np.arange(count), 1
+        rows["weights_BT"][row, first:count] = 1 / len(sample.answer)
+        rows["sampler_BT"][row, first:count] = sample.logprobs
+    weights = dict(zip(config.grpo.rewards, config.grpo.weights, strict=True))
+    total = np.array([sum(weights[name] * r for name, r in s.rewards.items()) for s in samples], np.float32)
+    advantages_B = np.asarray(objective.advantages(jnp.asarray(total.reshape(-1, group)))).reshape(-1)
+    rows["advantages_BT"] = np.repeat(advantages_B[:, None], length, axis=1)
+    spread = total.reshape(-1, group).std(axis=1)
+    figures = {
+        "reward": float(total.mean()),
+        "reward_spread": float(spread.mean()),
+        "groups_without_signal": float((spread == 0).mean()),
+        "response_tokens": float(np.mean([len(s.answer) for s in samples])),
+        "unfinished": float(np.mean([len(s.answer) == config.grpo.max_new for s in samples])),
+    }
+    return rows, figures | {f"reward_{name}": float(np.mean([s.rewards[name] for s in samples])) for name in weights}
+
+
+class Samples:
+    """samples.jsonl, for people to read; a context manager. Opened for a run at `step`, drops what came after."""
+
+    def __init__(self, run: Path, step: int):
+        self._path, partial = run / "samples.jsonl", run / "samples.jsonl.tmp"
+        partial.write_text("".join(line for line in self._lines() if json.loads(line)["step"] < step), encoding="utf-8")
+        os.replace(partial, self._path)
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def _lines(self) -> Iterator[str]:
+        if self._path.exists():
+            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+            yield from (line for line in lines if line.endswith("\n"))
+
+    def __enter__(self) -> "Samples":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, step: int, samples: list[Sample]) -> None:
+        """A line for every response."""
+        for sample in samples:
+            line = {"step": step, "prompt": sample.item["prompt"], "response": sample.text, "rewards": sample.rewards}
+            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._file.flush()
