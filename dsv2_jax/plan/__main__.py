@@ -7,17 +7,19 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from configs import PRESETS
+from configs import PRESETS, layouts
 from dsv2_jax import cli
 from dsv2_jax.config import Config
-from dsv2_jax.plan import report
+from dsv2_jax.plan import claims, report
 from dsv2_jax.plan.compile import Topology, compiled, laid_out
 from dsv2_jax.plan.estimate import Estimate, estimate
 from dsv2_jax.plan.remedies import remedies
 
 _USAGE = f"""usage: python -m dsv2_jax.plan PRESET --topology CHIP:XxYxZ [--json FILE] [--hlo FILE.gz]
        [--section.field VALUE ...]
+       python -m dsv2_jax.plan claims [--topology CHIP:XxYxZ] [--json FILE]
 Compiles the training step of a preset for TPUs that are not here, and says whether it fits and how long it takes.
 presets: {", ".join(PRESETS)}; every flag of train.py may follow"""
 
@@ -31,28 +33,35 @@ class Plan(Config):
     hlo: Path | None = None  # the compiled, scheduled program, compressed by gzip
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Claims:
+    """The paper's claims beside this code base."""
+
+    topology: str = "v5p:4x8x8"  # that training is compiled for
+    json: Path | None = None  # the table, for a program
+
+
 def main() -> int:
     """The command line."""
     name, *flags = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         print(_USAGE)
         return 0
+    say = _progress()
+    if name == "claims":
+        options = cli.parse(Claims, flags, prog="python -m dsv2_jax.plan claims")
+        rows = claims.claims(Topology(options.topology), lambda c, t: planned(c, t, say)[0])
+        print(claims.show(rows))
+        _write(options.json, [dataclasses.asdict(row) for row in rows])
+        return 0
     if name not in PRESETS:
         cli.fail(f"unknown preset '{name}'{cli.nearest(name, PRESETS) or '; there are ' + ', '.join(PRESETS)}")
-    preset = PRESETS[name]()
-    plan = cli.parse(Plan(**vars(preset)), flags, prog=f"python -m dsv2_jax.plan {name}")
-    if not plan.topology:
-        cli.fail("--topology is missing: CHIP:XxYxZ, such as v5p:4x8x8")
+    plan = _parsed(name, flags)
     topology = Topology(plan.topology)
     config = Config(**{field.name: getattr(plan, field.name) for field in dataclasses.fields(Config)})
-    if config.compute.dtype == "auto":  # what it is on a TPU
-        config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, dtype="bfloat16"))
-
-    say = _progress()
     result, text = planned(config, topology, say)
     print(report.show(result))
-    if plan.json:
-        plan.json.write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n", encoding="utf-8")
+    _write(plan.json, dataclasses.asdict(result))
     if plan.hlo and text:
         with gzip.open(plan.hlo, "wt", compresslevel=3) as file:
             file.write(text)
@@ -63,6 +72,20 @@ def main() -> int:
             f"{m.size / 2**30:.2f}; " + remedies(config, topology, lambda c, t: planned(c, t, say)[0])
         )
     return 0
+
+
+def _parsed(name: str, flags: list[str]) -> Plan:
+    """The flags over the preset, in its layout for the topology if one is listed."""
+    prog = f"python -m dsv2_jax.plan {name}"
+    wanted = cli.parse(Plan(**vars(PRESETS[name]())), flags, prog=prog).topology
+    if not wanted:
+        cli.fail("--topology is missing: CHIP:XxYxZ, such as v5p:4x8x8")
+    return cli.parse(Plan(**vars(layouts.on_topology(name, wanted))), flags, prog=prog)
+
+
+def _write(path: Path | None, figures: Any) -> None:
+    if path:
+        path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def planned(config: Config, topology: Topology, say: Callable[[str], None]) -> tuple[Estimate, str]:

@@ -73,8 +73,18 @@ def laid_out(config: Config, topology: Topology) -> Config:
     mesh = config.mesh.resolve(topology.devices * config.mesh.slices)
     sharding.check_model(config.model, mesh)
     sharding.check_batch(config.batch.micro_size or config.batch.size, config.batch.length, config.model, mesh)
+    compute = config.compute
+    if compute.dtype == "auto":  # what it is on a TPU
+        compute = dataclasses.replace(compute, dtype="bfloat16")
     return dataclasses.replace(
-        config, mesh=mesh, workdir=Path(), resume=True, data=Data(), cadence=Cadence(), processes=Processes()
+        config,
+        compute=compute,
+        mesh=mesh,
+        workdir=Path(),
+        resume=True,
+        data=Data(),
+        cadence=Cadence(),
+        processes=Processes(),
     )
 
 
