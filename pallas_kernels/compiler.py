@@ -106,8 +106,8 @@ def _kernels(folder: Path, calls: dict[str, list[dict[int, np.ndarray]]]) -> Ite
     turn: dict[str, int] = collections.Counter()
     for name, vmem in found:
         (dump,) = folder.glob(f"*-{name}-*[0-9]-final_bundles.txt")
-        call = re.sub(r"\.\d+$", "", name)
-        call = call if call in calls else ""  # XLA finds names for calls that have none
+        # XLA writes what a call was transformed by around its name, and finds names for calls that have none.
+        call = max((known for known in calls if known and known in name), key=len, default="")
         known = calls.get(call, [{}])
         operands = known[min(turn[call], len(known) - 1)]
         turn[call] += 1

@@ -11,7 +11,9 @@ import numpy as np
 
 from pallas_kernels import shapes, tuning
 from pallas_kernels.chips import CHIPS
-from pallas_kernels.latent_attention import decode_kernel
+from pallas_kernels.expert_dispatch import kernels
+from pallas_kernels.expert_dispatch.tiles import Tiles
+from pallas_kernels.latent_attention import decode_kernel, flash
 
 _BF16 = 2  # bytes
 
@@ -32,17 +34,14 @@ class Op:
 def _latent_decode(shape: shapes.LatentDecode, chip: str, blocks: Any) -> tuple[Callable, tuple]:
     n, pages = shape.sequences, -(-shape.length // shape.page)
 
-    def bf16(*dims: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(dims, jnp.bfloat16)
-
     def run(*args: jax.Array) -> jax.Array:
         return decode_kernel.decode(*args, scale=1.0, blocks=blocks, cores=CHIPS[chip].cores)
 
     return run, (
-        bf16(n, shape.heads, shape.latent),
-        bf16(n, shape.heads, shape.rope),
-        bf16(n * pages, shape.page, shape.latent),
-        bf16(n * pages, shape.rope, shape.page),
+        _bf16(n, shape.heads, shape.latent),
+        _bf16(n, shape.heads, shape.rope),
+        _bf16(n * pages, shape.page, shape.latent),
+        _bf16(n * pages, shape.rope, shape.page),
         np.random.default_rng(0).permutation(n * pages).astype(np.int32).reshape(n, pages),
         np.full(n, shape.length, np.int32),
         np.arange(n + 1, dtype=np.int32),
@@ -61,7 +60,146 @@ def _latent_decode_candidates(shape: shapes.LatentDecode) -> Iterable[Any]:
         yield decode_kernel.Blocks(pages=pages, streams=streams, tokens=max(2, min(16, 512 // shape.heads)))
 
 
+def _bf16(*dims: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(dims, jnp.bfloat16)
+
+
+def _latent_flash(shape: shapes.LatentAttention, chip: str, backward: bool) -> tuple[Callable, tuple]:
+    """One sequence, one document: forward alone, or forward and backward as in training."""
+    h, j, t = shape.heads, shape.kv_heads, shape.tokens
+    how = flash.tuning(t, t, j, shape.rope > 0, jnp.dtype(jnp.bfloat16), chip)
+    queries = [_bf16(1, h, t, shape.nope), _bf16(1, h, t, shape.rope) if shape.rope else None]
+    keys = [_bf16(1, j, t, shape.nope), _bf16(1, t, shape.rope) if shape.rope else None, _bf16(1, j, t, shape.value)]
+    segments = np.ones((1, t), np.int32)
+
+    def attend(*arrays: Any) -> jax.Array:
+        return flash.attention(*arrays[:5], scale=0.1, segments_BT=arrays[5], segments_BS=arrays[6], offset=0, how=how)
+
+    def gradients(*arrays: Any) -> Any:
+        o, pull = jax.vjp(lambda *xs: attend(*xs, *arrays[5:7]), *arrays[:5])
+        return o, pull(arrays[7])
+
+    args = (*queries, *keys, segments, segments)
+    return (gradients, (*args, _bf16(1, h, t, shape.value))) if backward else (attend, args)
+
+
+def _latent_products(shape: shapes.LatentAttention, keys: int, values: int) -> float:
+    """FLOPs of so many products over the keys' width and over the values', of the causal half."""
+    width = keys * (shape.nope + shape.rope) + values * shape.value
+    return 2 * shape.heads * shape.tokens**2 / 2 * width
+
+
+def _latent_bytes(shape: shapes.LatentAttention, backward: bool) -> float:
+    queries, key, value = shape.nope + shape.rope, shape.nope, shape.value
+    operands = shape.heads * (queries + value) + shape.kv_heads * (key + value) + shape.rope
+    return _BF16 * shape.tokens * operands * (3 if backward else 1)  # again for the second pass, and the gradients
+
+
+def _sizes(shape: shapes.ExpertDispatch) -> np.ndarray:
+    """Uneven groups, as a balanced router draws them."""
+    return np.random.default_rng(0).multinomial(shape.rows, np.full(shape.experts, 1 / shape.experts)).astype(np.int32)
+
+
+def _experts(call: Callable[..., Any], rows: str, weights: int, transposed: bool = False) -> Callable:
+    """`build` of a grouped kernel: call(rows, weights, sizes, tiles). rows: a letter each, D or F wide, or G gates."""
+
+    def build(s: shapes.ExpertDispatch, _: str, tiles: Any) -> tuple[Callable, tuple]:
+        widths = {"D": (s.hidden,), "F": (s.width,), "G": ()}
+        dims = (s.experts, s.width, s.hidden) if transposed else (s.experts, s.hidden, s.width)
+
+        def run(*args: Any) -> Any:
+            return call(args[: len(rows)], args[len(rows) : -1], args[-1], tiles)
+
+        operands = [jax.ShapeDtypeStruct((s.rows, *widths[x]), jnp.float32 if x == "G" else jnp.bfloat16) for x in rows]
+        return run, (*operands, *[_bf16(*dims)] * weights, _sizes(s))
+
+    return build
+
+
+def _expert_op(build: Callable, products: int, hidden: int, width: int) -> Op:
+    """An op of `products` grouped products that moves so many arrays of rows of both widths, and as many weights."""
+    return Op(
+        shapes=shapes.EXPERT_DISPATCH,
+        build=build,
+        flops=lambda s: 2 * products * s.rows * s.hidden * s.width,
+        bytes=lambda s: (
+            _BF16 * (s.rows * (hidden * s.hidden + width * s.width) + products * s.experts * s.hidden * s.width)
+        ),
+        key=lambda s: (s.experts, s.hidden, s.width),
+        blocks=lambda *_: None,  # those that the kernels find for themselves
+        candidates=_expert_candidates,
+    )
+
+
+def _expert_candidates(_: shapes.ExpertDispatch) -> Iterable[Any]:
+    for rows, step, chunk, blocks in itertools.product((256, 512, 1024), (64, 128, 256), (128, 256, 512), (1, 2)):
+        if step <= rows:
+            yield Tiles(rows=rows, step=step, chunk=chunk, blocks=blocks)
+
+
+_EXPERT_OPS = {
+    "expert_up": _expert_op(
+        _experts(lambda x, w, n, tiles: kernels.gmm(x[0], w[0], n, tiles=tiles), "D", 1), products=1, hidden=1, width=1
+    ),
+    "expert_up_input_gradient": _expert_op(
+        _experts(lambda g, w, n, tiles: kernels.gmm(g[0], w[0], n, True, tiles=tiles), "F", 1),
+        products=1,
+        hidden=1,
+        width=1,
+    ),
+    "expert_up_weight_gradient": _expert_op(
+        _experts(lambda x, _, n, tiles: kernels.tgmm(x[0], x[1], n, tiles=tiles), "DF", 0),
+        products=1,
+        hidden=1,
+        width=1,
+    ),
+    "expert_gate_up": _expert_op(
+        _experts(lambda x, w, n, tiles: kernels.gate_up(x[0], w[0], w[1], x[1], n, tiles=tiles), "DG", 2),
+        products=2,
+        hidden=1,
+        width=1,
+    ),
+    "expert_hidden_gradient": _expert_op(
+        _experts(
+            lambda x, w, n, tiles: kernels.hidden_gradient(x[0], w[0], x[1], x[2], x[3], n, tiles=tiles),
+            "DFFG",
+            1,
+            transposed=True,
+        ),
+        products=1,
+        hidden=1,
+        width=5,
+    ),
+    "expert_gate_up_input_gradient": _expert_op(
+        _experts(lambda g, w, n, tiles: kernels.gmm_sum(g, w, n, True, tiles=tiles), "FF", 2),
+        products=2,
+        hidden=1,
+        width=2,
+    ),
+    "expert_gate_up_weight_gradient": _expert_op(
+        _experts(lambda x, _, n, tiles: kernels.tgmm_each(x[0], x[1:], n, tiles=tiles), "DFF", 0),
+        products=2,
+        hidden=1,
+        width=2,
+    ),
+}
+
+
+def _flash_op(backward: bool) -> Op:
+    return Op(
+        shapes=shapes.LATENT_ATTENTION,
+        build=lambda s, chip, _: _latent_flash(s, chip, backward),
+        flops=lambda s: _latent_products(s, 1, 1) + (_latent_products(s, 3, 2) if backward else 0),
+        bytes=lambda s: _latent_bytes(s, backward),
+        key=lambda s: (s.heads, s.kv_heads, s.tokens),
+        blocks=lambda *_: None,  # flash.tuning's
+        candidates=lambda _: (),
+    )
+
+
 OPS: dict[str, Op] = {
+    "latent_forward": _flash_op(backward=False),
+    "latent_forward_backward": _flash_op(backward=True),
     "latent_decode": Op(
         shapes=shapes.LATENT_DECODE,
         build=_latent_decode,
@@ -71,4 +209,5 @@ OPS: dict[str, Op] = {
         blocks=lambda chip, s: tuning.latent_decode(chip, s.heads, s.page),
         candidates=_latent_decode_candidates,
     ),
+    **_EXPERT_OPS,
 }

@@ -150,6 +150,7 @@ def over_rows(
     weight_shapes = [(width, w.shape[2]) if weight_axis == 1 else (w.shape[1], width) for w in weights]
     result_widths = [width if n == columns else n for n, _ in results]
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    shapes = [jax.ShapeDtypeStruct((pairs, n if n == columns else n * tiles.blocks), dtype) for n, dtype in results]
     made = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -169,10 +170,9 @@ def over_rows(
                 pltpu.SemaphoreType.DMA((a + b + c, 2)),
             ],
         ),
-        out_shape=[
-            jax.ShapeDtypeStruct((pairs, n if n == columns else n * tiles.blocks), dtype) for n, dtype in results
-        ],
+        out_shape=shapes,
         compiler_params=compiler_params(),
+        cost_estimate=work(2 * pairs * sum(w[0].size for w in weights), [*rows, *weights, *shapes]),
         name=name,
     )(sizes_E, *rows, *weights)
     return [r[:given] for r in made] if pairs != given else made
@@ -295,6 +295,12 @@ def carry(tile: Ref, kept: Ref, skip: Array, count: Array) -> None:
 def round_up(count: Number) -> Number:
     """To a multiple of ALIGN."""
     return (count + ALIGN - 1) & -ALIGN
+
+
+def work(flops: int, arrays: Sequence[Array | jax.ShapeDtypeStruct]) -> pl.CostEstimate:
+    """What XLA is told of a kernel, to schedule transfers beside it: products, and every array moved once."""
+    moved = sum(a.size * a.dtype.itemsize for a in arrays)
+    return pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0)
 
 
 def compiler_params() -> pltpu.CompilerParams:

@@ -13,7 +13,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.expert_dispatch.grouped_matmul import dot
-from pallas_kernels.expert_dispatch.row_pipeline import Act, Rows, compiler_params, offset, round_up, start, wait
+from pallas_kernels.expert_dispatch.row_pipeline import (
+    Act,
+    Rows,
+    compiler_params,
+    offset,
+    round_up,
+    start,
+    wait,
+    work,
+)
 from pallas_kernels.expert_dispatch.tiles import ALIGN, LANES, MIB, Plan, Ref, Tiles, chip, lay_out
 
 
@@ -43,6 +52,7 @@ def tgmm_each(lhs_PD: Array, rhs: Sequence[Array], group_sizes_E: Array, *, tile
         operands = [Rows(h, v, loading.at[i]) for i, (h, v) in enumerate(zip(hbm, vmem, strict=True))]
         _pipeline(s, operands, list(zip(results, parts, sums, strict=True)), turned, storing, tiles)
 
+    shapes = [jax.ShapeDtypeStruct((experts, depth, width), dtype)] * many
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     return pl.pallas_call(
         kernel,
@@ -62,8 +72,9 @@ def tgmm_each(lhs_PD: Array, rhs: Sequence[Array], group_sizes_E: Array, *, tile
                 pltpu.SemaphoreType.DMA((many, -(-block // (2 * tiles.chunk)))),
             ],
         ),
-        out_shape=[jax.ShapeDtypeStruct((experts, depth, width), dtype)] * many,
+        out_shape=shapes,
         compiler_params=compiler_params(),
+        cost_estimate=work(2 * pairs * depth * width * many, [lhs_PD, *rhs, *shapes]),
         name="tgmm",
     )(group_sizes_E, lhs_PD, *rhs)
 

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.latent_attention.forward import NN, NT, VMEM_LIMIT, dot, join
-from pallas_kernels.latent_attention.visibility import LANES, Blocks, Bounds, mask, mask_corner, place, walk
+from pallas_kernels.latent_attention.visibility import LANES, Blocks, Bounds, mask, mask_corner, place, walk, work
 
 
 class Operands(NamedTuple):
@@ -241,6 +241,7 @@ def _sweep(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary", "arbitrary"),
             vmem_limit_bytes=VMEM_LIMIT,
         ),
+        cost_estimate=work(b * h * t * blocks.chunk * (3 * width + 2 * v), (x, grads)),
         interpret=interpret,
     )(*args, before)[0]
 

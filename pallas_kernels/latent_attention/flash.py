@@ -70,11 +70,12 @@ def attention(
     segments_BT: Array,
     segments_BS: Array,
     offset: int | Array = 0,
+    how: Tuning | None = None,
     interpret: bool = False,
 ) -> Array:
-    """As `latent_attention` of op.py. interpret: run the kernels step by step on any device, slowly."""
+    """As `latent_attention` of op.py. how: `tuning`'s unless given. interpret: run the kernels step by step, slowly."""
     (_, _, t, _), (_, j, s, _) = q_nope_BHTN.shape, k_nope_BJSN.shape
-    how = tuning(t, s, j, k_rope_BSR is not None, v_BJSV.dtype, chip())
+    how = how or tuning(t, s, j, k_rope_BSR is not None, v_BJSV.dtype, chip())
     long_t, long_s = _round(t, how.forward.queries), _round(s, how.forward.chunk)
     o_BHTV: Any = _attention(
         _pad(q_nope_BHTN, 2, long_t),

@@ -26,6 +26,7 @@ from pallas_kernels.latent_attention.visibility import (
     mask_corner,
     place,
     walk,
+    work,
 )
 
 NT = (((1,), (1,)), ((), ()))
@@ -261,6 +262,7 @@ def forward(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
+        cost_estimate=work(b * h * t * s * (n + (r or 0) + v), (q_nope_BHTN, q_rope_BHTR, k_nope_BJSN, v_BJSV)),
         interpret=interpret,
     )(
         offset.reshape(1),

@@ -5,8 +5,9 @@ Letters: B batch, T queries, S keys, I blocks of queries, C blocks of keys; scor
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
@@ -50,6 +51,15 @@ def bounds(segments: Array, block: int) -> Bounds:
     high = jnp.max(blocks, axis=1)
     whole = (low == high) & (jnp.min(blocks, axis=1) > 0)
     return Bounds(low, high, jnp.where(whole, low, -1))
+
+
+def work(products: int, arrays: Any) -> pl.CostEstimate:
+    """What XLA is told of a kernel, to schedule transfers beside it.
+
+    products: multiplications if every query saw every key, of which causality leaves half. Each array moves once.
+    """
+    moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))
+    return pl.CostEstimate(flops=products, bytes_accessed=moved, transcendentals=0)
 
 
 def meet(queries: Bounds, keys: Bounds) -> Array:

@@ -1,5 +1,6 @@
 """What travels between the devices of the expert axis, read from programs compiled for real TPUs."""
 
+import collections
 import dataclasses
 import math
 import re
@@ -131,7 +132,10 @@ def test_shared_experts_run_while_tokens_travel(tpus):
 
 
 def test_a_training_step_compiles_for_a_pod(tpus):
-    """Forward and backward, layers scanned and recomputed: the compiler takes the schedule that is asked of it."""
+    """Forward and backward, layers scanned and recomputed: the compiler takes the schedule that is asked of it.
+
+    Attention and experts run on the Pallas kernels; what the remat policy keeps of attention is not computed again.
+    """
     tiny = models.tiny()
     mesh = Mesh(fsdp=2, expert=4, tensor=1)
     model = dataclasses.replace(tiny, moe=dataclasses.replace(tiny.moe, budget_sequences=4))
@@ -140,7 +144,7 @@ def test_a_training_step_compiles_for_a_pod(tpus):
         tokens=16 * 128,
         model=model,
         batch=Batch(size=16, length=128, micro_size=8),
-        compute=Compute(dtype="bfloat16"),
+        compute=Compute(dtype="bfloat16", remat="attention"),
         mesh=mesh,
     )
     devices = device_mesh.make(mesh, tpus("v5p:2x2x2"))
@@ -157,4 +161,15 @@ def test_a_training_step_compiles_for_a_pod(tpus):
     }
     program = train_step.lower(state, batch, 1e-3, config=config, mesh=devices).compile(READABLE)
     assert program.memory_analysis().temp_size_in_bytes > 0
-    assert "ragged-all-to-all" in program.as_text()
+    text = program.as_text()
+    assert "ragged-all-to-all" in text
+    names = re.findall(r'%(\w+?)_?(?:\.\d+)? = .*custom_call_target="tpu_custom_call"', text)
+    layers = 2  # a dense layer and the scanned MoE layers
+    assert collections.Counter(names) == {
+        "latent_attention_forward": layers,
+        "latent_attention_backward": layers,
+        "gate_up": 2,  # forward, and computed again
+        "gmm": 2,  # down, and the gradient of what gate and up read
+        "hidden_gradient": 1,
+        "tgmm": 2,
+    }
