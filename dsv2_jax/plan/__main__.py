@@ -12,13 +12,13 @@ from typing import Any
 from configs import PRESETS, layouts
 from dsv2_jax import cli
 from dsv2_jax.config import Config
-from dsv2_jax.plan import claims, report
+from dsv2_jax.plan import claims, page, report, search
 from dsv2_jax.plan.compile import Topology, compiled, laid_out
 from dsv2_jax.plan.estimate import Estimate, estimate
 from dsv2_jax.plan.remedies import remedies
 
-_USAGE = f"""usage: python -m dsv2_jax.plan PRESET --topology CHIP:XxYxZ [--json FILE] [--hlo FILE.gz]
-       [--section.field VALUE ...]
+_USAGE = f"""usage: python -m dsv2_jax.plan PRESET --topology CHIP:XxYxZ [--search] [--json FILE] [--hlo FILE.gz]
+       [--html FILE] [--section.field VALUE ...]
        python -m dsv2_jax.plan claims [--topology CHIP:XxYxZ] [--json FILE]
 Compiles the training step of a preset for TPUs that are not here, and says whether it fits and how long it takes.
 presets: {", ".join(PRESETS)}; every flag of train.py may follow"""
@@ -31,6 +31,8 @@ class Plan(Config):
     topology: str = ""  # CHIP:XxYxZ, such as v5p:4x8x8 or v6e:16x16; of each slice, if there are several
     json: Path | None = None  # the figures, for a program
     hlo: Path | None = None  # the compiled, scheduled program, compressed by gzip
+    html: Path | None = None  # a page with pictures
+    search: bool = False  # try meshes and remat policies, compile the most promising, rank them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,9 +61,16 @@ def main() -> int:
     plan = _parsed(name, flags)
     topology = Topology(plan.topology)
     config = Config(**{field.name: getattr(plan, field.name) for field in dataclasses.fields(Config)})
+    if plan.search:
+        results = search.search(config, topology, lambda c, t: planned(c, t, say)[0])
+        print(search.show(results))
+        _write(plan.json, [dataclasses.asdict(result) for result in results])
+        return 0
     result, text = planned(config, topology, say)
     print(report.show(result))
     _write(plan.json, dataclasses.asdict(result))
+    if plan.html:
+        plan.html.write_text(page.page(name, result), encoding="utf-8")
     if plan.hlo and text:
         with gzip.open(plan.hlo, "wt", compresslevel=3) as file:
             file.write(text)
@@ -91,7 +100,7 @@ def _write(path: Path | None, figures: Any) -> None:
 def planned(config: Config, topology: Topology, say: Callable[[str], None]) -> tuple[Estimate, str]:
     """The estimate of a config's step on a topology, and its HLO."""
     program, text = compiled(config, topology, say)
-    return estimate(laid_out(config, topology), topology, program, text), text
+    return estimate(laid_out(config, topology), topology, program, text, say), text
 
 
 def _progress() -> Callable[[str], None]:
