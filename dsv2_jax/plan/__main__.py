@@ -7,17 +7,19 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from configs import PRESETS
+from configs import PRESETS, layouts
 from dsv2_jax import cli
 from dsv2_jax.config import Config
-from dsv2_jax.plan import report
+from dsv2_jax.plan import claims, page, report, search
 from dsv2_jax.plan.compile import Topology, compiled, laid_out
 from dsv2_jax.plan.estimate import Estimate, estimate
 from dsv2_jax.plan.remedies import remedies
 
-_USAGE = f"""usage: python -m dsv2_jax.plan PRESET --topology CHIP:XxYxZ [--json FILE] [--hlo FILE.gz]
-       [--section.field VALUE ...]
+_USAGE = f"""usage: python -m dsv2_jax.plan PRESET --topology CHIP:XxYxZ [--search] [--json FILE] [--hlo FILE.gz]
+       [--html FILE] [--section.field VALUE ...]
+       python -m dsv2_jax.plan claims [--topology CHIP:XxYxZ] [--json FILE]
 Compiles the training step of a preset for TPUs that are not here, and says whether it fits and how long it takes.
 presets: {", ".join(PRESETS)}; every flag of train.py may follow"""
 
@@ -29,6 +31,16 @@ class Plan(Config):
     topology: str = ""  # CHIP:XxYxZ, such as v5p:4x8x8 or v6e:16x16; of each slice, if there are several
     json: Path | None = None  # the figures, for a program
     hlo: Path | None = None  # the compiled, scheduled program, compressed by gzip
+    html: Path | None = None  # a page with pictures
+    search: bool = False  # try meshes and remat policies, compile the most promising, rank them
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Claims:
+    """The paper's claims beside this code base."""
+
+    topology: str = "v5p:4x8x8"  # that training is compiled for
+    json: Path | None = None  # the table, for a program
 
 
 def main() -> int:
@@ -37,22 +49,28 @@ def main() -> int:
     if name in ("-h", "--help"):
         print(_USAGE)
         return 0
+    say = _progress()
+    if name == "claims":
+        options = cli.parse(Claims, flags, prog="python -m dsv2_jax.plan claims")
+        rows = claims.claims(Topology(options.topology), lambda c, t: planned(c, t, say)[0])
+        print(claims.show(rows))
+        _write(options.json, [dataclasses.asdict(row) for row in rows])
+        return 0
     if name not in PRESETS:
         cli.fail(f"unknown preset '{name}'{cli.nearest(name, PRESETS) or '; there are ' + ', '.join(PRESETS)}")
-    preset = PRESETS[name]()
-    plan = cli.parse(Plan(**vars(preset)), flags, prog=f"python -m dsv2_jax.plan {name}")
-    if not plan.topology:
-        cli.fail("--topology is missing: CHIP:XxYxZ, such as v5p:4x8x8")
+    plan = _parsed(name, flags)
     topology = Topology(plan.topology)
     config = Config(**{field.name: getattr(plan, field.name) for field in dataclasses.fields(Config)})
-    if config.compute.dtype == "auto":  # what it is on a TPU
-        config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, dtype="bfloat16"))
-
-    say = _progress()
+    if plan.search:
+        results = search.search(config, topology, lambda c, t: planned(c, t, say)[0])
+        print(search.show(results))
+        _write(plan.json, [dataclasses.asdict(result) for result in results])
+        return 0
     result, text = planned(config, topology, say)
     print(report.show(result))
-    if plan.json:
-        plan.json.write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n", encoding="utf-8")
+    _write(plan.json, dataclasses.asdict(result))
+    if plan.html:
+        plan.html.write_text(page.page(name, result), encoding="utf-8")
     if plan.hlo and text:
         with gzip.open(plan.hlo, "wt", compresslevel=3) as file:
             file.write(text)
@@ -65,10 +83,24 @@ def main() -> int:
     return 0
 
 
+def _parsed(name: str, flags: list[str]) -> Plan:
+    """The flags over the preset, in its layout for the topology if one is listed."""
+    prog = f"python -m dsv2_jax.plan {name}"
+    wanted = cli.parse(Plan(**vars(PRESETS[name]())), flags, prog=prog).topology
+    if not wanted:
+        cli.fail("--topology is missing: CHIP:XxYxZ, such as v5p:4x8x8")
+    return cli.parse(Plan(**vars(layouts.on_topology(name, wanted))), flags, prog=prog)
+
+
+def _write(path: Path | None, figures: Any) -> None:
+    if path:
+        path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
 def planned(config: Config, topology: Topology, say: Callable[[str], None]) -> tuple[Estimate, str]:
     """The estimate of a config's step on a topology, and its HLO."""
     program, text = compiled(config, topology, say)
-    return estimate(laid_out(config, topology), topology, program, text), text
+    return estimate(laid_out(config, topology), topology, program, text, say), text
 
 
 def _progress() -> Callable[[str], None]:

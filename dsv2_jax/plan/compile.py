@@ -42,15 +42,20 @@ class Topology:
     def __post_init__(self) -> None:
         found = re.fullmatch(r"(\w+):(\d+x\d+(?:x\d+)?)", self.name)
         check(found is not None, f"a topology reads CHIP:XxYxZ, or CHIP:XxY on a chip with four links, not {self.name}")
-        kind = self.name.split(":")[0]
+        kind = self.kind
         check(kind in CHIPS, f"unknown chip '{kind}'{cli.nearest(kind, CHIPS) or '; there are ' + ', '.join(CHIPS)}")
         dims = 3 if self.chip.links == 6 else 2
         check(len(self.shape) == dims, f"a topology of {kind} has {dims} dimensions: {self.name} has {len(self.shape)}")
 
     @property
+    def kind(self) -> str:
+        """The name of its chips in the table of facts."""
+        return self.name.split(":")[0]
+
+    @property
     def chip(self) -> Chip:
         """The facts of its chips."""
-        return CHIPS[self.name.split(":")[0]]
+        return CHIPS[self.kind]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -73,8 +78,18 @@ def laid_out(config: Config, topology: Topology) -> Config:
     mesh = config.mesh.resolve(topology.devices * config.mesh.slices)
     sharding.check_model(config.model, mesh)
     sharding.check_batch(config.batch.micro_size or config.batch.size, config.batch.length, config.model, mesh)
+    compute = config.compute
+    if compute.dtype == "auto":  # what it is on a TPU
+        compute = dataclasses.replace(compute, dtype="bfloat16")
     return dataclasses.replace(
-        config, mesh=mesh, workdir=Path(), resume=True, data=Data(), cadence=Cadence(), processes=Processes()
+        config,
+        compute=compute,
+        mesh=mesh,
+        workdir=Path(),
+        resume=True,
+        data=Data(),
+        cadence=Cadence(),
+        processes=Processes(),
     )
 
 
@@ -134,7 +149,7 @@ def _folder(config: Config, topology: Topology) -> Path:
     digest = hashlib.sha256()
     for part in (to_json(config), topology.name, json.dumps(xla.OPTIONS), *map(importlib.metadata.version, _TOOLS)):
         digest.update(part.encode() + b"\0")
-    for path in _sources():
+    for path in sources(*_CODE, "pallas_kernels"):
         digest.update(path.read_bytes() + b"\0")
     return Path(cache) / "plan" / digest.hexdigest()[:24]
 
@@ -142,6 +157,7 @@ def _folder(config: Config, topology: Topology) -> Path:
 _TOOLS = ("jax", "jaxlib", "libtpu", "flax", "optax")
 
 
-def _sources() -> list[Path]:
-    roots = [_ROOT / name for name in (*_CODE, "pallas_kernels")]
+def sources(*names: str) -> list[Path]:
+    """The Python files of these files and folders of the project."""
+    roots = [_ROOT / name for name in names]
     return [path for root in roots for path in (sorted(root.rglob("*.py")) if root.is_dir() else [root])]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Callable
 
 from dsv2_jax.config import Config, Model
 from dsv2_jax.model import parameters
@@ -86,6 +87,7 @@ class Estimate:
     traffic: tuple[Traffic, ...] = ()
     dearest: tuple[Operation, ...] = ()
     kernels: tuple[Call, ...] = ()
+    loops: tuple[timeline.Loop, ...] = ()  # over the layers, forward and backward
     doubts: tuple[str, ...] = ()
     compile_seconds: float
     compile_bytes: int
@@ -102,8 +104,13 @@ def model_flops(model: Model, length: int) -> float:
     return 6.0 * parameters.count_activated(model) + 3.0 * attention
 
 
-def estimate(config: Config, topology: Topology, program: Program, text: str) -> Estimate:
-    """Reads a compiled program. config: as `compile.laid_out` gives it. text: its HLO, "" where it does not fit."""
+def estimate(
+    config: Config, topology: Topology, program: Program, text: str, say: Callable[[str], None] = lambda _: None
+) -> Estimate:
+    """Reads a compiled program. config: as `compile.laid_out` gives it. text: its HLO, "" where it does not fit.
+
+    say: is told which kernels are being priced.
+    """
     chip, batch = topology.chip, config.batch
     slices = config.mesh.slices
     known = program.parameters + program.optimizer + program.batch
@@ -135,7 +142,7 @@ def estimate(config: Config, topology: Topology, program: Program, text: str) ->
         return Estimate(**common)
     module = hlo.parse(text)
     torus = Torus(chip, program.coords)
-    prices = Prices(chip)
+    prices = Prices(config, topology.kind, say)
     played = timeline.play(module, torus, prices.seconds)
     time = _time(module, played, prices)
     tokens = batch.size * batch.length
@@ -148,6 +155,7 @@ def estimate(config: Config, topology: Topology, program: Program, text: str) ->
         traffic=_traffic(module, played, torus),
         dearest=_dearest(module, played),
         kernels=tuple(prices.calls(played)),
+        loops=_layers(config.model, played),
         doubts=tuple(f"the turns of loop {name} depend on data: counted once" for name in played.unsolved),
     )
 
@@ -173,6 +181,16 @@ def _time(module: hlo.Module, played: timeline.Timeline, prices: Prices) -> Time
         exposed=exposed,
         copies=copies,
         at_peak=xla + prices.at_peak(played),
+    )
+
+
+def _layers(model: Model, played: timeline.Timeline) -> tuple[timeline.Loop, ...]:
+    """The loops over most of the layers, what is shorter than a thousandth of a turn left out."""
+    turns = max(model.moe_layers, model.dense_layers)
+    loops = sorted((loop for loop in played.loops if loop.turns == turns), key=lambda loop: -loop.seconds)[:2]
+    return tuple(
+        dataclasses.replace(loop, events=tuple(e for e in loop.events if e.end - e.start > loop.seconds / 1000))
+        for loop in sorted(loops, key=lambda loop: loop.seconds)
     )
 
 

@@ -1,11 +1,26 @@
-"""What the Pallas kernels of a program cost: the compiler estimates none of them."""
+"""What the Pallas kernels of a program cost: the compiler estimates none of them, `pallas_kernels.cost` does.
+
+A kernel is priced once, alone, at the sizes of the model: its share of the MXU's peak there is taken for all its calls.
+Routed experts work on as many rows as a balanced router sends, however large the buffers are.
+"""
 
 import dataclasses
+import hashlib
+import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+from dsv2_jax.config import Config
+from dsv2_jax.parallel.mesh import BATCH
 from dsv2_jax.plan import hlo, timeline
-from pallas_kernels.chips import Chip
+from dsv2_jax.plan.compile import sources
+from pallas_kernels import cost, shapes
+from pallas_kernels.chips import CHIPS, Chip
+from pallas_kernels.ops import OPS
+
+_ATTENTION = "latent_forward_backward"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,45 +30,136 @@ class Call:
     name: str
     count: int
     seconds: float  # of all calls
-    flops: float  # that the kernel declares, of one call
+    flops: float  # useful ones of one call
     at_peak: float  # seconds of all calls at the MXU's peak
+
+    @property
+    def efficiency(self) -> float:
+        """Useful FLOPs over what the MXUs could do meanwhile."""
+        return self.at_peak / self.seconds if self.seconds else 0.0
 
 
 class Prices:
-    """Seconds of kernel calls on a chip."""
+    """Seconds of the kernel calls of a config's step on a chip. say: is told what is being priced."""
 
-    def __init__(self, chip: Chip) -> None:
-        self._chip = chip
-        self._instructions: dict[tuple[str, str], hlo.Instruction] = {}
+    def __init__(self, config: Config, chip: str, say: Callable[[str], None]) -> None:
+        self._config, self._name, self._say = config, chip, say
+        self._calls: dict[tuple[str, str], tuple[str, float, float]] = {}  # kernel, its useful FLOPs and seconds
+
+    @property
+    def _chip(self) -> Chip:
+        return CHIPS[self._name]
+
+    @property
+    def _peak(self) -> float:
+        return self._chip.peak * self._chip.cores
 
     def seconds(self, instruction: hlo.Instruction, where: hlo.Computation) -> float:
-        """Of one call: its declared FLOPs at the peak, or its bytes at the HBM's bandwidth, whichever is longer."""
-        self._instructions[where.name, instruction.name] = instruction
+        """Of one call; of an unknown kernel its declared FLOPs at the peak, or its bytes if they take longer."""
+        key = where.name, instruction.name
+        if key not in self._calls:
+            self._calls[key] = self._priced(instruction, where)
+        return self._calls[key][2]
+
+    def _priced(self, instruction: hlo.Instruction, where: hlo.Computation) -> tuple[str, float, float]:
         flops, moved = declared(instruction)
-        cores = self._chip.cores
-        return max(flops / (self._chip.peak * cores), moved / (self._chip.hbm * cores))
+        operands = [hlo.arrays(where.by_name[name].shape)[0][1] for name in instruction.operands]
+        kernel = _kernel(instruction, operands)
+        if kernel is None:
+            return instruction.name, flops, max(flops / self._peak, moved / (self._chip.hbm * self._chip.cores))
+        if kernel.startswith("expert"):
+            rows = next(dims[0] for dims in operands if len(dims) == 2)
+            flops *= min(1.0, self._rows / rows)
+        return kernel, flops, flops / (self._peak * self._efficiency(kernel))
+
+    @property
+    def _rows(self) -> int:
+        """(token, expert) pairs of a device and layer if all experts are chosen alike."""
+        batch, mesh = self._config.batch, self._config.mesh
+        sequences = (batch.micro_size or batch.size) // mesh.size(*BATCH)
+        return sequences * batch.length // mesh.context * self._config.model.moe.num_experts_per_tok
+
+    def _efficiency(self, kernel: str) -> float:
+        """Share of the peak, priced once for these sizes and this code and kept with the compiled programs."""
+        op = _ATTENTION if kernel.startswith("latent") else kernel
+        shape = self._shape(op)
+        digest = hashlib.sha256(repr((op, self._name, shape)).encode())
+        for path in sources("pallas_kernels"):
+            digest.update(path.read_bytes())
+        kept = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or Path.home() / ".cache" / "dsv2_jax")
+        kept = kept / "plan" / f"{op}-{digest.hexdigest()[:24]}.json"
+        if not kept.exists():
+            self._say(f"pricing {op} for {self._name}")
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            fn, args = OPS[op].build(shape, self._name, None)
+            priced = cost.cost(fn, args, self._name, flops=OPS[op].flops(shape), bytes=OPS[op].bytes(shape))
+            kept.write_text(json.dumps({k.name: k.us for k in priced.kernels}))
+        us = json.loads(kept.read_text())
+        if op != _ATTENTION:
+            return OPS[op].flops(shape) / sum(us.values()) * 1e6 / self._peak
+        forward = OPS["latent_forward"].flops(shape)
+        flops = forward if kernel.endswith("forward") else OPS[op].flops(shape) - forward
+        (own,) = (time for name, time in us.items() if kernel.rpartition("_")[2] in name)
+        return flops / own * 1e6 / self._peak
+
+    def _shape(self, op: str) -> shapes.LatentAttention | shapes.ExpertDispatch:
+        """The sizes of the config's model, of one sequence or of one device's experts."""
+        config, a, moe = self._config, self._config.model.attention, self._config.model.moe
+        if op == _ATTENTION:
+            heads, mla = a.num_attention_heads // config.mesh.tensor, a.kind == "mla"
+            return shapes.LatentAttention(
+                heads=heads,
+                kv_heads=heads if mla else a.num_key_value_heads // config.mesh.tensor,
+                nope=a.qk_nope_head_dim if mla else a.qk_rope_head_dim,
+                rope=a.qk_rope_head_dim if mla else 0,
+                value=a.v_head_dim,
+                tokens=config.batch.length,
+            )
+        return shapes.ExpertDispatch(
+            tokens=self._rows // moe.num_experts_per_tok,
+            active=moe.num_experts_per_tok,
+            rows=self._rows,
+            experts=moe.n_routed_experts // config.mesh.expert,
+            hidden=config.model.hidden_size,
+            width=moe.moe_intermediate_size // config.mesh.tensor,
+        )
 
     def at_peak(self, played: timeline.Timeline) -> float:
         """Seconds of all calls of a program if the MXUs never paused."""
         return sum(call.at_peak for call in self.calls(played))
 
     def calls(self, played: timeline.Timeline) -> Iterator[Call]:
-        """Every kernel of a program."""
-        for key, instruction in self._instructions.items():
-            use, (flops, _) = played.uses[key], declared(instruction)
-            yield Call(
-                name=instruction.name,
-                count=use.count,
-                seconds=use.core,
-                flops=flops,
-                at_peak=use.count * flops / (self._chip.peak * self._chip.cores),
-            )
+        """The kernels of a program, one line for each."""
+        uses: dict[str, list[tuple[int, float, float]]] = {}
+        for key, (kernel, flops, seconds) in self._calls.items():
+            uses.setdefault(kernel, []).append((played.uses[key].count, flops, seconds))
+        for kernel, calls in uses.items():
+            count = sum(n for n, _, _ in calls)
+            flops = sum(n * flops for n, flops, _ in calls)
+            seconds = sum(n * seconds for n, _, seconds in calls)
+            yield Call(name=kernel, count=count, seconds=seconds, flops=flops / count, at_peak=flops / self._peak)
 
 
 def declared(instruction: hlo.Instruction) -> tuple[float, float]:
     """(FLOPs, bytes) that a kernel's author says a call takes."""
-    found = re.search(
-        r'cost_estimate\\?":\s*\{[^}]*?flops\\?":\s*\\?"?(\d+)[^}]*?bytes_accessed\\?":\s*\\?"?(\d+)',
-        instruction.attributes,
-    )
-    return (float(found[1]), float(found[2])) if found else (0.0, 0.0)
+    found = [
+        re.search(rf'cost_estimate\\?":\s*\{{[^}}]*?{name}\\?":\s*\\?"?(\d+)', instruction.attributes)
+        for name in ("flops", "bytes_accessed")
+    ]
+    flops, moved = (float(number[1]) if number else 0.0 for number in found)
+    return flops, moved
+
+
+def _kernel(instruction: hlo.Instruction, operands: list[tuple[int, ...]]) -> str | None:
+    """The op of `pallas_kernels.ops` that a call is one of, `latent_forward` or `latent_backward`, or None."""
+    name = instruction.name
+    for kernel in ("forward", "backward"):
+        if f"latent_attention_{kernel}" in name:
+            return f"latent_{kernel}"
+    if "tgmm" in name:
+        results = sum(len(dims) == 3 for _, dims in hlo.arrays(instruction.shape))
+        return "expert_gate_up_weight_gradient" if results > 1 else "expert_up_weight_gradient"
+    if "gmm" in name:
+        weights = sum(len(dims) == 3 for dims in operands)
+        return "expert_gate_up_input_gradient" if weights > 1 else "expert_up"
+    return next((f"expert_{kernel}" for kernel in ("gate_up", "hidden_gradient") if kernel in name), None)

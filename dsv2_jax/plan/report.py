@@ -64,6 +64,9 @@ def _time(e: Estimate) -> list[str]:
         *(f"  {o.source:38}{o.seconds * 1e3:10.1f}{o.exposed * 1e3:10.1f}{o.count:9,}  {o.what}" for o in e.dearest),
     ]
     if e.kernels:
-        lines += ["", f"Pallas kernels{'ms':>36}{'at peak':>10}{'times':>9}"]
-        lines += [f"  {k.name:38}{k.seconds * 1e3:10.1f}{k.at_peak * 1e3:10.1f}{k.count:9,}" for k in e.kernels]
+        lines += ["", f"Pallas kernels{'ms':>36}{'at peak':>10}{'of peak':>9}{'times':>9}"]
+        lines += [
+            f"  {k.name:38}{k.seconds * 1e3:10.1f}{k.at_peak * 1e3:10.1f}{k.efficiency:9.1%}{k.count:9,}"
+            for k in e.kernels
+        ]
     return lines

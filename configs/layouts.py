@@ -1,0 +1,36 @@
+"""How presets are laid over TPU slices: mesh, batch and remat, each compiled and read by `python -m dsv2_jax.plan`."""
+
+import dataclasses
+
+from configs import PRESETS
+from dsv2_jax.config import Config, Mesh
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What a slice asks for; everything else is the preset's."""
+
+    mesh: Mesh
+    sequences: int  # of a step, in one micro-batch
+    remat: str
+
+
+LAYOUTS = {
+    ("v2_lite", "v5p:2x2x4"): Layout(mesh=Mesh(fsdp=4, expert=4), sequences=64, remat="attention"),
+    ("v2", "v5p:4x8x8"): Layout(mesh=Mesh(fsdp=32, expert=8), sequences=1024, remat="attention"),
+    ("dense_67b", "v5p:4x8x8"): Layout(mesh=Mesh(fsdp=256), sequences=1024, remat="attention"),
+}
+
+
+def on_topology(name: str, topology: str) -> Config:
+    """The preset `name` as it is laid over the topology, or as it is where none is listed."""
+    config = PRESETS[name]()
+    layout = LAYOUTS.get((name, topology))
+    if layout is None:
+        return config
+    return dataclasses.replace(
+        config,
+        mesh=layout.mesh,
+        batch=dataclasses.replace(config.batch, size=layout.sequences, micro_size=0, ramp_from=0, ramp_tokens=0),
+        compute=dataclasses.replace(config.compute, remat=layout.remat),
+    )

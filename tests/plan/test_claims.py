@@ -1,0 +1,56 @@
+"""The table of the paper's claims, from figures that the paper itself prints."""
+
+import dataclasses
+
+from configs import models
+from configs.layouts import LAYOUTS, on_topology
+from dsv2_jax.plan import claims
+from dsv2_jax.plan.compile import Topology, laid_out
+from dsv2_jax.plan.estimate import Time, estimate
+from dsv2_jax.plan.program import Program
+
+
+def test_counts_of_real_arrays():
+    assert claims.cached_numbers(models.dense_67b()) == 2 * 8 * 128 * 95
+    assert claims.cached_numbers(models.v2()) == 60 * (512 + 64)
+    assert claims.parameters(models.v2_lite()) == 15_706_484_224  # the released checkpoint
+    assert claims.parameters(models.v2()) == 235_741_434_880
+    assert round(claims.activated(models.v2()) / 1e9, 1) == 20.9
+    assert round(claims.activated(models.v2_lite()) / 1e9, 1) == 2.5
+
+
+def test_the_table():
+    """V2 twice as fast as the dense model is half the cost; the rest is the paper's own arithmetic."""
+    topology = Topology("v5p:4x8x8")
+
+    def plan(config, _):
+        program = Program(
+            fits=False,
+            used=1,
+            limit=1,
+            parameters=0,
+            optimizer=0,
+            batch=0,
+            gradients=0,
+            coords=(),
+            seconds=0,
+            host_bytes=0,
+        )
+        e = estimate(laid_out(config, topology), topology, program, "")
+        speed = 2000.0 if config.model.moe_layers else 1000.0
+        time = Time(step=1, xla=1, unpriced=0, kernels=0, exposed=0, copies=0, at_peak=1)
+        return dataclasses.replace(e, time=time, tokens_per_second_per_chip=speed)
+
+    rows = {row.what: row for row in claims.claims(topology, plan)}
+    assert rows["KV cache of V2 against the dense 67B"].ours == "-93.3%"
+    assert rows["Table 9, 16B MoE: numbers cached a token, MHA and MLA"].ours == "110.6K, 15.6K, 14%"
+    assert rows["Table 9, 250B MoE: numbers cached a token, MHA and MLA"].ours == "860.2K, 34.6K, 4%"
+    cost = rows["chip hours per trillion tokens, V2 against the dense 67B"].ours
+    assert cost == "138.9K against 277.8K: -50.0%"
+    assert claims.show(list(rows.values())).count("\n") == len(rows) + 1
+
+
+def test_layouts_can_be_laid_over_their_slices():
+    for name, topology in LAYOUTS:
+        config = laid_out(on_topology(name, topology), Topology(topology))
+        assert config.batch.size * config.batch.length >= config.mesh.size("fsdp")
