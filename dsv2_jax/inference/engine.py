@@ -18,6 +18,7 @@ import numpy as np
 from dsv2_jax.config import Compute, Model, check
 from dsv2_jax.data.tokenizer import Tokenizer
 from dsv2_jax.inference import programs, sampling
+from dsv2_jax.inference.quantize import Weights
 from dsv2_jax.inference.request import TOP, Event, Reason, Request, Result
 from dsv2_jax.inference.sampling import Adjust
 from dsv2_jax.inference.scheduler import Part, Scheduler
@@ -36,6 +37,7 @@ class Capacity:
     chunk: int = 256  # tokens of prompts that a step computes beside the new tokens
     page: int = 64  # tokens of a page; the TPU kernel takes multiples of 128
     pages: int = 0  # of the cache; 0: as many as `rows` sequences of `length` need
+    weights: Weights = "compute"  # matrices as activations are, or in 8 bits: int8, or float8 (e4m3)
     cache: Format = "compute"  # what the cache keeps: activations as they are, bfloat16, int8, or 6 bits a number
 
     def __post_init__(self) -> None:
@@ -81,7 +83,9 @@ class Engine:
         self.model, self.words = model, words
         self.capacity = (capacity or Capacity()).resolve(model)
         c = self.capacity
-        self.setup = programs.Setup(model=model, compute=compute or Compute(), form=c.cache, devices=mesh)
+        self.setup = programs.Setup(
+            model=model, compute=compute or Compute(), form=c.cache, weights=c.weights, devices=mesh
+        )
         check(
             self.setup.mesh.size("pipeline", "context") == 1,
             "generation runs on the axes data, fsdp, expert and tensor; mesh.pipeline and mesh.context must be 1",
@@ -130,18 +134,18 @@ class Engine:
 
     def add(self, request: Request) -> int:
         """Queues a request; its id is in its events. Raises ValueError for one that cannot be served."""
-        request.check(self.model, self.capacity.length)
-        text = None
-        if request.stop or request.text:
-            if self.words is None:
-                raise ValueError("stop strings and text need a tokenizer")
-            check(all(request.stop), "a stop string is empty")
-            text = Text(self.words, request.stop)
+        self.check(request)
+        text = Text(self.words, request.stop) if self.words and (request.stop or request.text) else None
         sequence = Running(next(self._ids), request, text, list(request.prompt))
         lane = min(self._lanes, key=lambda lane: lane.load)
         lane.waiting.append(sequence)
         self._lane_of[sequence.id] = lane, sequence
         return sequence.id
+
+    def check(self, request: Request) -> None:
+        """Raises ValueError for a request that cannot be served."""
+        request.check(self.model, self.capacity.length)
+        check(self.words is not None or not (request.stop or request.text), "stop strings and text need a tokenizer")
 
     def cancel(self, id: int) -> None:
         """Ends a request, if it has not ended; there is no event for it."""
@@ -151,12 +155,14 @@ class Engine:
 
     def generate(self, requests: Sequence[Request]) -> list[Result]:
         """The answers to these requests, in their order; other requests that were added go on beside them."""
+        for request in requests:
+            self.check(request)
         ids = [self.add(request) for request in requests]
-        mine = {id: self._lane_of[id][1] for id in ids}
-        reasons: dict[int, Reason] = {}
-        while len(reasons) < len(ids):
-            reasons |= {e.id: e.reason for e in self.step() if e.reason is not None and e.id in mine}
-        return [_result(mine[id], reasons[id]) for id in ids]
+        left, results = set(ids), {}
+        while left:
+            results |= {event.id: event.result for event in self.step() if event.result is not None}
+            left -= results.keys()
+        return [results[id] for id in ids]
 
     def score(self, sequences: Sequence[Sequence[int]], starts: Sequence[int] | None = None) -> list[Result]:
         """Log-probabilities (nats) of given tokens behind those before them: `scores` of the results.
@@ -167,6 +173,39 @@ class Engine:
         return self.generate(
             [Request(prompt=tuple(s), max_new=0, score_from=i) for s, i in zip(sequences, starts, strict=True)]
         )
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """Float32 [T, W] behind each of the tokens, computed as generation does, through the cache; nothing is reused.
+
+        Raises ValueError while requests run, and for tokens that cannot be a prompt.
+        """
+        request = Request(prompt=tuple(tokens), max_new=0, score_from=1)
+        self.check(request)
+        check(not self._lane_of, "logits are only told while no requests run")
+        sequence, (lane, *others) = Running(-1, request, None, [*tokens, 0]), self._lanes  # the 0 is never computed
+        lane.waiting.append(sequence)
+        parts = []
+        while sequence.computed < len(tokens):
+            plans = [lane.plan(), *([] for _ in others)]
+            call, _ = self._call(plans)
+            _, chunk_ZCD, self._layers = programs.forward(self._prepared, self._layers, call, setup=self.setup)
+            (part,) = plans[0]
+            found_ZCW = programs.logits(self._prepared["head"], chunk_ZCD, setup=self.setup)
+            parts.append(np.asarray(found_ZCW[0, : part.stop - part.start]))
+            lane.done(part)
+        lane.remove(sequence)
+        return np.concatenate(parts)
+
+    @property
+    def cache_bytes(self) -> float:
+        """Bytes that the cache takes for one token, of all layers, scales included."""
+        slots = len(self._lanes) * self.capacity.pages * self.capacity.page
+        return sum(array.nbytes for array in jax.tree.leaves(self._layers)) / slots
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the parameters as they are held, scales included."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._prepared))
 
     def step(self) -> list[Event]:
         """Computes one step of all running requests. Events of new tokens and of ends; none if nothing is to do."""
@@ -299,7 +338,8 @@ class Engine:
     def _end(self, sequence: Running, event: Event) -> Event:
         lane, _ = self._lane_of.pop(sequence.id)
         lane.remove(sequence)
-        return event
+        assert event.reason is not None
+        return dataclasses.replace(event, result=_result(sequence, event.reason))
 
 
 def _targets(part: Part) -> np.ndarray:

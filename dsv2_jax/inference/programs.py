@@ -16,6 +16,8 @@ from jax.sharding import PartitionSpec
 
 from dsv2_jax import config
 from dsv2_jax.config import Compute, Model
+from dsv2_jax.inference import quantize
+from dsv2_jax.inference.quantize import Weights
 from dsv2_jax.inference.sampling import Adjust, Rows, sample
 from dsv2_jax.model import paged, transformer
 from dsv2_jax.model.formats import Format
@@ -32,6 +34,7 @@ class Setup:
     model: Model
     compute: Compute
     form: Format
+    weights: Weights
     devices: jax.sharding.Mesh | None
 
     @property
@@ -71,14 +74,17 @@ class Drawn(NamedTuple):
 
 
 def prepare(params: Any, setup: Setup) -> Any:
-    """Parameters as programs read them: unstacked, matrices in the compute dtype."""
+    """Parameters as programs read them: unstacked, matrices in the compute dtype, or quantized."""
     prepared = _prepare(params, setup=setup)
     return jax.device_put(prepared, sharding.on(setup.devices, _param_specs(prepared, setup)))
 
 
 @functools.partial(jax.jit, static_argnames="setup")
 def _prepare(params: Any, *, setup: Setup) -> Any:
-    return cast(transformer.unstack(params), compute_dtype(setup.compute))
+    unstacked = transformer.unstack(params)
+    if setup.weights == "compute":
+        return cast(unstacked, compute_dtype(setup.compute))
+    return cast(quantize.quantize(unstacked, setup.weights), compute_dtype(setup.compute))
 
 
 def empty(setup: Setup, pages: int, slots: int) -> tuple[paged.Layer, ...]:
@@ -104,9 +110,10 @@ def _cache_specs(setup: Setup) -> Any:
 
 
 def _param_specs(prepared: Any, setup: Setup) -> Any:
-    def spec(path: tuple, _: Any) -> PartitionSpec:
+    def spec(path: tuple, leaf: Any) -> PartitionSpec:
         part, name = (key.key for key in path[:2])
-        return sharding.spec(part, name, setup.model, setup.mesh, stored=False)
+        axes = sharding.spec(part, name, setup.model, setup.mesh, stored=False)
+        return PartitionSpec(*(a if size > 1 else None for a, size in zip(axes, leaf.shape, strict=True)))
 
     return jax.tree_util.tree_map_with_path(spec, prepared)
 
@@ -168,6 +175,16 @@ def score(head: Any, hidden_ZCD: Array, targets_ZC: Array, *, setup: Setup) -> t
 
     specs = (_head_specs(head, setup), _LANES, _LANES)
     return _spread(lane, setup, specs, (_LANES, _LANES))(head, hidden_ZCD, targets_ZC)
+
+
+@functools.partial(jax.jit, static_argnames="setup")
+def logits(head: Any, hidden_ZCD: Array, *, setup: Setup) -> Array:
+    """Logits float32 [Z, C, W] behind these hidden states."""
+
+    def lane(head: Any, hidden_1CD: Array) -> Array:
+        return _logits(head, hidden_1CD, setup)[None]
+
+    return _spread(lane, setup, (_head_specs(head, setup), _LANES), _LANES)(head, hidden_ZCD)
 
 
 def _head_specs(head: Any, setup: Setup) -> Any:

@@ -7,7 +7,7 @@ from dsv2_jax.config import Model, check
 from dsv2_jax.inference.sampling import Sampling
 
 TOP = 20  # most alternatives that can be asked for at each token
-Reason = Literal["stop", "length", "cancelled"]
+Reason = Literal["stop", "length"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,7 @@ class Request:
             f"score_from must lie in 1 to the prompt's {len(self.prompt)} tokens: the first has no log-probability",
         )
         check(0 <= self.top <= TOP, f"at most {TOP} alternatives of a token can be told, not {self.top}")
+        check(all(self.stop), "a stop string is empty")
         biased = [token for token, _ in self.sampling.logit_bias]
         check(
             all(0 <= token < model.vocab_size for token in biased),
@@ -66,6 +67,7 @@ class Event:
     top: tuple[tuple[int, float], ...] = ()
     text: str = ""
     reason: Reason | None = None  # set in a request's last event
+    result: "Result | None" = None  # and with it, the whole answer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

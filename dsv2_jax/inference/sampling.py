@@ -11,6 +11,9 @@ from jax import Array, lax
 
 from dsv2_jax.config import check
 
+_MOST = 2**24  # whole numbers that float32 holds
+_COLDEST = 1e-5  # below, logits divided by the temperature would overflow
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -25,7 +28,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         check(0 <= self.temperature < float("inf"), f"temperature must not be negative, not {self.temperature}")
-        check(self.top_k >= 0, f"top_k must not be negative, not {self.top_k}")
+        check(0 <= self.top_k < _MOST, f"top_k must lie in 0 to {_MOST - 1}, not {self.top_k}")
         check(0 < self.top_p <= 1, f"top_p must lie above 0 and at most at 1, not {self.top_p}")
         check(0 <= self.min_p <= 1, f"min_p must lie in 0 to 1, not {self.min_p}")
         check(
@@ -94,7 +97,7 @@ def sample(logits_NW: Array, rows: Rows, adjust: Adjust | None = None) -> Array:
     greedy_N = jnp.argmax(logits_NW, axis=-1).astype(jnp.int32)
 
     def draw() -> Array:
-        hot_NW = logits_NW / jnp.where(rows.temperature_N > 0, rows.temperature_N, 1)[:, None]
+        hot_NW = logits_NW / jnp.where(rows.temperature_N > 0, jnp.maximum(rows.temperature_N, _COLDEST), 1)[:, None]
         filters = (rows.top_k_N > 0) | (rows.top_p_N < 1) | (rows.min_p_N > 0)
         hot_NW = lax.cond(jnp.any(filters & (rows.temperature_N > 0)), lambda: filtered(hot_NW, rows), lambda: hot_NW)
         keys_N = jax.vmap(lambda seed, time: jax.random.fold_in(jax.random.key(seed), time))(rows.seed_N, rows.time_N)

@@ -6,6 +6,7 @@ in parameters.py.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,11 +15,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from dsv2_jax.model import streams
-from dsv2_jax.model.matmul import dot, from_bits, to_bits, weight_gradient
+from dsv2_jax.model.matmul import Quantized, Weight, dot, from_bits, to_bits, weight_gradient, whole
 
 _BLOCKS = (512, 128)  # rows of a block: large ones first, then small ones for the rest of a group
-_FEW_ROWS = 4  # of a block when pairs are few
-_FEW_PAIRS = 128  # up to here reading the weights is the cost: only active experts, few rows at a time
+_FEW_ROWS = 4  # of a block when pairs are few; a power of two times this when they are more
+_FEW_OF_EXPERT = 64  # pairs of an expert, on average, up to which its rows would not fill the large blocks
 
 
 class _Plan(NamedTuple):
@@ -31,16 +32,17 @@ class _Plan(NamedTuple):
 
 @jax.custom_vjp
 def grouped_swiglu(
-    x_ND: Array, experts_NK: Array, gates_NK: Array, w_gate_EDF: Array, w_up_EDF: Array, w_down_EFD: Array
+    x_ND: Array, experts_NK: Array, gates_NK: Array, w_gate_EDF: Weight, w_up_EDF: Weight, w_down_EFD: Weight
 ) -> Array:
     """y[n] = sum over k of gates[n, k] * down_e(silu(gate_e(x[n])) * up_e(x[n])), e = experts[n, k] (section 2.2.1).
 
     x and the weights in the compute dtype, experts int32, gates float32; the result in x's dtype, sums in float32.
-    An expert id of E drops its pair: no cost, no contribution, a zero gradient for its gate.
+    An expert id of E drops its pair: no cost, no contribution, a zero gradient for its gate. Quantized weights have no
+    gradient.
     """
     if len(x_ND) == 1:
         return _one(x_ND, experts_NK, gates_NK, w_gate_EDF, w_up_EDF, w_down_EFD)
-    if experts_NK.size <= _FEW_PAIRS:
+    if experts_NK.size <= _FEW_OF_EXPERT * w_gate_EDF.shape[0]:
         return _few(x_ND, experts_NK, gates_NK, w_gate_EDF, w_up_EDF, w_down_EFD)
     return _forward(x_ND, experts_NK, gates_NK, w_gate_EDF, w_up_EDF, w_down_EFD)[0]
 
@@ -53,23 +55,28 @@ def _sort(experts_NK: Array, experts: int, padding: int) -> _Plan:
 
 
 def _one(
-    x_ND: Array, experts_NK: Array, gates_NK: Array, w_gate_EDF: Array, w_up_EDF: Array, w_down_EFD: Array
+    x_ND: Array, experts_NK: Array, gates_NK: Array, w_gate_EDF: Weight, w_up_EDF: Weight, w_down_EFD: Weight
 ) -> Array:
     """Decode of one token: its experts side by side."""
     y_ND = jnp.zeros(x_ND.shape, jnp.float32)
     for e, gate in zip(experts_NK[0], gates_NK[0], strict=True):
-        w_gate_DF, w_up_DF, w_down_FD = (_rows(w, e) for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
-        gate = jnp.where(e < len(w_gate_EDF), gate, 0)
+        w_gate_DF, w_up_DF, w_down_FD = (_expert(w, e, x_ND.dtype) for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
+        gate = jnp.where(e < w_gate_EDF.shape[0], gate, 0)
         hidden_NF = jax.nn.silu(dot(x_ND, w_gate_DF)) * dot(x_ND, w_up_DF) * gate
         y_ND += dot(hidden_NF.astype(x_ND.dtype), w_down_FD)
     return y_ND.astype(x_ND.dtype)
 
 
 def _few(
-    x_ND: Array, experts_NK: Array, gates_NK: Array, w_gate_EDF: Array, w_up_EDF: Array, w_down_EFD: Array
+    x_ND: Array, experts_NK: Array, gates_NK: Array, w_gate_EDF: Weight, w_up_EDF: Weight, w_down_EFD: Weight
 ) -> Array:
-    """Decode: one loop over blocks of a few rows, each of which reads its expert's weights in place."""
+    """Decode and chunks of prompts: loops over blocks of a few rows, each of which reads its expert's weights in place.
+
+    Blocks hold an expert's average and half as much again, so that most experts are read once.
+    """
     k, experts, size = experts_NK.shape[1], w_gate_EDF.shape[0], _FEW_ROWS
+    while size * experts < 1.5 * experts_NK.size and size < max(_BLOCKS):
+        size *= 2
     plan = _sort(experts_NK, experts, size)
     ends_E = jnp.cumsum((plan.counts_E + size - 1) // size)
 
@@ -80,11 +87,20 @@ def _few(
         pairs_S = lax.dynamic_slice(plan.order_P, (plan.starts_E[e] + offset,), (size,))
         tokens_S = pairs_S // k
         gates_S = jnp.where(jnp.arange(size) + offset < plan.counts_E[e], gates_NK.reshape(-1)[pairs_S], 0)
-        x_SD, w_gate_DF, w_up_DF = _rows(x_ND, tokens_S), _rows(w_gate_EDF, e), _rows(w_up_EDF, e)
+        x_SD = _rows(x_ND, tokens_S)
+        w_gate_DF, w_up_DF, w_down_FD = (_expert(w, e, x_ND.dtype) for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
         hidden_SF = jax.nn.silu(dot(x_SD, w_gate_DF)) * dot(x_SD, w_up_DF) * gates_S[:, None]
-        return y_ND.at[tokens_S].add(dot(hidden_SF.astype(x_ND.dtype), _rows(w_down_EFD, e)))
+        return y_ND.at[tokens_S].add(dot(hidden_SF.astype(x_ND.dtype), w_down_FD))
 
-    return lax.fori_loop(0, ends_E[-1], block, jnp.zeros(x_ND.shape, jnp.float32)).astype(x_ND.dtype)
+    edges = [0, *(ends_E[-1] * stop // experts for _, stop in streams.ranges(experts))]
+    empty = jnp.zeros(x_ND.shape, jnp.float32)
+    parts = [lax.fori_loop(start, stop, block, empty) for start, stop in itertools.pairwise(edges)]
+    return functools.reduce(jnp.add, parts).astype(x_ND.dtype)
+
+
+def _expert(w: Weight, e: Array, dtype: jnp.dtype) -> Array:
+    """One expert's matrix, as a matmul operand."""
+    return whole(Quantized(w.values[e], w.scale[e]), dtype) if isinstance(w, Quantized) else _rows(w, e)
 
 
 def _rows(x: Array, at: Array) -> Array:
@@ -108,7 +124,7 @@ def _over_blocks(plan: _Plan, e: Array, body: Callable, carry: tuple) -> tuple:
 
 
 def _forward(
-    x_ND: Array, experts_NK: Array, gates_NK: Array, w_gate_EDF: Array, w_up_EDF: Array, w_down_EFD: Array
+    x_ND: Array, experts_NK: Array, gates_NK: Array, w_gate_EDF: Weight, w_up_EDF: Weight, w_down_EFD: Weight
 ) -> tuple[Array, tuple]:
     """The result and what the backward pass needs: the hidden activations of every pair, in sorted rows."""
     (_, k), (experts, _, width) = experts_NK.shape, w_gate_EDF.shape
@@ -116,7 +132,7 @@ def _forward(
     plan = _sort(experts_NK, experts, max(_BLOCKS))
 
     def expert(e: Array, carry: tuple) -> tuple:
-        w_gate_DF, w_up_DF, w_down_FD = (_rows(w, e) for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
+        w_gate_DF, w_up_DF, w_down_FD = (_expert(w, e, dtype) for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
 
         def block(size: int, row: Array, left: Array, carry: tuple) -> tuple:
             y_ND, a_PF, u_PF = carry

@@ -9,7 +9,7 @@ from jax import Array
 
 from dsv2_jax.config import Compute, Model
 from dsv2_jax.model import parameters
-from dsv2_jax.model.matmul import project
+from dsv2_jax.model.matmul import Quantized, Weight, project
 from dsv2_jax.parallel.mesh import platform
 
 KEPT_FLOAT32 = ("norm", "w_router", "w_embed")  # the gate is float32 (section 2.2); embedding rows are cast when read
@@ -37,10 +37,11 @@ def cast(params: Any, dtype: Any) -> Any:
     Done once per step, before the layers are scanned: a cast inside would be repeated by every recomputation.
     """
 
-    def leaf(path: tuple, w: Array) -> Array:
-        return w if path[-1].key.startswith(KEPT_FLOAT32) else w.astype(dtype)
+    def leaf(path: tuple, w: Weight) -> Weight:
+        kept = isinstance(w, Quantized) or path[-1].key.startswith(KEPT_FLOAT32)
+        return w if kept else w.astype(dtype)
 
-    return jax.tree_util.tree_map_with_path(leaf, params)
+    return jax.tree_util.tree_map_with_path(leaf, params, is_leaf=lambda w: isinstance(w, Quantized))
 
 
 def declare(module: nn.Module, model: Model, names: list[str]) -> dict[str, Array]:

@@ -5,6 +5,7 @@ Operands keep their dtype, sums are float32, results come back in the activation
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,34 @@ from dsv2_jax.parallel.mesh import platform
 _TRANSPOSED_ROWS = 1024
 
 
-def project(x: Array, w: Array, axes: int = 1) -> Array:
-    """Contracts the last `axes` dimensions of x with the first `axes` of w: float32 sums, the result in x's dtype."""
+class Quantized(NamedTuple):
+    """A weight in fewer bits: values (int8 or float8) times scale, float32, which is 1 wide where values share it."""
+
+    values: Array
+    scale: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the weight."""
+        return self.values.shape
+
+
+Weight = Array | Quantized
+
+
+def whole(w: Weight, dtype: jnp.dtype) -> Array:
+    """A weight as an array of this dtype; one that is none already is converted."""
+    return (w.values.astype(jnp.float32) * w.scale).astype(dtype) if isinstance(w, Quantized) else w
+
+
+def project(x: Array, w: Weight, axes: int = 1) -> Array:
+    """Contracts the last `axes` dimensions of x with the first `axes` of w: float32 sums, the result in x's dtype.
+
+    Of a quantized w the first `axes` dimensions share their scales, which then multiply the result.
+    """
+    if isinstance(w, Quantized):
+        y = project(x, w.values.astype(x.dtype), axes)
+        return (y.astype(jnp.float32) * w.scale.reshape(w.scale.shape[axes:])).astype(x.dtype)
     if platform() == "cpu":
         return _project_cpu(x, w, axes)
     return _dot(x, w, axes)

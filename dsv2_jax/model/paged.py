@@ -8,8 +8,9 @@ padding is written there. Letters beside those of parameters.py:
     X sequences or blocks at a time      A query rows that share a key head     S slots of a span of pages
 """
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -17,13 +18,14 @@ from jax import Array, lax
 from dsv2_jax.config import Mesh, Model
 from dsv2_jax.model import formats, rope, streams
 from dsv2_jax.model.formats import Format
-from dsv2_jax.model.matmul import from_bits, to_bits
+from dsv2_jax.model.matmul import Weight, from_bits, to_bits, whole
 from dsv2_jax.parallel.mesh import platform
 from pallas_kernels.latent_attention.decode import decode
 
 _BLOCK = 16  # tokens of a block of a chunk
 _SPAN = 256  # slots that one turn of the loop over pages reads, about
 _MASKED = -1e30
+_FLOAT32: Any = {"preferred_element_type": jnp.float32}
 
 Layer = dict[str, Array]  # {"latent_LKC", "rope_LRK"} with MLA, {"key_LKJR", "value_LKJV"} with GQA; their "..._scale"
 
@@ -101,7 +103,7 @@ def _has_kernel(model: Model, form: Format) -> bool:
 
 
 def latent(
-    p: dict[str, Array],
+    p: dict[str, Weight],
     q_nope_BTHN: Array,
     q_rope_BTHR: Array,
     latent_BTC: Array,
@@ -111,15 +113,15 @@ def latent(
     model: Model,
 ) -> tuple[Array, Layer]:
     """MLA before W^O in its absorbed form (App. C), [1, T, H, V], and the layer's cache with these tokens written."""
-    float32, dtype = {"preferred_element_type": jnp.float32}, q_nope_BTHN.dtype
+    dtype = q_nope_BTHN.dtype
     layer = _write(layer, {"latent_LKC": latent_BTC[0], "rope_LRK": k_rope_BTR[0]}, where)
-    q_THC = jnp.einsum("thn,chn->thc", q_nope_BTHN[0], p["w_uk_CHN"], **float32).astype(dtype)
+    q_THC = jnp.einsum("thn,chn->thc", q_nope_BTHN[0], whole(p["w_uk_CHN"], dtype), **_FLOAT32).astype(dtype)
     if _has_kernel(model, where.form):
         o_THC = _kernel(q_THC, q_rope_BTHR[0], layer, where.plan, rope.softmax_scale(model))
     else:
         heads = (q_THC[:, None], q_rope_BTHR[0][:, None])  # all heads share one key
         o_THC = _attend(heads, model.attention.kv_lora_rank, layer, where, _read_latent, rope.softmax_scale(model))
-    return jnp.einsum("thc,chv->thv", o_THC, p["w_uv_CHV"], **float32).astype(dtype)[None], layer
+    return jnp.einsum("thc,chv->thv", o_THC, whole(p["w_uv_CHV"], dtype), **_FLOAT32).astype(dtype)[None], layer
 
 
 def grouped_queries(
@@ -136,6 +138,9 @@ def grouped_queries(
 def _write(layer: Layer, rows: dict[str, Array], where: Where) -> Layer:
     """The cache with the tokens' rows [T, ...] in their slots. The rope key of MLA is held with its slots last."""
     layer, plan = dict(layer), where.plan
+    if len(plan.times_T) == 1:  # XLA makes a slice's update of a single row, and copies the whole cache for it
+        plan = plan._replace(times_T=jnp.pad(plan.times_T, (0, 1)), page_T=jnp.pad(plan.page_T, (0, 1)))
+        rows = {name: jnp.pad(row, ((0, 1), *((0, 0),) * (row.ndim - 1))) for name, row in rows.items()}
     for name, row in rows.items():
         slot_T = plan.times_T % layer[name].shape[2 if name == "rope_LRK" else 1]
         if formats.is_quantized(where.form):
@@ -195,67 +200,86 @@ def _attend(q_TJG: tuple[Array, ...], width: int, layer: Layer, where: Where, re
     [X, J, ..., S] and values [X, J, S, width] of some pages.
     """
     plan, n = where.plan, where.plan.table_NP.shape[0]
-    span = max(1, _SPAN // layer[next(iter(layer))].shape[1])
-    table_NP = jnp.pad(plan.table_NP, ((0, 0), (0, -plan.table_NP.shape[1] % span)))
-    dtype = q_TJG[0].dtype
-
-    def some(q_XJA: list[Array], pages_XP: Array, times_XA: Array) -> Array:
-        """[X, J, A, width] in float32; the loop runs over as many pages as the longest sequence has."""
-        x, j, a = q_XJA[0].shape[:3]
-
-        def turn(i: Array, carry: tuple) -> tuple:
-            o, top, total = carry
-            keys, values = read(layer, lax.dynamic_slice_in_dim(pages_XP, i * span, span, 1), where)
-            scores = sum(
-                jnp.einsum("xjak,xjks->xjas", q, k.astype(dtype), preferred_element_type=jnp.float32)
-                for q, k in zip(q_XJA, keys, strict=True)
-            )
-            slots = i * values.shape[2] + jnp.arange(values.shape[2])
-            scores = jnp.where((slots <= times_XA[..., None])[:, None], scores * scale, _MASKED)
-            higher = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
-            p, fade = jnp.exp(scores - higher), jnp.exp(top - higher)
-            part = jnp.einsum(
-                "xjas,xjsv->xjav", p.astype(dtype), values.astype(dtype), preferred_element_type=jnp.float32
-            )
-            return o * fade + part, higher, total * fade + jnp.sum(p, axis=-1, keepdims=True)
-
-        zero = jnp.zeros((x, j, a, 1), jnp.float32)
-        turns = jnp.max(times_XA) // (span * _slots(layer)) + 1
-        o, _, total = lax.fori_loop(0, turns, turn, (jnp.zeros((x, j, a, width), jnp.float32), zero + _MASKED, zero))
-        return o / total
-
-    _, j, g = q_TJG[0].shape[:3]
-    rows = some([q[:n] for q in q_TJG], table_NP, jnp.repeat(plan.times_T[:n, None], g, axis=1))
-    out = [rows.reshape(n, j * g, width).astype(dtype)]
+    some = functools.partial(_online, width=width, layer=layer, where=where, read=read, scale=scale)
+    rows = jnp.arange(n, dtype=jnp.int32)
+    out = [_over_blocks(some, [q[:n] for q in q_TJG], rows, jnp.int32(n), plan.times_T[:n], plan.table_NP, width)]
     if len(plan.times_T) > n:
-        out.append(_chunk(some, [q[n:] for q in q_TJG], table_NP, plan, width))
-    return jnp.concatenate(out)
+        q = [q[n:] for q in q_TJG]
+        out.append(_over_blocks(some, q, plan.blocks_M, plan.used, plan.times_T[n:], plan.table_NP, width))
+    return jnp.concatenate(out).astype(q_TJG[0].dtype)
 
 
-def _chunk(some: Callable, q_TJG: list[Array], table_NP: Array, plan: Plan, width: int) -> Array:
-    """The chunk's part of `_attend`: a loop over its blocks, in parts that CPU threads run side by side."""
+def _over_blocks(
+    some: Callable[..., Array],
+    q_TJG: list[Array],
+    sequences_M: Array,
+    used: Array,
+    times_T: Array,
+    table_NP: Array,
+    width: int,
+) -> Array:
+    """`some` of all blocks of tokens, [T, H, width] in float32; what is behind the used ones holds anything.
+
+    On CPU a loop, in parts that threads run side by side: a block then costs what its own sequence is long, and its
+    products are plain matrices. Blocks are dealt out in turn, so that a few keep all threads busy. Elsewhere: all at
+    once.
+    """
     tokens, j, g = q_TJG[0].shape[:3]
-    size = tokens // len(plan.blocks_M)
-    times_T = plan.times_T[-tokens:]
+    m = len(sequences_M)
+    size = tokens // m
+    ways, x = (len(streams.ranges(m)), 1) if platform() == "cpu" else (1, m)
+    turns = -(-m // (ways * x))
 
-    def part(first: int, step: int) -> Array:
-        def block(i: Array, out: Array) -> Array:
-            at = (first + i * step) * size
-            q = [lax.dynamic_slice_in_dim(x, at, size).swapaxes(0, 1).reshape(1, j, size * g, -1) for x in q_TJG]
-            pages_1P = table_NP[plan.blocks_M[first + i * step]][None]
-            times = jnp.repeat(lax.dynamic_slice_in_dim(times_T, at, size), g)[None]
-            o = some(q, pages_1P, times).reshape(j, size, g, width).swapaxes(0, 1)
-            return lax.dynamic_update_index_in_dim(out, o.reshape(size, j * g, width), i, 0)
+    def part(first: int) -> Array:
+        def turn(i: Array, out: Array) -> Array:
+            at = first + i * ways
+            q_TJGK = [lax.dynamic_slice_in_dim(q, at * size, x * size) for q in q_TJG]
+            q_XJA = [q.reshape(x, size, j, g, -1).swapaxes(1, 2).reshape(x, j, size * g, -1) for q in q_TJGK]
+            times_XS = lax.dynamic_slice_in_dim(times_T, at * size, x * size).reshape(x, size)
+            pages_XP = table_NP[lax.dynamic_slice_in_dim(sequences_M, at, x)]
+            o_XJA = some(q_XJA, pages_XP, jnp.repeat(times_XS, g, axis=1))
+            o = o_XJA.reshape(x, j, size, g, width).swapaxes(1, 2).reshape(x * size, j * g, width)
+            return lax.dynamic_update_index_in_dim(out, o, i, 0)
 
-        mine = len(range(first, len(plan.blocks_M), step))
-        zeros = jnp.zeros((mine, size, j * g, width), jnp.float32)
-        return lax.fori_loop(0, jnp.maximum(plan.used - first + step - 1, 0) // step, block, zeros)
+        count = jnp.clip(used - first + ways - 1, 0) // ways if x == 1 else 1
+        return lax.fori_loop(0, count, turn, jnp.zeros((turns, x * size, j * g, width), jnp.float32))
 
-    ways = len(streams.ranges(len(plan.blocks_M)))
-    parts = [part(first, ways) for first in range(ways)]
-    # Blocks are dealt out in turn, so that a chunk that is not full keeps all threads busy; even counts interleave.
-    out = jnp.stack(parts, axis=1) if ways > 1 else parts[0]
-    return out.reshape(tokens, j * g, width).astype(q_TJG[0].dtype)
+    return jnp.stack([part(first) for first in range(ways)], axis=1).reshape(-1, j * g, width)[:tokens]
+
+
+def _online(
+    q_XJA: list[Array],
+    pages_XP: Array,
+    times_XA: Array,
+    *,
+    width: int,
+    layer: Layer,
+    where: Where,
+    read: Read,
+    scale: float,
+) -> Array:
+    """[X, J, A, width] in float32: a softmax put together in a loop over as many pages as the longest sequence has."""
+    (x, j, a), dtype = q_XJA[0].shape[:3], q_XJA[0].dtype
+    span = max(1, _SPAN // _slots(layer))  # pages of a turn
+    slots = span * _slots(layer)
+    pages_XP = jnp.pad(pages_XP, ((0, 0), (0, -pages_XP.shape[1] % span)))
+
+    def turn(i: Array, carry: tuple) -> tuple:
+        o, top, total = carry
+        keys, values = read(layer, lax.dynamic_slice_in_dim(pages_XP, i * span, span, 1), where)
+        parts = zip(q_XJA, keys, strict=True)
+        scores = sum(jnp.einsum("xjak,xjks->xjas", q, k.astype(dtype), **_FLOAT32) for q, k in parts)
+        sees_XAS = i * slots + jnp.arange(slots) <= times_XA[..., None]
+        scores = jnp.where(sees_XAS[:, None], scores * scale, _MASKED)
+        higher = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
+        p, fade = jnp.exp(scores - higher), jnp.exp(top - higher)
+        part = jnp.einsum("xjas,xjsv->xjav", p.astype(dtype), values.astype(dtype), **_FLOAT32)
+        return o * fade + part, higher, total * fade + jnp.sum(p, axis=-1, keepdims=True)
+
+    zero = jnp.zeros((x, j, a, 1), jnp.float32)
+    begin = jnp.zeros((x, j, a, width), jnp.float32), zero + _MASKED, zero
+    o, _, total = lax.fori_loop(0, jnp.max(times_XA) // slots + 1, turn, begin)
+    return o / total
 
 
 def _slots(layer: Layer) -> int:

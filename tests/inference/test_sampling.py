@@ -139,7 +139,7 @@ def test_a_seed_fixes_the_draw():
         ({"temperature": -0.1}, "temperature must not be negative, not -0.1"),
         ({"top_p": 0.0}, "top_p must lie above 0"),
         ({"top_p": 1.01}, "top_p must lie above 0"),
-        ({"top_k": -1}, "top_k must not be negative, not -1"),
+        ({"top_k": -1}, "top_k must lie in 0 to 16777215, not -1"),
         ({"min_p": 1.5}, "min_p must lie in 0 to 1, not 1.5"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be positive, not 0.0"),
         ({"logit_bias": ((3, float("inf")),)}, "logit_bias must be finite"),

@@ -1,0 +1,44 @@
+"""Weights in 8 bits with a scale for each output channel, found from the weights alone (section 3.2.3)."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from dsv2_jax.model import parameters
+from dsv2_jax.model.layers import KEPT_FLOAT32
+from dsv2_jax.model.matmul import Quantized
+
+Weights = Literal["compute", "int8", "float8"]
+
+_LARGEST = {"int8": 127.0, "float8": 448.0}  # of float8_e4m3fn, which has no infinity
+
+
+def quantize(unstacked: Any, kind: Weights) -> Any:
+    """The tree of `transformer.unstack` with `Quantized` matrices; norms, gate and embedding stay.
+
+    int8 rounds to the nearest of 255 steps of a channel, float8 to 4 significant bits.
+    """
+
+    def leaf(path: tuple, w: Array) -> Array | Quantized:
+        name = path[-1].key
+        return w if name.startswith(KEPT_FLOAT32) else channelwise(w, contracted(name), kind)
+
+    return jax.tree_util.tree_map_with_path(leaf, unstacked)
+
+
+def contracted(name: str) -> tuple[int, ...]:
+    """The dimensions of a parameter that its product sums over: all others together are its output channels."""
+    if name == "w_o_HVD":
+        return 0, 1
+    return (1,) if parameters.letters(name)[0] == "E" else (0,)
+
+
+def channelwise(w: Array, axes: tuple[int, ...], kind: Weights) -> Quantized:
+    """w as values and scales that are shared along `axes`."""
+    w, largest = w.astype(jnp.float32), _LARGEST[kind]
+    scale = jnp.maximum(jnp.max(jnp.abs(w), axis=axes, keepdims=True) / largest, 1e-30)
+    values = jnp.clip(w / scale, -largest, largest)
+    stored = jnp.round(values).astype(jnp.int8) if kind == "int8" else values.astype(jnp.float8_e4m3fn)
+    return Quantized(stored, scale)

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server: the engine in one thread, HTTP in another."""

@@ -1,0 +1,82 @@
+"""python -m dsv2_jax.serve --checkpoint DIR: serves a model over OpenAI's HTTP interface."""
+
+import asyncio
+import dataclasses
+import signal
+import sys
+from pathlib import Path
+
+from dsv2_jax import cli
+from dsv2_jax.config import Compute, Mesh, check
+from dsv2_jax.inference.engine import Capacity
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Serve:
+    """Serves completions and chat over HTTP."""
+
+    checkpoint: Path  # a run's folder or a Hugging Face folder
+    host: str = "127.0.0.1"  # who may connect: this machine; 0.0.0.0: whoever reaches it
+    port: int = 8000  # 0: any that is free, told on the first line
+    name: str = ""  # what the model is called; empty: as its folder
+    api_key_file: Path | None = None  # clients must send what is in it
+    most_requests: int = 256  # that wait or run; more are refused with 429
+    body_bytes: int = 1 << 20  # of a request
+    drain_seconds: float = 30.0  # that SIGTERM leaves running requests
+    capacity: Capacity = dataclasses.field(default_factory=Capacity)
+    compute: Compute = dataclasses.field(default_factory=Compute)
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
+
+    def __post_init__(self) -> None:
+        check(0 <= self.port < 65536, f"port must lie in 0 to 65535, not {self.port}")
+        check(self.most_requests > 0 and self.body_bytes > 0, "most_requests and body_bytes must be positive")
+        check(self.drain_seconds >= 0, f"drain_seconds must not be negative, not {self.drain_seconds}")
+
+
+def main() -> None:
+    """The command line."""
+    args = cli.parse(Serve, prog="python -m dsv2_jax.serve")
+    from dsv2_jax import loading
+    from dsv2_jax.inference.engine import Engine
+    from dsv2_jax.parallel import mesh
+    from dsv2_jax.serve.app import Server
+
+    cli.keep_compiled_programs()
+    key = ""
+    if args.api_key_file is not None:
+        key = args.api_key_file.read_text(encoding="utf-8").strip()
+        check(bool(key), f"{args.api_key_file} holds no key")
+    devices = mesh.make(args.mesh)
+    loaded = loading.load(args.checkpoint, devices)
+    words = loaded.need_tokenizer()
+    engine = Engine(
+        loaded.params, loaded.model, compute=args.compute, capacity=args.capacity, words=words, mesh=devices
+    )
+    print("compiling", file=sys.stderr, flush=True)
+    engine.warm()
+    name = args.name or args.checkpoint.resolve().name
+    server = Server(engine, words, name, most=args.most_requests, body_bytes=args.body_bytes, key=key)
+    asyncio.run(serve(server, args))
+
+
+async def serve(server, args: Serve) -> None:
+    """Serves until SIGTERM or SIGINT, then takes no more and lets running requests end."""
+    from aiohttp import web
+
+    stop = asyncio.Event()
+    for sign in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(sign, stop.set)
+    # A handler whose client has left is cancelled, and with it the request's sequences.
+    runner = web.AppRunner(server.application, handler_cancellation=True, shutdown_timeout=1.0)
+    await runner.setup()
+    await web.TCPSite(runner, args.host, args.port).start()
+    host, port = runner.addresses[0][:2]
+    print(f"serving {server.name} on http://{host}:{port}/v1", flush=True)
+    await stop.wait()
+    print("stopping: no more requests are taken", file=sys.stderr, flush=True)
+    await server.drain(args.drain_seconds)
+    await runner.cleanup()
+
+
+if __name__ == "__main__":
+    cli.main(main)

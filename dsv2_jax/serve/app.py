@@ -1,0 +1,170 @@
+"""The HTTP side: paths, the key, limits, streams, and what a client is told when something is wrong."""
+
+import asyncio
+import contextlib
+import functools
+import hmac
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from aiohttp import web
+
+from dsv2_jax.data.tokenizer import Tokenizer
+from dsv2_jax.inference.engine import Engine
+from dsv2_jax.inference.request import Result
+from dsv2_jax.serve import protocol
+from dsv2_jax.serve.metrics import Metrics, now
+from dsv2_jax.serve.protocol import Call
+from dsv2_jax.serve.worker import Busy, Stream, Worker
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Server:
+    """One engine behind HTTP. `application` is what aiohttp runs."""
+
+    def __init__(self, engine: Engine, words: Tokenizer, name: str, *, most: int, body_bytes: int, key: str = ""):
+        self.engine, self.words, self.name, self.key = engine, words, name, key
+        self.metrics = Metrics()
+        self.metrics.watch(engine)
+        self.draining = False
+        self._most = most
+        self.application = web.Application(client_max_size=body_bytes, middlewares=[self._guard])
+        self.application.cleanup_ctx.append(self._working)
+        self.application.add_routes(
+            [
+                web.post("/v1/completions", functools.partial(self._answer, "completion")),
+                web.post("/v1/chat/completions", functools.partial(self._answer, "chat")),
+                web.get("/v1/models", self._models),
+                web.get("/health", self._health),
+                web.get("/metrics", self._metrics),
+            ]
+        )
+
+    async def drain(self, seconds: float) -> None:
+        """Takes nothing more, and waits so long for what runs."""
+        self.draining = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self.worker.open:
+                    await asyncio.sleep(0.02)
+
+    async def _working(self, _: web.Application) -> AsyncIterator[None]:
+        self.worker = Worker(self.engine, self._most, self.metrics.observe)
+        yield
+        await self.worker.close()
+
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Asks for the key, and turns errors into OpenAI's form."""
+        try:
+            if self.key and request.path != "/health":
+                given = request.headers.get("Authorization", "").removeprefix("Bearer ")
+                if not hmac.compare_digest(given.encode(), self.key.encode()):
+                    return self._count(request, _error(401, "a valid API key is needed: Authorization: Bearer KEY"))
+            return self._count(request, await handler(request))
+        except asyncio.CancelledError:
+            self.metrics.disconnects.inc()
+            raise
+        except ConnectionError:  # the client left while it was written to
+            self.metrics.disconnects.inc()
+            return self._count(request, _error(499, "the client left"))
+        except (ValueError, FileNotFoundError) as error:
+            status = 404 if isinstance(error, FileNotFoundError) else 400
+            return self._count(request, _error(status, str(error)))
+        except Busy as error:
+            return self._count(request, _error(503 if self.draining else 429, str(error), {"Retry-After": "1"}))
+        except web.HTTPException as error:
+            told = {404: f"there is nothing at {request.path}", 413: "the body is too large"}
+            return self._count(request, _error(error.status, told.get(error.status, error.reason)))
+        except RuntimeError as error:
+            return self._count(request, _error(500, str(error)))
+
+    def _count(self, request: web.Request, response: web.StreamResponse) -> web.StreamResponse:
+        known = request.match_info.route.resource
+        path = known.canonical if known else "other"
+        self.metrics.requests.labels(path, response.status).inc()
+        return response
+
+    async def _answer(self, kind: protocol.Kind, request: web.Request) -> web.StreamResponse:
+        begin = now()
+        if self.draining:
+            raise Busy("the server is stopping")
+        try:
+            body = json.loads(await request.read())
+        except (ValueError, RecursionError):
+            raise ValueError("the body is not JSON") from None
+        call = protocol.understand(kind, body, self.name, self.words, self.engine.capacity.length)
+        streams = self.worker.submit(call.requests)
+        self.metrics.prompt_tokens.inc(sum(len(r.prompt) for r in call.requests[:: call.n]))
+        try:
+            if call.stream:
+                return await self._stream(call, streams, request, begin)
+            results = await asyncio.gather(*(self._whole(stream, begin) for stream in streams))
+            return web.json_response(protocol.answer(call, results, self.words))
+        finally:
+            for stream in streams:
+                stream.cancel()
+            self.metrics.seconds.observe(now() - begin)
+
+    async def _whole(self, stream: Stream, begin: float) -> Result:
+        result, first = None, True
+        async for event in stream:
+            if first:
+                self.metrics.first_token.observe(now() - begin)
+            result, first = event.result, False
+        assert result is not None
+        return result
+
+    async def _stream(
+        self, call: Call, streams: list[Stream], request: web.Request, begin: float
+    ) -> web.StreamResponse:
+        """Server-sent events, a line of JSON each; sequences of one call come as they come."""
+        response = web.StreamResponse(
+            headers={"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
+        )
+        await response.prepare(request)
+
+        async def send(value: Any) -> None:
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            await response.write(f"data: {text}\n\n".encode())
+
+        async def forward(index: int, stream: Stream) -> Result:
+            result, first = None, True
+            async for event in stream:
+                if first:
+                    self.metrics.first_token.observe(now() - begin)
+                if event.text or event.reason or first or call.logprobs:
+                    await send(protocol.chunk(call, index, event, self.words, first))
+                result, first = event.result, False
+            assert result is not None
+            return result
+
+        try:
+            results = await asyncio.gather(*(forward(i, stream) for i, stream in enumerate(streams)))
+        except RuntimeError as error:  # the status is out already: the stream itself must tell
+            await send({"error": {"message": str(error), "type": "server_error", "param": None, "code": 500}})
+        else:
+            if call.usage:
+                await send(protocol.last_chunk(call, results))
+            await send("[DONE]")
+        await response.write_eof()
+        return response
+
+    async def _models(self, _: web.Request) -> web.Response:
+        model = {"id": self.name, "object": "model", "created": 0, "owned_by": "dsv2_jax"}
+        return web.json_response({"object": "list", "data": [model]})
+
+    async def _health(self, _: web.Request) -> web.Response:
+        state = "failed" if self.worker.failure else "draining" if self.draining else "ok"
+        return web.json_response({"status": state}, status=200 if state == "ok" else 503)
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        return web.Response(body=self.metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4"})
+
+
+def _error(status: int, message: str, headers: dict[str, str] | None = None) -> web.Response:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    body = {"error": {"message": message, "type": kind, "param": None, "code": status}}
+    return web.json_response(body, status=status, headers=headers)

@@ -1,0 +1,279 @@
+"""OpenAI's requests, checked word by word, and the answers in their form."""
+
+import dataclasses
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from dsv2_jax import cli
+from dsv2_jax.config import check
+from dsv2_jax.data.tokenizer import Tokenizer
+from dsv2_jax.inference.request import TOP, Event, Request, Result
+from dsv2_jax.inference.sampling import Sampling
+
+Kind = Literal["completion", "chat"]
+
+_SHARED = {
+    *("model", "max_tokens", "temperature", "top_p", "n", "stream", "stream_options", "stop", "seed", "logit_bias"),
+    *("logprobs", "user", "presence_penalty", "frequency_penalty"),
+    *("top_k", "min_p", "repetition_penalty"),  # not OpenAI's, but everybody's
+}
+_FIELDS = {
+    "completion": _SHARED | {"prompt", "echo", "best_of", "suffix"},
+    "chat": _SHARED | {"messages", "max_completion_tokens", "top_logprobs"},
+}
+_NUMBERS: Any = (int, float)
+_MOST = 128  # sequences that one call may ask for
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+    """A body, understood. prompts: each asked for `n` times; requests in that order."""
+
+    kind: Kind
+    id: str
+    created: int
+    model: str
+    requests: tuple[Request, ...]
+    stream: bool
+    usage: bool  # a last chunk of a stream tells it
+    echo: bool
+    logprobs: bool
+    n: int
+
+
+def understand(kind: Kind, body: Any, model: str, words: Tokenizer, longest: int) -> Call:
+    """A body as a call. Raises ValueError saying which field cannot be as it is, FileNotFoundError for another model."""
+    check(isinstance(body, dict), "the body must be a JSON object")
+    for name in body:
+        check(name in _FIELDS[kind], f"unknown field {name!r}{cli.nearest(name, sorted(_FIELDS[kind]))}")
+    body = {name: value for name, value in body.items() if value is not None}
+    if _get(body, "model", str, model) != model:
+        raise FileNotFoundError(f"the model {body['model']!r} does not exist; this server has {model!r}")
+    for name, neutral in (("presence_penalty", 0), ("frequency_penalty", 0), ("best_of", body.get("n", 1))):
+        check(body.get(name, neutral) == neutral, f"{name} is not supported; leave it out")
+    check(not body.get("suffix"), "suffix is not supported; leave it out")
+    prompts = _prompts(body, words) if kind == "completion" else [chat_prompt(body.get("messages"), words)]
+    n = _get(body, "n", int, 1)
+    check(n >= 1 and n * len(prompts) <= _MOST, f"n times the prompts must lie in 1 to {_MOST}")
+    echo = _get(body, "echo", bool, False)
+    logprobs, top = _logprobs(kind, body)
+    limit = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
+    seed = _get(body, "seed", int, secrets.randbits(31))
+    options = body.get("stream_options", {})
+    check(isinstance(options, dict), "stream_options must be an object")
+
+    def request(prompt: list[int], i: int) -> Request:
+        room = longest - len(prompt)
+        check(room > 0, f"the prompt has {len(prompt)} tokens; prompt and answer together may have {longest}")
+        new = _get(body, limit, int, 16 if kind == "completion" else room)
+        check(new > 0 or (new == 0 and echo and logprobs), f"{limit} must be positive")
+        return Request(
+            prompt=tuple(prompt),
+            max_new=new,
+            sampling=_sampling(body),
+            seed=seed + i,
+            stop_ids=(words.eos_id,),
+            stop=_stop(body),
+            text=True,
+            top=top,
+            score_from=1 if echo and logprobs else None,
+        )
+
+    return Call(
+        kind=kind,
+        id=("cmpl-" if kind == "completion" else "chatcmpl-") + secrets.token_hex(12),
+        created=int(time.time()),
+        model=model,
+        requests=tuple(request(prompt, i) for prompt in prompts for i in range(n)),
+        stream=_get(body, "stream", bool, False),
+        usage=_get(options, "include_usage", bool, False),
+        echo=echo,
+        logprobs=logprobs,
+        n=n,
+    )
+
+
+def chat_prompt(messages: Any, words: Tokenizer) -> list[int]:
+    """The template of the released chat models: a system text, then `User: ...` and `Assistant: ...` in turn."""
+    check(isinstance(messages, list) and bool(messages), "messages must be a list with at least one message")
+    ids, text = [words.bos_id], ""
+    for i, message in enumerate(messages):
+        where = f"messages[{i}]"
+        check(isinstance(message, dict), f"{where} must be an object")
+        content = message.get("content")
+        if isinstance(content, list):  # parts, of which only text can be read
+            texts = [part.get("text") if isinstance(part, dict) else None for part in content]
+            content = "".join(texts) if all(isinstance(t, str) for t in texts) else None
+        content = _text(f"{where}.content", content)
+        match message.get("role"):
+            case "system" | "developer":
+                text += f"{content}\n\n"
+            case "user":
+                text += f"User: {content}\n\n"
+            case "assistant":
+                ids += [*words.encode(f"{text}Assistant: {content}"), words.eos_id]
+                text = ""
+            case role:
+                raise ValueError(f"{where}.role must be system, user or assistant, not {role!r}")
+    check(messages[-1].get("role") == "user", "the last message must be the user's")
+    return ids + words.encode(f"{text}Assistant:")
+
+
+def _prompts(body: dict, words: Tokenizer) -> list[list[int]]:
+    prompt = body.get("prompt")
+    check(prompt is not None, "prompt is missing")
+    many = prompt if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else [prompt]
+    found = []
+    for one in many:
+        if isinstance(one, str):
+            found.append([words.bos_id, *words.encode(_text("prompt", one))])
+        else:
+            fine = isinstance(one, list) and one and all(isinstance(i, int) and not isinstance(i, bool) for i in one)
+            check(bool(fine), "prompt must be a text, a list of texts, a list of token ids, or a list of such lists")
+            found.append(one)
+    return found
+
+
+def _text(where: str, value: Any) -> str:
+    fine = isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
+    check(fine, f"{where} must be a text, without half a pair of surrogates")
+    return value
+
+
+def _logprobs(kind: Kind, body: dict) -> tuple[bool, int]:
+    """Whether log-probabilities are told, and of how many alternatives."""
+    if kind == "completion":
+        top = _get(body, "logprobs", int, -1)
+        check(-1 <= top <= TOP, f"logprobs must lie in 0 to {TOP}, not {top}")
+        return top >= 0, max(top, 0)
+    wanted, top = _get(body, "logprobs", bool, False), _get(body, "top_logprobs", int, 0)
+    check(0 <= top <= TOP, f"top_logprobs must lie in 0 to {TOP}, not {top}")
+    check(wanted or not top, "top_logprobs needs logprobs to be true")
+    return wanted, top
+
+
+def _sampling(body: dict) -> Sampling:
+    bias = body.get("logit_bias", {})
+    check(isinstance(bias, dict), "logit_bias must be an object from token ids to numbers")
+    pairs = []
+    for token, value in bias.items():
+        number = isinstance(value, _NUMBERS) and not isinstance(value, bool) and -100 <= value <= 100
+        check(token.isdecimal() and number, "logit_bias must map token ids to numbers from -100 to 100")
+        pairs.append((int(token), float(value)))
+    return Sampling(
+        temperature=_get(body, "temperature", _NUMBERS, 1.0),
+        top_k=_get(body, "top_k", int, 0),
+        top_p=_get(body, "top_p", _NUMBERS, 1.0),
+        min_p=_get(body, "min_p", _NUMBERS, 0.0),
+        repetition_penalty=_get(body, "repetition_penalty", _NUMBERS, 1.0),
+        logit_bias=tuple(pairs),
+    )
+
+
+def _stop(body: dict) -> tuple[str, ...]:
+    stop = body.get("stop", [])
+    stop = [stop] if isinstance(stop, str) else stop
+    fine = isinstance(stop, list) and len(stop) <= 16 and all(isinstance(s, str) and 0 < len(s) <= 256 for s in stop)
+    check(bool(fine), "stop must be a text or a list of at most 16 texts of 1 to 256 characters")
+    return tuple(stop)
+
+
+def _get(body: dict, name: str, kind: Any, default: Any) -> Any:
+    value = body.get(name, default)
+    words = {int: "a whole number", str: "a text", bool: "true or false"}.get(kind, "a number")
+    fine = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    check(fine, f"{name} must be {words}, not {value!r}")
+    return value
+
+
+def answer(call: Call, results: Sequence[Result], words: Tokenizer) -> dict:
+    """The whole answer of a call that does not stream."""
+    choices = []
+    for i, (request, result) in enumerate(zip(call.requests, results, strict=True)):
+        choice: dict[str, Any] = {"index": i, "finish_reason": result.reason, "logprobs": None}
+        if call.kind == "chat":
+            choice["message"] = {"role": "assistant", "content": result.text}
+            if call.logprobs:
+                told = zip(result.tokens, result.logprobs, result.top, strict=True)
+                choice["logprobs"] = {"content": [_chat_logprob(*one, words) for one in told]}
+        else:
+            before = words.decode(_shown(request, words)) if call.echo else ""
+            choice["text"] = before + result.text
+            if call.logprobs:
+                choice["logprobs"] = _completion_logprobs(call, request, result, words)
+        choices.append(choice)
+    return _head(call, stream=False) | {"choices": choices, "usage": usage(call, results)}
+
+
+def chunk(call: Call, index: int, event: Event, words: Tokenizer, first: bool) -> dict:
+    """What a stream tells of one event."""
+    choice: dict[str, Any] = {"index": index, "finish_reason": event.reason, "logprobs": None}
+    if call.kind == "chat":
+        choice["delta"] = ({"role": "assistant"} if first else {}) | {"content": event.text}
+        if call.logprobs and event.token is not None:
+            choice["logprobs"] = {"content": [_chat_logprob(event.token, event.logprob, event.top, words)]}
+    else:
+        before = words.decode(_shown(call.requests[index], words)) if call.echo and first else ""
+        choice["text"] = before + event.text
+        if call.logprobs and event.token is not None:
+            choice["logprobs"] = _columns([(event.token, event.logprob, event.top)], words)
+    return _head(call, stream=True) | {"choices": [choice]}
+
+
+def last_chunk(call: Call, results: Sequence[Result]) -> dict:
+    """A stream's last word, if it was asked for."""
+    return _head(call, stream=True) | {"choices": [], "usage": usage(call, results)}
+
+
+def usage(call: Call, results: Sequence[Result]) -> dict:
+    """Tokens of the prompts, each counted once, and of the answers."""
+    prompt = sum(len(request.prompt) for request in call.requests[:: call.n])
+    new = sum(len(result.tokens) for result in results)
+    reused = sum(result.reused for result in results[:: call.n])
+    details = {"cached_tokens": reused}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": new,
+        "total_tokens": prompt + new,
+        "prompt_tokens_details": details,
+    }
+
+
+def _head(call: Call, stream: bool) -> dict:
+    kind = "text_completion" if call.kind == "completion" else "chat.completion" + ".chunk" * stream
+    return {"id": call.id, "object": kind, "created": call.created, "model": call.model}
+
+
+def _shown(request: Request, words: Tokenizer) -> tuple[int, ...]:
+    """The prompt without the begin that we put before a text."""
+    return request.prompt[1:] if request.prompt[0] == words.bos_id else request.prompt
+
+
+def _chat_logprob(token: int, logprob: float, top: Sequence[tuple[int, float]], words: Tokenizer) -> dict:
+    def one(token: int, logprob: float) -> dict:
+        text = words.decode([token])
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    return one(token, logprob) | {"top_logprobs": [one(*pair) for pair in top]}
+
+
+def _columns(told: Sequence[tuple[int, float | None, Sequence[tuple[int, float]]]], words: Tokenizer) -> dict:
+    texts = [words.decode([token]) for token, _, _ in told]
+    return {
+        "tokens": texts,
+        "token_logprobs": [logprob for _, logprob, _ in told],
+        "top_logprobs": [{words.decode([t]): p for t, p in top} or None for _, _, top in told],
+        "text_offset": [sum(map(len, texts[:i])) for i in range(len(texts))],
+    }
+
+
+def _completion_logprobs(call: Call, request: Request, result: Result, words: Tokenizer) -> dict:
+    told: list[tuple[int, float | None, Sequence[tuple[int, float]]]] = []
+    if call.echo:
+        scored = [None, *(logprob for logprob, _ in result.scores)]
+        shown = len(_shown(request, words))
+        told += [(token, logprob, ()) for token, logprob in list(zip(request.prompt, scored, strict=True))[-shown:]]
+    told += zip(result.tokens, result.logprobs, result.top, strict=True)
+    return _columns(told, words)

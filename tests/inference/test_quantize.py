@@ -1,0 +1,123 @@
+"""Fewer bits: what comes back, what it takes in memory, and what the engine makes of it."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import models
+from dsv2_jax.config import SINGLE, Compute
+from dsv2_jax.hf import load_params
+from dsv2_jax.inference import quantize
+from dsv2_jax.inference.engine import Capacity, Engine
+from dsv2_jax.model import formats, paged
+from dsv2_jax.model.layers import KEPT_FLOAT32
+from dsv2_jax.model.matmul import Quantized, project, whole
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "v2_tiny"
+COMPUTE = Compute(dtype="float32", remat="none")
+
+
+@pytest.mark.parametrize(("form", "largest"), [("int8", 127), ("int6", 31)])
+def test_rows_come_back_within_half_a_step(form, largest):
+    rows = np.random.default_rng(0).standard_normal((5, 3, 64)).astype(np.float32)
+    rows *= np.array([1e-3, 1.0, 300.0])[:, None]
+    rows[0, 0] = 0
+    stored, scale = jax.jit(formats.quantize, static_argnums=1)(rows, form)
+    assert stored.shape == (5, 3, formats.width(64, form))
+    assert (stored.dtype, scale.dtype) == (jnp.int8 if form == "int8" else jnp.uint8, jnp.float16)
+    back = np.asarray(formats.dequantize(stored, scale, form))
+    step = np.asarray(scale, np.float64)[..., None]
+    assert (np.abs(back - rows) <= 0.5001 * step).all()
+    exact = np.maximum(np.abs(rows).max(-1, keepdims=True) / largest, 2.0**-14)
+    assert (step >= exact * 0.9999999).all()  # nothing was clipped
+    assert (step <= exact * 1.002).all()
+    turned = formats.dequantize(jnp.swapaxes(stored, 1, 2), scale, form, axis=1)
+    np.testing.assert_array_equal(np.swapaxes(turned, 1, 2), back)
+
+
+def test_four_numbers_fill_three_bytes():
+    """By hand, with a scale of 1: 1, 2, 3 and -31 are 33, 34, 35 and 1 = 0b000001 above -32."""
+    stored, scale = formats.quantize(jnp.array([1.0, 2.0, 3.0, -31.0]), "int6")
+    assert float(scale) == 1
+    assert stored.tolist() == [33 | 1 << 6, 34, 35]
+    with pytest.raises(ValueError, match="rows of 6 cannot be packed in 6 bits"):
+        formats.width(6, "int6")
+
+
+@pytest.mark.parametrize(("form", "most"), [("int6", 6.5), ("int8", 8.5), ("bfloat16", 16.0)])
+@pytest.mark.parametrize("name", ["v2", "nano"])
+def test_bits_of_a_cached_number(name, form, most):
+    """Everything included, in the shapes of V2 (576 numbers a token and layer) and of nano."""
+    model = getattr(models, name)()
+    made = jax.eval_shape(lambda: paged.empty(model, SINGLE, 10, 128, form, jnp.dtype(jnp.float32)))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(made))
+    assert 8 * size / (10 * 128 * model.cache_elements) <= most
+
+
+@pytest.mark.parametrize(("kind", "share"), [("int8", 0.5 / 127), ("float8", 2.0**-4)])
+def test_weights_come_back(kind, share):
+    w = np.random.default_rng(1).standard_normal((24, 4, 10)).astype(np.float32)
+    w[:, 1, 3] *= 1000  # its channel alone loses by it
+    q = quantize.channelwise(jnp.asarray(w), (0,), kind)
+    assert (q.values.dtype.itemsize, q.scale.shape) == (1, (1, 4, 10))
+    error = np.abs(np.asarray(whole(q, jnp.dtype(jnp.float32))) - w)
+    bound = np.abs(w).max(0) if kind == "int8" else np.maximum(np.abs(w), np.abs(w).max(0) * 2.0**-14)
+    assert (error <= 1.001 * share * bound).all()
+    x = np.random.default_rng(2).standard_normal((3, 24)).astype(np.float32)
+    expected = np.einsum("td,dhr->thr", x.astype(np.float64), np.asarray(q.values, np.float64) * np.asarray(q.scale))
+    np.testing.assert_allclose(project(jnp.asarray(x), q), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load_params(GOLDEN)
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return np.load(GOLDEN / "golden.npz")["ids_long"][0, :60].tolist()
+
+
+def logits(params, model, ids, **settings) -> np.ndarray:
+    capacity = Capacity(rows=1, length=64, chunk=64, page=16, **settings)
+    return Engine(params, model, compute=COMPUTE, capacity=capacity).logits(ids)
+
+
+@pytest.mark.parametrize("kind", ["int8", "float8"])
+def test_quantized_weights_compute_what_they_stand_for(loaded, ids, kind):
+    """The engine on weights in 8 bits, and on float32 weights of the same values."""
+    model, params = loaded
+
+    def same_values(path: tuple, w: jax.Array) -> jax.Array:
+        name = path[-1].key
+        if name.startswith(KEPT_FLOAT32):
+            return w
+        layers = path[0].key in ("dense", "moe")
+        axes = tuple(axis + layers for axis in quantize.contracted(name))
+        return whole(quantize.channelwise(w, axes, kind), jnp.dtype(jnp.float32))
+
+    spelled = jax.jit(lambda p: jax.tree_util.tree_map_with_path(same_values, p))(params)
+    mine = logits(params, model, ids, weights=kind)
+    np.testing.assert_allclose(mine, logits(spelled, model, ids), atol=2e-4)
+    assert np.abs(mine - logits(params, model, ids)).max() > 1e-3
+
+
+def test_weights_take_a_quarter(loaded):
+    model, params = loaded
+    engine = Engine(params, model, compute=COMPUTE, capacity=Capacity(rows=1, length=64, page=16, weights="int8"))
+    matrices = [
+        leaf for part in engine._prepared.values() for name, leaf in part.items() if not name.startswith(KEPT_FLOAT32)
+    ]
+    assert matrices and all(isinstance(leaf, Quantized) for leaf in matrices)
+
+
+@pytest.mark.parametrize(("form", "most"), [("bfloat16", 0.03), ("int8", 0.03), ("int6", 0.12)])
+def test_caches_of_fewer_bits_stay_near_float64(loaded, ids, form, most):
+    model, params = loaded
+    expected = np.load(GOLDEN / "golden.npz")["logits_long_np64"][0, :60]
+    mine = logits(params, model, ids, cache=form)
+    error = np.sqrt(((mine - expected) ** 2).mean()) / expected.std()
+    assert 1e-4 < error < most

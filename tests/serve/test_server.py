@@ -1,0 +1,286 @@
+"""The server under OpenAI's own client: answers, streams, refusals, and a crowd of which a third leaves."""
+
+import asyncio
+import contextlib
+import dataclasses
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import httpx
+import jax
+import openai
+import pytest
+from aiohttp import web
+from hf_cases import give_tokenizer, make_run, random_params
+
+from configs import models
+from dsv2_jax.config import Compute
+from dsv2_jax.data import tokenizer
+from dsv2_jax.inference.engine import Capacity, Engine
+from dsv2_jax.inference.request import Request
+from dsv2_jax.serve.app import Server
+
+ROOT = Path(__file__).parent.parent.parent
+MODEL = dataclasses.replace(models.tiny(), vocab_size=512)
+CAPACITY = Capacity(rows=4, length=256, chunk=64, page=16)
+
+
+@contextlib.contextmanager
+def running(engine: Engine, words, **settings):
+    """(the server, its address), in a thread with an event loop of its own."""
+    server = Server(engine, words, "tiny", **{"most": 300, "body_bytes": 20_000} | settings)
+    loop, started, address = asyncio.new_event_loop(), threading.Event(), []
+
+    async def start() -> web.AppRunner:
+        runner = web.AppRunner(server.application, handler_cancellation=True, shutdown_timeout=1.0)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        address.append(f"http://127.0.0.1:{runner.addresses[0][1]}")
+        return runner
+
+    def run() -> None:
+        asyncio.set_event_loop(loop)
+        runner = loop.run_until_complete(start())
+        started.set()
+        loop.run_forever()
+        loop.run_until_complete(runner.cleanup())
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    assert started.wait(30)
+    try:
+        yield server, address[0]
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(30)
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("words")
+    give_tokenizer(folder)
+    return tokenizer.load(folder / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def engine(words):
+    params = jax.tree.map(jax.numpy.asarray, random_params(MODEL))
+    compute = Compute(dtype="float32", remat="none")
+    engine = Engine(params, MODEL, compute=compute, capacity=CAPACITY, words=words)
+    engine.warm()
+    return engine
+
+
+@pytest.fixture(scope="module")
+def served(engine, words):
+    with running(engine, words) as (server, address):
+        yield server, address
+
+
+@pytest.fixture(scope="module")
+def expected(words):
+    """Greedy answers of an engine of its own, by prompt."""
+    other = Engine(
+        jax.tree.map(jax.numpy.asarray, random_params(MODEL)),
+        MODEL,
+        compute=Compute(dtype="float32", remat="none"),
+        capacity=CAPACITY,
+        words=words,
+    )
+
+    def answer(prompt: str, new: int):
+        ids = (words.bos_id, *words.encode(prompt))
+        return other.generate([Request(prompt=ids, max_new=new, stop_ids=(words.eos_id,), text=True)])[0]
+
+    answer.engine = other
+    return answer
+
+
+def client(served, **settings) -> openai.OpenAI:
+    return openai.OpenAI(base_url=served[1] + "/v1", **{"api_key": "none", "max_retries": 0} | settings)
+
+
+def test_completions_and_their_stream(served, expected):
+    wanted = expected("import os", 20)
+    plain = client(served).completions.create(model="tiny", prompt="import os", max_tokens=20, temperature=0)
+    assert plain.choices[0].text == wanted.text
+    assert plain.choices[0].finish_reason == wanted.reason
+    assert plain.usage and plain.usage.completion_tokens == len(wanted.tokens)
+    options: dict = {"stream": True, "stream_options": {"include_usage": True}}
+    parts = list(
+        client(served).completions.create(model="tiny", prompt="import os", max_tokens=20, temperature=0, **options)
+    )
+    assert "".join(p.choices[0].text for p in parts if p.choices) == wanted.text
+    assert parts[-1].usage and parts[-1].usage.completion_tokens == len(wanted.tokens)
+
+
+def test_chat_and_its_stream(served, expected, words):
+    messages: list = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
+    wanted = expected("be brief\n\nUser: hello\n\nAssistant:", 12)
+    settings: dict = {"model": "tiny", "messages": messages, "temperature": 0, "max_completion_tokens": 12}
+    plain = client(served).chat.completions.create(**settings, logprobs=True, top_logprobs=2)
+    assert plain.choices[0].message.content == wanted.text
+    told = plain.choices[0].logprobs.content
+    assert [t.logprob for t in told] == pytest.approx(wanted.logprobs, abs=1e-4)
+    assert [t.token for t in told] == [words.decode([token]) for token in wanted.tokens]
+    assert all(t.top_logprobs[0].logprob == t.logprob and len(t.top_logprobs) == 2 for t in told)
+    parts = list(client(served).chat.completions.create(**settings, stream=True))
+    assert parts[0].choices[0].delta.role == "assistant"
+    assert "".join(p.choices[0].delta.content or "" for p in parts) == wanted.text
+
+
+def test_echo_scores_the_prompt(served, expected, words):
+    prompt = "def main(argument):"
+    found = client(served).completions.create(model="tiny", prompt=prompt, max_tokens=0, echo=True, logprobs=1)
+    ids = [words.bos_id, *words.encode(prompt)]
+    told = found.choices[0].logprobs
+    assert found.choices[0].text == prompt == "".join(told.tokens)
+    assert len(told.token_logprobs) == len(ids) - 1
+    scored = expected.engine.score([ids])[0].scores
+    assert told.token_logprobs == pytest.approx([p for p, _ in scored], abs=1e-4)
+
+
+def test_stop_strings_seeds_and_n(served, expected):
+    whole = expected("import os", 20).text
+    stop = whole[4:7]
+    settings: dict = {"model": "tiny", "prompt": "import os", "max_tokens": 20}
+    cut = client(served).completions.create(**settings, temperature=0, stop=stop).choices[0]
+    assert (cut.text, cut.finish_reason) == (whole[: whole.index(stop)], "stop")
+    hot = [client(served).completions.create(**settings, temperature=1, seed=5, n=3) for _ in range(2)]
+    assert [c.text for c in hot[0].choices] == [c.text for c in hot[1].choices]
+    assert len({c.text for c in hot[0].choices}) == 3
+
+
+def test_models_health_and_metrics(served):
+    assert [model.id for model in client(served).models.list()] == ["tiny"]
+    with urllib.request.urlopen(served[1] + "/health") as answer:
+        assert answer.read() == b'{"status": "ok"}'
+    with urllib.request.urlopen(served[1] + "/metrics") as answer:
+        text = answer.read().decode()
+    assert re.search(r'dsv2_requests_total\{path="/v1/completions",status="200"\} [1-9]', text)
+    assert re.search(r"dsv2_new_tokens_total [1-9]", text)
+    assert "dsv2_pages_held 0.0" in text
+
+
+def refusal(address: str, path: str, body: bytes, key: str = "") -> tuple[int, str]:
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    request = urllib.request.Request(address + path, data=body or None, headers=headers)
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request)
+    return caught.value.code, caught.value.read().decode()
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "told"),
+    [
+        ("/v1/completions", b"{", 400, "the body is not JSON"),
+        ("/v1/completions", b"\xff\xfe", 400, "the body is not JSON"),
+        ("/v1/completions", b"[" * 15_000, 400, "the body is not JSON"),
+        ("/v1/completions", b"[1]", 400, "the body must be a JSON object"),
+        ("/v1/completions", b'{"prompt": "x", "temperature": -1}', 400, "temperature must not be negative"),
+        ("/v1/completions", b'{"prompt": [9999]}', 400, "prompt ids must lie in 0 to 511"),
+        ("/v1/completions", b'{"prompt": "x", "max_tokens": 999}', 400, "exceed the model's 256 positions"),
+        ("/v1/completions", b'{"prompt": "x", "model": "other"}', 404, "'other' does not exist"),
+        ("/v1/completions", b'{"prompt": "' + b"x" * 30_000 + b'"}', 413, "the body is too large"),
+        ("/v1/nothing", b"{}", 404, "there is nothing at /v1/nothing"),
+        ("/v1/models", b"{}", 405, "Method Not Allowed"),
+    ],
+)
+def test_mistakes_are_told(served, path, body, status, told):
+    code, text = refusal(served[1], path, body)
+    assert code == status
+    assert told in text
+
+
+def test_a_key_is_asked_for(engine, words, served):
+    assert served[0].worker.open == 0
+    with running(engine, words, key="secret") as (_, address):
+        for key in ("", "wrong"):
+            assert refusal(address, "/v1/completions", b"{}", key)[0] == 401
+        assert [model.id for model in client((None, address), api_key="secret").models.list()] == ["tiny"]
+        with urllib.request.urlopen(address + "/health") as answer:
+            assert answer.status == 200
+
+
+def test_a_full_queue_refuses(engine, words, served):
+    assert served[0].worker.open == 0
+    with running(engine, words, most=2) as (_, address):
+        code, text = refusal(address, "/v1/completions", b'{"prompt": "x", "n": 3}')
+        assert code == 429
+        assert "at most 2 may" in text
+
+
+PROMPTS = ["import os", "class Thing:", "for i in range(3):", "the quick brown", "return None  # ", "x = [1, 2, 3]"]
+
+
+async def crowd(address: str, count: int) -> list[str | None]:
+    """Each client's answer; None of every third, which leaves behind some parts of its stream."""
+    many = openai.DefaultAsyncHttpxClient(limits=httpx.Limits(max_connections=None))
+    async with openai.AsyncOpenAI(base_url=address + "/v1", api_key="x", max_retries=0, http_client=many) as asked:
+
+        async def one(i: int) -> str | None:
+            settings: dict = {"model": "tiny", "prompt": PROMPTS[i % len(PROMPTS)], "max_tokens": 16, "temperature": 0}
+            if i % 3 == 1:
+                return (await asked.completions.create(**settings)).choices[0].text
+            stream, text, parts = await asked.completions.create(**settings, stream=True), "", 0
+            async for part in stream:
+                text, parts = text + part.choices[0].text, parts + 1
+                if i % 3 == 2 and parts > i % 5:
+                    await stream.close()
+                    return None
+            return text
+
+        return await asyncio.gather(*(one(i) for i in range(count)))
+
+
+def settle(server: Server) -> None:
+    """Waits until what clients left behind is gone."""
+    for _ in range(400):
+        if not server.worker.open and not server.engine.unfinished:
+            return
+        time.sleep(0.05)
+    raise AssertionError("requests of clients that left still run")
+
+
+@pytest.mark.parametrize("count", [24, pytest.param(200, marks=pytest.mark.slow)])
+def test_a_crowd_of_which_a_third_leaves(served, expected, count):
+    server, address = served
+    wanted = {prompt: expected(prompt, 16).text for prompt in PROMPTS}
+    answers = asyncio.run(crowd(address, count))
+    for i, text in enumerate(answers):
+        assert text == (None if i % 3 == 2 else wanted[PROMPTS[i % len(PROMPTS)]])
+    settle(server)
+    assert server.engine.lanes[0].pages.held == 0
+    assert not server.engine.lanes[0].running and not server.engine.lanes[0].waiting
+
+
+@pytest.mark.slow
+def test_sigterm_lets_running_requests_end(tmp_path):
+    make_run(tmp_path, MODEL)
+    give_tokenizer(tmp_path)
+    flags = ["--port", "0", "--name", "tiny", "--capacity.rows", "1", "--capacity.chunk", "64"]
+    command = [sys.executable, "-m", "dsv2_jax.serve", "--checkpoint", str(tmp_path), *flags]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        address = re.search(r"http://\S+(?=/v1)", process.stdout.readline())
+        assert address
+        asked = client((None, address[0]))
+        stream = asked.completions.create(model="tiny", prompt="x", max_tokens=600, temperature=0, stream=True)
+        parts = [next(stream)]
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        with pytest.raises((openai.InternalServerError, openai.APIConnectionError)):
+            asked.completions.create(model="tiny", prompt="x", max_tokens=1)
+        parts += stream
+        assert parts[-1].choices[0].finish_reason in ("length", "stop")
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
