@@ -186,7 +186,7 @@ class Log:
             if "nll" in line:
                 line["bits_per_byte"] = bits_per_byte(line["nll"], weight, text_bytes)
             line |= load_summary(load_LE) if load_LE is not None else {}
-            if self._clock:
+            if self._clock and not self._config.grpo.group:  # GRPO's own figures part sampling from updating
                 speed = (progress.tokens - self._clock[1]) / (now - self._clock[0])
                 line["tokens_per_second"] = speed
                 if self._mfu_per_token:
