@@ -70,6 +70,7 @@ def evaluate(loaded: Any, args: Evaluate, mesh: Any) -> dict[str, Any]:
     from dsv2_jax.parallel.mesh import BATCH
 
     words, config = loaded.need_tokenizer(), loaded.config
+    check(loaded.model.head == "tokens", f"{args.checkpoint} is a reward model: it scores answers and predicts no text")
     length = args.length or config.batch.length
     check(
         0 < length <= loaded.model.max_position_embeddings,

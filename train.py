@@ -43,6 +43,9 @@ def main() -> int:
         print(f"held out    {outcome.held_out['held_out_reward']:.4f} reward")
         return 0
     print(f"plots       {run / 'plots'}")
+    if config.model.head == "score":
+        print(f"held out    {outcome.held_out['held_out_accuracy']:.4f} accuracy")
+        return 0
     print(f"held out    {outcome.held_out['held_out_bits_per_byte']:.4f} bits per byte")
     return 0
 

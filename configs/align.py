@@ -49,3 +49,18 @@ def nano_grpo() -> Config:
         cadence=Cadence(log=1, evaluate=20, save=20),
         grpo=Grpo(group=8, prompts=16, passes=1, steps=100, max_new=8),
     )
+
+
+def nano_reward() -> Config:
+    """A reward model of nano that tells right answers from wrong ones. Give --init runs/nano_sft."""
+    return Config(
+        workdir=Path("runs/nano_reward"),
+        tokens=0,
+        epochs=1,
+        model=dataclasses.replace(models.nano(), head="score"),
+        data=Data(form="preferences"),
+        batch=Batch(size=4, length=256),
+        optimizer=Optimizer(peak_lr=3e-4, warmup_steps=20, decay_at=(0.6, 0.9)),
+        compute=Compute(remat="none", loss_chunk=512),
+        cadence=Cadence(log=10, evaluate=250, evaluate_batches=8, save=250),
+    )

@@ -140,6 +140,7 @@ class Model:
     max_position_embeddings: int = 4096
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.006
+    head: Literal["tokens", "score"] = "tokens"  # score: one number for a text, of a reward model
     attention: Attention = Attention()
     rope: Rope = Rope()
     moe: Moe = Moe()
@@ -184,8 +185,9 @@ class Data:
     """What is read and how it becomes tokens."""
 
     source: str = "builtin"  # `builtin`, or a text file, a JSONL file, or a folder of such
-    # conversations: JSONL lines with `messages`, for fine-tuning; prompts: with `prompt`, for GRPO
-    form: Literal["text", "conversations", "prompts"] = "text"
+    # JSONL lines but for text. conversations: `messages`, for fine-tuning. preferences: `prompt`, `chosen`, `rejected`
+    # and perhaps `margin`, or `messages` and `score`, for a reward model. prompts: `prompt`, for GRPO.
+    form: Literal["text", "conversations", "preferences", "prompts"] = "text"
     tasks: tuple[str, ...] = ()  # of the built-in questions; none: all (see data/instructions.py)
     too_long: Literal["drop", "cut"] = "drop"  # what becomes of a conversation that does not fit in a row
     tokenizer: str = "train"  # `train`: the init checkpoint's, else learnt from the source; or a .model, tokenizer.json

@@ -72,8 +72,16 @@ def tokenizer_for(config: Config, corpus: Corpus) -> Tokenizer:
 
 
 def params_for(config: Config, mesh: jax.sharding.Mesh | None) -> Any:
-    """The parameters of `config.init`. Raises ValueError if their shapes are not those of the config's model."""
+    """The parameters of `config.init`. Raises ValueError if their shapes are not those of the config's model.
+
+    A reward model that starts from a language model keeps its last norm and scores all alike: zeros.
+    """
     assert config.init is not None
     loaded = load(config.init, mesh)
-    checkpoint.check_shapes(parameters.tree(config.model), parameters.tree(loaded.model), config.init)
-    return loaded.params
+    there, params = parameters.tree(loaded.model), loaded.params
+    if config.model.head == "score" and loaded.model.head == "tokens":
+        zeros = jax.numpy.zeros_like(params["head"]["norm_D"])
+        params = params | {"head": {"norm_D": params["head"]["norm_D"], "w_score_D": zeros}}
+        there["head"] = dict.fromkeys(("norm_D", "w_score_D"), there["head"]["norm_D"])
+    checkpoint.check_shapes(parameters.tree(config.model), there, config.init)
+    return params

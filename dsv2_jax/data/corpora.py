@@ -67,7 +67,7 @@ def prepare(data: Data) -> Corpus:
         from dsv2_jax.data import instructions  # whose library takes seconds to import
 
         tasks = instructions.chosen(data.tasks)
-        made = instructions.build(tasks) if data.form == "conversations" else instructions.prompts(tasks)
+        made = instructions.MAKERS[data.form](tasks)
         listed = [Document(name, json.dumps(value)) for name, value in made]
         return _prepare(Instructions, root, lambda: listed, data)
     packages = builtin.PACKAGES if data.fetch else ()
@@ -113,9 +113,9 @@ def _open(folder: Path, data: Data) -> Corpus:
 def local(source: Path, text_field: str, form: str = "text") -> Callable[[], Iterator[Document]]:
     """Reads a text file (a document), a JSONL file (a document a line), or all such files of a folder, at each call.
 
-    With the form `conversations`, JSONL files only: a line's key `messages` holds a conversation; with `prompts` its
-    key `prompt` holds a question or messages, and the whole line is the document. Raises ValueError for
-    a path that does not exist and, while reading, for what is not UTF-8 or not such JSON.
+    With a form other than `text`, JSONL files only, whose lines hold what `data.form` says; the document is then the
+    line, or its conversation, as JSON. Raises ValueError for a path that does not exist and, while reading, for what is
+    not UTF-8 or not such JSON.
     """
     check(source.exists(), f"data.source {source} does not exist; give `builtin`, a file or a folder")
     if source.is_file():
@@ -184,7 +184,22 @@ def _prompt(value: Any, where: str, _: str) -> str:
     return json.dumps(value)
 
 
-_READ = {"text": _text, "conversations": _conversation, "prompts": _prompt}
+def _preference(value: Any, where: str, _: str) -> str:
+    if isinstance(value, dict) and "score" in value:
+        check(isinstance(value["score"], int | float), f"{where}: 'score' must be a number")
+        chat.checked(value.get("messages"), f"{where}: 'messages'")
+        return json.dumps(value)
+    names = ("prompt", "chosen", "rejected")
+    check(
+        isinstance(value, dict) and all(name in value for name in names),
+        f"{where} must hold 'prompt', 'chosen' and 'rejected', or 'messages' and 'score'",
+    )
+    check(all(isinstance(value[name], str) for name in names[1:]), f"{where}: 'chosen' and 'rejected' must be strings")
+    check(isinstance(value.get("margin", 0), int | float), f"{where}: 'margin' must be a number")
+    return _prompt(value, where, "")
+
+
+_READ = {"preferences": _preference, "text": _text, "conversations": _conversation, "prompts": _prompt}
 
 
 def _decode(raw: bytes, path: Path, offset: int) -> str:

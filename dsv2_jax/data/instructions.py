@@ -19,7 +19,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "spell_backward": {"min_word_len": 3, "max_word_len": 5},
     "letter_counting": {"min_words": 2, "max_words": 4},
 }
-_EACH = 2000  # questions of a task
+_EACH = 8000  # questions of a task
 _TURNS = (1, 1, 2, 3)  # questions of a conversation, in turn
 _SEED = 1
 
@@ -63,3 +63,17 @@ def build(tasks: Sequence[str]) -> Iterator[tuple[str, Messages]]:
             ]
             yield f"{task}/{number}", messages
             number += 1
+
+
+def preferences(tasks: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, preference) of every question of `prompts`: its own answer before that of another question of the task."""
+    for task in tasks:
+        items = list(prompts([task]))
+        for number, (name, item) in enumerate(items):
+            others = (other["answer"] for _, other in items[number + 1 :] + items[:number])
+            wrong = next((answer for answer in others if answer != item["answer"]), None)
+            if wrong is not None:
+                yield name, {"prompt": item["prompt"], "chosen": item["answer"], "rejected": wrong}
+
+
+MAKERS = {"conversations": build, "prompts": prompts, "preferences": preferences}  # by `data.form`

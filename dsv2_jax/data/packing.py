@@ -54,7 +54,12 @@ def blank_batch(rows: int, length: int) -> Batch:
 
 
 class Rows(abc.ABC):
-    """Rows of documents, any of them in any order; a row may end in padding."""
+    """Rows of documents, any of them in any order; a row may end in padding.
+
+    too_long: documents that were longer than a row, and were dropped or cut for it.
+    """
+
+    too_long = 0
 
     def __init__(self, documents: Documents, length: int, bytes_per_token: np.ndarray) -> None:
         """bytes_per_token int [vocabulary]: the bytes of text of each id."""
@@ -69,7 +74,7 @@ class Rows(abc.ABC):
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
         """A batch of these rows; padding where the index is negative."""
-        batch = blank_batch(len(indices), self._length)
+        batch = self._blank(len(indices))
         for row, index in enumerate(indices):
             if index >= 0:
                 self._fill(batch, row, int(index))
@@ -83,6 +88,9 @@ class Rows(abc.ABC):
         wanted = np.concatenate([wanted, np.full(-len(wanted) % rows, -1)]).reshape(-1, rows)
         for chosen in wanted if mine is None else wanted[:, mine]:
             yield self.batch(chosen)
+
+    def _blank(self, rows: int) -> Batch:
+        return blank_batch(rows, self._length)
 
     def _fill(self, batch: Batch, row: int, index: int) -> None:
         ids, learnt = self._documents.ids, self._documents.learnt
@@ -122,7 +130,7 @@ class WholeRows(Rows):
     """Rows of whole documents, longest first, each in the fullest row that has room for it.
 
     A document that is longer than a row is dropped or cut to its length, by `too_long`; so is one that then has
-    nothing to learn. too_long: how many were.
+    nothing to learn.
     """
 
     def __init__(

@@ -17,9 +17,9 @@ import rich.console
 import rich.progress
 
 from dsv2_jax.config import Config, check
-from dsv2_jax.data import chat
+from dsv2_jax.data import chat, preferences
 from dsv2_jax.data.corpora import Corpus, Source, published
-from dsv2_jax.data.packing import Batch, CutRows, Documents, WholeRows, document_ids, join
+from dsv2_jax.data.packing import Batch, CutRows, Documents, Rows, WholeRows, document_ids, join
 from dsv2_jax.data.tokenizer import Tokenizer
 
 
@@ -37,15 +37,17 @@ def train_batches(
     places = np.arange(rows) if mine is None else np.asarray(mine)
     batches = numbers.map(lambda indices: packed.batch(indices[places]))
     order = {"corpus": corpus.digest, "seed": config.seed, "rows": rows, "length": config.batch.length}
-    left_out = packed.too_long if isinstance(packed, WholeRows) else 0
+    left_out = packed.too_long
     return TrainBatches(batches, order, epoch_tokens=len(packed) * config.batch.length, left_out=left_out)
 
 
-def packed_rows(config: Config, corpus: Corpus, split: str, tokenizer: Tokenizer, length: int) -> CutRows | WholeRows:
+def packed_rows(config: Config, corpus: Corpus, split: str, tokenizer: Tokenizer, length: int) -> Rows:
     """The rows of a split, `train` or `held_out`: text without gaps, conversations whole.
 
     Raises ValueError if no conversation fits in a row.
     """
+    if corpus.form == "preferences":
+        return preferences.rows(getattr(corpus, split), tokenizer, length)
     documents = tokenised(corpus, split, tokenizer)
     if corpus.form == "text":
         return CutRows(documents, length, tokenizer.bytes_per_token)

@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec
 from dsv2_jax.config import AXES, SINGLE, Config
 from dsv2_jax.parallel import collectives, sharding
 from dsv2_jax.parallel.feed import Feed
-from dsv2_jax.training.loss import loss
+from dsv2_jax.training.loss import loss as pretraining_loss
+from dsv2_jax.training.step import Loss
 
 
 def evaluate(
@@ -31,17 +32,8 @@ def evaluate(
     included, over the UTF-8 bytes they stand for), `tokens`, `bytes`, and with experts `load_LE`, each expert's share
     of the choices times E. Raises ValueError when the batches hold no target.
     """
-    nll, load_LE, tokens, text_bytes = 0.0, 0.0, 0.0, 0.0
-    for batch in batches:
-        one = {name: leaf[None] for name, leaf in batch.items()}
-        one = feed(one) if feed else one
-        figures = jax.device_get(_sums(params, one, config=config, mesh=mesh))
-        nll += float(figures["nll"])
-        load_LE = load_LE + figures.get("load_LE", 0.0) * float(figures["tokens"])
-        tokens += float(figures["tokens"])
-        text_bytes += float(figures["bytes"])
-    if not tokens:
-        raise ValueError("the text to evaluate is empty: it holds no token to predict")
+    found = sums(params, batches, config=config, feed=feed, mesh=mesh, loss=pretraining_loss)
+    nll, tokens, text_bytes = (float(found[name]) for name in ("nll", "tokens", "bytes"))
     mean = nll / tokens
     result = {
         "nll": mean,
@@ -50,21 +42,50 @@ def evaluate(
         "tokens": int(tokens),
         "bytes": int(text_bytes),
     }
-    return result | ({"load_LE": np.asarray(load_LE / tokens)} if np.ndim(load_LE) else {})
+    return result | ({"load_LE": np.asarray(found["load_LE"]) / tokens} if "load_LE" in found else {})
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh"))
+def sums(
+    params: Any,
+    batches: Iterable[dict[str, np.ndarray]],
+    *,
+    config: Config,
+    feed: Feed | None,
+    mesh: jax.sharding.Mesh | None,
+    loss: Loss,
+) -> dict[str, Any]:
+    """The metrics of `loss` summed over the batches in float64, `load_LE` weighed by the targets of each.
+
+    Raises ValueError when the batches hold no target.
+    """
+    total: dict[str, Any] = {}
+    for batch in batches:
+        one = {name: leaf[None] for name, leaf in batch.items()}
+        one = feed(one) if feed else one
+        figures = jax.device_get(_sums(params, one, config=config, mesh=mesh, loss=loss))
+        figures = {name: np.asarray(x, np.float64) for name, x in figures.items()}
+        if "load_LE" in figures:
+            figures["load_LE"] = figures["load_LE"] * figures["tokens"]
+        total = {name: total.get(name, 0) + x for name, x in figures.items()}
+    if not total.get("tokens"):
+        raise ValueError("there is nothing to evaluate: no token to predict and no answer to score")
+    return total
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh", "loss"))
 def _sums(
-    params: Any, batch: dict[str, jax.Array], *, config: Config, mesh: jax.sharding.Mesh | None
+    params: Any, batch: dict[str, jax.Array], *, config: Config, mesh: jax.sharding.Mesh | None, loss: Loss
 ) -> dict[str, jax.Array]:
     config = config if mesh else dataclasses.replace(config, mesh=SINGLE)
 
-    def sums(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def one_batch(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         one = {name: leaf[0] for name, leaf in batch.items()}
         _, metrics = loss(params, one, config=config, exempt_B=None, total_weight=1.0, share=1.0)
         return {name: collectives.add(value, AXES, config.mesh) for name, value in metrics.items()}
 
     if mesh is None:
-        return sums(params, batch)
+        return one_batch(params, batch)
     specs = sharding.param_specs(config.model, config.mesh), {name: sharding.batch_spec(name) for name in batch}
-    return jax.shard_map(sums, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)(params, batch)
+    return jax.shard_map(one_batch, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)(
+        params, batch
+    )

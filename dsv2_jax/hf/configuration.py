@@ -80,10 +80,14 @@ def from_hf_config(raw: dict[str, Any]) -> Model:
         first_k_dense_replace=raw.get("first_k_dense_replace", 0) if moe.n_routed_experts else 0,
         rms_norm_eps=float(raw["rms_norm_eps"]),
         initializer_range=float(raw.get("initializer_range", 0.02)),
+        head="score" if any(name.endswith(_SCORE) for name in raw.get("architectures") or ()) else "tokens",
         attention=attention,
         rope=_read_rope(raw),
         moe=moe,
     )
+
+
+_SCORE = "ForSequenceClassification"  # transformers' class for a model of one score
 
 
 def _deepseek(model: Model) -> dict[str, Any]:
@@ -103,7 +107,7 @@ def _deepseek(model: Model) -> dict[str, Any]:
         "topk_method": "greedy" if m.n_group == 1 else "group_limited_greedy",
     }
     return {
-        "architectures": ["DeepseekV2ForCausalLM"],
+        **_architecture("DeepseekV2", model),
         "model_type": "deepseek_v2",
         "first_k_dense_replace": model.dense_layers,
         **{name: getattr(a, name) for name in _MLA},
@@ -113,6 +117,12 @@ def _deepseek(model: Model) -> dict[str, Any]:
         "rope_scaling": _yarn(model.rope, model.rope.mscale, model.rope.mscale_all_dim),
         **(experts if model.moe_layers else {"n_routed_experts": 0}),
     }
+
+
+def _architecture(family: str, model: Model) -> dict[str, Any]:
+    if model.head == "tokens":
+        return {"architectures": [f"{family}ForCausalLM"]}
+    return {"architectures": [f"{family}{_SCORE}"], "id2label": {"0": "score"}, "label2id": {"score": 0}}
 
 
 def _llama(model: Model) -> dict[str, Any]:
@@ -127,7 +137,7 @@ def _llama(model: Model) -> dict[str, Any]:
         f"attention.qk_rope_head_dim ({a.qk_rope_head_dim}) for an export",
     )
     return {
-        "architectures": ["LlamaForCausalLM"],
+        **_architecture("Llama", model),
         "model_type": "llama",
         "head_dim": a.qk_rope_head_dim,
         "mlp_bias": False,

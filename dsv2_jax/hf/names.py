@@ -89,6 +89,7 @@ TABLE: tuple[tuple[str, tuple[str, ...], Layout], ...] = (
     (_MLP + "shared_experts.down_proj.weight", ("w_down_XD",), LINEAR),
     ("model.norm.weight", ("norm_D",), SAME),
     ("lm_head.weight", ("w_head_DW",), LINEAR),
+    ("score.weight", ("w_score_D",), LINEAR),
 )
 
 

@@ -80,6 +80,7 @@ class Engine:
 
         words: needed for stop strings and text. Raises ValueError for a capacity or mesh that the model does not fit.
         """
+        check(model.head == "tokens", "a reward model scores answers and generates none")
         self.model, self.words = model, words
         self.capacity = (capacity or Capacity()).resolve(model)
         c = self.capacity

@@ -89,6 +89,11 @@ def layer_names(model: Model, sparse: bool) -> list[str]:
     return ["norm_attention_D", *attention_names(model), "norm_ffn_D", *ffn_names(model, sparse)]
 
 
+def head_names(model: Model) -> list[str]:
+    """What stands behind the last layer: a norm, and logits of the next token or one score."""
+    return ["norm_D", "w_head_DW" if model.head == "tokens" else "w_score_D"]
+
+
 def tree(model: Model) -> dict:
     """Shapes of the whole parameter tree: {"embed": ..., "dense": {name: (L, ...)}, "moe": {...}, "head": ...}.
 
@@ -98,7 +103,7 @@ def tree(model: Model) -> dict:
     for kind, count in (("dense", model.dense_layers), ("moe", model.moe_layers)):
         if count:
             shapes[kind] = {name: (count, *shape(name, model)) for name in layer_names(model, kind == "moe")}
-    shapes["head"] = {name: shape(name, model) for name in ("norm_D", "w_head_DW")}
+    shapes["head"] = {name: shape(name, model) for name in head_names(model)}
     return shapes
 
 

@@ -102,7 +102,7 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: Array) -> Array:
-        p = declare(self, self.model, ["norm_D", "w_head_DW"])
+        p = declare(self, self.model, parameters.head_names(self.model))
         p = sharding.gather({"norm_D": p["norm_D"]}, self.model, self.mesh)
         return rms_norm(x_BTD, p["norm_D"], self.model.rms_norm_eps)
 

@@ -13,7 +13,8 @@ import jax
 import numpy as np
 
 from dsv2_jax import loading
-from dsv2_jax.config import Config
+from dsv2_jax.alignment import reward
+from dsv2_jax.config import Config, check
 from dsv2_jax.data import corpora, pipeline
 from dsv2_jax.evaluation import perplexity
 from dsv2_jax.model import transformer
@@ -23,6 +24,7 @@ from dsv2_jax.parallel.feed import Feed
 from dsv2_jax.parallel.processes import Stop
 from dsv2_jax.training import checkpoint, metrics, optimizer, plots
 from dsv2_jax.training.checkpoint import Checkpoints, Progress
+from dsv2_jax.training.loss import loss as pretraining_loss
 from dsv2_jax.training.step import State, create, state_specs, train_step
 
 STOPPED = 75  # exit code after SIGTERM: saved, start it again and it goes on (EX_TEMPFAIL)
@@ -43,8 +45,14 @@ def train(config: Config) -> Outcome:
     Runs on all devices of all processes, laid out by `config.mesh`. Raises ValueError for a mesh that does not fit, a
     folder whose run had other settings, and whatever the data's checks raise.
     """
+    scoring = config.model.head == "score"
+    check(
+        scoring == (config.data.form == "preferences"),
+        "a reward model (model.head score) learns from preferences (data.form), and nothing else does",
+    )
     run, config = config.workdir, resolve(config)
     mesh = device_mesh.make(config.mesh)
+    loss, figures_of = (reward.loss, reward.evaluate) if scoring else (pretraining_loss, perplexity.evaluate)
     checkpoint.open_run(config)
     with processes.first_before_others("data"):
         corpus = corpora.prepare(config.data)
@@ -54,14 +62,14 @@ def train(config: Config) -> Outcome:
         micro_rows = config.batch.micro_size or config.batch.size
         feed = Feed(mesh, config.mesh, micro_rows)
         batches = pipeline.train_batches(config, corpus, words, mine=feed.mine)
-        pipeline.tokenised(corpus, "held_out", words)
+        pipeline.packed_rows(config, corpus, "held_out", words, config.batch.length)
     if config.epochs:
         whole = max(config.epochs * batches.epoch_tokens, config.batch.size * config.batch.length)
         config = dataclasses.replace(config, tokens=whole)
 
     def evaluate(limit: int | None) -> dict[str, Any]:
         held_out = pipeline.held_out_batches(config, corpus, words, rows=micro_rows, limit=limit, mine=feed.mine)
-        return perplexity.evaluate(state.params, held_out, config=config, feed=feed, mesh=mesh)
+        return figures_of(state.params, held_out, config=config, feed=feed, mesh=mesh)
 
     def initial_state() -> State:
         return create(transformer.init(config.model, jax.random.key(config.seed)), config)
@@ -84,7 +92,7 @@ def train(config: Config) -> Outcome:
                 rows = optimizer.batch_size(config, progress.tokens)
                 lr = optimizer.learning_rate(config, progress.step, progress.tokens)
                 batch = feed(step_batch(batches, rows // micro_rows))
-                state, figures = train_step(state, batch, lr, config=config, mesh=mesh)
+                state, figures = train_step(state, batch, lr, config=config, loss=loss, mesh=mesh)
                 progress = Progress(step=progress.step + 1, tokens=progress.tokens + rows * config.batch.length)
                 log.record(progress, lr, figures)
                 if progress.tokens >= config.tokens:

@@ -151,7 +151,8 @@ class Log:
             line |= {"held_out_load_LE": np.round(load_LE, 4).tolist()} if load_LE is not None else {}
         self._write({"step": progress.step, "tokens": progress.tokens, **line})
         part = "held-out split" if whole else "held-out sample"
-        self._display.say(f"step {progress.step:,}  {part}: {result['bits_per_byte']:.4f} bits per byte")
+        told = "bits_per_byte" if "bits_per_byte" in result else "accuracy"
+        self._display.say(f"step {progress.step:,}  {part}: {result[told]:.4f} {told.replace('_', ' ')}")
         self._clock = time.perf_counter(), progress.tokens  # the time of an evaluation is not the training's
 
     def figures(self, progress: Progress, figures: dict[str, float]) -> None:
@@ -224,7 +225,7 @@ class Display:
 
     def show(self, line: dict[str, Any]) -> None:
         """The figures of a line of metrics."""
-        told = {"loss": "loss", "bits_per_byte": "bits/byte", "reward": "reward", "kl": "KL"}
+        told = {"loss": "loss", "bits_per_byte": "bits/byte", "accuracy": "accuracy", "reward": "reward", "kl": "KL"}
         figures = "  ".join(f"{name} {line[key]:.4f}" for key, name in told.items() if key in line)
         if "tokens_per_second" in line:
             figures += f"  {line['tokens_per_second']:,.0f} tokens/s"

@@ -1,0 +1,96 @@
+"""The reward model's loss and its accuracy (section 4.2): a score at an answer's last token.
+
+Pair-wise, Bradley-Terry: -log sigmoid(score(better) - score(worse) - margin). Point-wise: (score - value)^2. Letters: P
+preferences of a row; the rest as in parameters.py.
+"""
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from dsv2_jax.config import Config
+from dsv2_jax.evaluation import perplexity
+from dsv2_jax.model import transformer
+from dsv2_jax.model.layers import cast, compute_dtype
+from dsv2_jax.parallel import collectives, sharding
+from dsv2_jax.parallel.feed import Feed
+from dsv2_jax.training.loss import BALANCES
+
+_FEWEST = 4  # tokens of an answer behind its prompt: begin, something, end; bounds the preferences of a row
+
+
+def scores(params: Any, batch: dict[str, Array], config: Config) -> tuple[Array, dict[str, Array]]:
+    """The score at every position, float32 [B, T], of float32 parameters; and the layers' statistics."""
+    model, mesh = config.model, config.mesh
+    operands = cast(transformer.arrange(params, model, mesh), compute_dtype(config.compute))
+    out = transformer.forward(operands, batch, model=model, compute=config.compute, mesh=mesh)
+    w_score_D = sharding.gather({"w_score_D": params["head"]["w_score_D"]}, model, mesh)["w_score_D"]
+    return out.hidden_BTD.astype(jnp.float32) @ w_score_D, out.statistics
+
+
+def loss(
+    params: Any,
+    batch: dict[str, Array],
+    *,
+    config: Config,
+    exempt_B: Array | None,
+    total_weight: Array | float,
+    share: Array | float,
+) -> tuple[Array, dict[str, Array]]:
+    """One micro-batch's part of a step's loss and metrics, under the convention of `training.loss.loss`.
+
+    batch: the leaves of `PreferenceRows`. Metrics: `preference_loss`, its mean; `accuracy`, the share of pairs
+    in order (a tie is none; of scored answers those within a half of their value); `lead`, by how much the better ones
+    lead; `tokens` (preferences); the balance losses as ever. Nothing is dropped.
+    """
+    del exempt_B
+    mesh, (_, t) = config.mesh, batch["ends_BT"].shape
+    score_BT, statistics = scores(params, batch, config)
+
+    def by_preference(x_BT: Array) -> Array:
+        one = functools.partial(jax.ops.segment_sum, num_segments=max(1, t * mesh.context // _FEWEST))
+        # Both answers' ends may lie on devices far apart.
+        return collectives.add(jax.vmap(one)(x_BT, batch["pairs_BT"]), ("context",), mesh)
+
+    lead_BP = by_preference(score_BT * batch["ends_BT"])
+    value_BP, weight_BP = by_preference(batch["values_BT"]), by_preference(batch["weights_BT"])
+    pair_BP = by_preference((batch["ends_BT"] < 0).astype(jnp.float32)) > 0
+    each_BP = jnp.where(pair_BP, jax.nn.softplus(value_BP - lead_BP), (lead_BP - value_BP) ** 2)
+    right_BP = jnp.where(pair_BP, lead_BP > 0, jnp.abs(lead_BP - value_BP) < 0.5)
+    alike = mesh.size("context", "tensor")  # devices that hold the same preferences
+
+    def mean(x_BP: Array) -> Array:
+        return (x_BP * weight_BP).sum() / (total_weight * alike)
+
+    metrics = {
+        "preference_loss": mean(each_BP),
+        "accuracy": mean(right_BP.astype(jnp.float32)),
+        "lead": mean(lead_BP),
+        "tokens": weight_BP.sum() / alike,
+    }
+    if not statistics:
+        return metrics["preference_loss"], metrics
+    metrics |= {name: statistics[name].sum() * share for name in BALANCES}
+    total = metrics["preference_loss"] + sum(metrics[name] for name in BALANCES)
+    return total, metrics | {"load_LE": statistics["load_E"] * share}
+
+
+def evaluate(
+    params: Any,
+    batches: Iterable[dict[str, np.ndarray]],
+    *,
+    config: Config,
+    feed: Feed | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> dict[str, Any]:
+    """Means over all preferences of the batches, as `loss` has them, their number, and `load_LE` with experts."""
+    sums = perplexity.sums(params, batches, config=config, feed=feed, mesh=mesh, loss=loss)
+    count = sums.pop("tokens")
+    means = {name: float(sums[name]) / count for name in ("preference_loss", "accuracy", "lead")}
+    loads = {"load_LE": np.asarray(sums["load_LE"]) / count} if "load_LE" in sums else {}
+    return means | {"preferences": int(count)} | loads

@@ -1,0 +1,131 @@
+"""Reward models: rows and loss worked by hand, scores against transformers, accuracy on pairs easily told apart."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from configs import pretrain
+from dsv2_jax import hf, loading
+from dsv2_jax.alignment import reward
+from dsv2_jax.config import Batch, Cadence, Compute, Data, Mesh, Optimizer
+from dsv2_jax.data.preferences import Preference, PreferenceRows
+from dsv2_jax.model import transformer
+from dsv2_jax.training import checkpoint, loop
+
+
+def ids(*numbers):
+    return np.array(numbers, np.int32)
+
+
+ROWS = [
+    Preference((ids(1, 2, 3), ids(1, 2, 4, 5)), 0.5),
+    Preference((ids(6, 7),), 2.0),
+    Preference((ids(*range(10)), ids(*range(4))), 0.0),  # too long for a row of 9
+]
+
+
+def test_rows_by_hand():
+    rows = PreferenceRows(ROWS, 9)
+    assert (len(rows), rows.too_long) == (1, 1)
+    batch = rows.batch([0, -1])
+    assert batch["tokens_BT"].tolist() == [[1, 2, 3, 1, 2, 4, 5, 6, 7], [0] * 9]
+    assert batch["positions_BT"][0].tolist() == [0, 1, 2, 0, 1, 2, 3, 0, 1]
+    assert batch["segments_BT"].tolist() == [[1, 1, 1, 2, 2, 2, 2, 3, 3], [0] * 9]
+    assert batch["ends_BT"][0].tolist() == [0, 0, 1, 0, 0, 0, -1, 0, 1]
+    assert batch["pairs_BT"][0].tolist() == [0, 0, 0, 0, 0, 0, 0, 0, 1]
+    assert batch["values_BT"][0].tolist() == [0, 0, 0.5, 0, 0, 0, 0, 0, 2]
+    assert batch["weights_BT"].sum() == 2
+
+
+@pytest.fixture(scope="module")
+def model():
+    tiny = pretrain.tiny().model
+    return dataclasses.replace(tiny, head="score", moe=dataclasses.replace(tiny.moe, budget_sequences=1))
+
+
+@pytest.fixture(scope="module")
+def params(model):
+    drawn = transformer.init(model, jax.random.key(3))
+    return drawn | {"head": drawn["head"] | {"w_score_D": jax.random.normal(jax.random.key(4), (model.hidden_size,))}}
+
+
+def test_scores_are_those_of_transformers(model, params, tmp_path):
+    config = dataclasses.replace(
+        pretrain.tiny(),
+        workdir=tmp_path / "run",
+        model=model,
+        data=Data(form="preferences"),
+        compute=Compute(dtype="float32"),
+    )
+    checkpoint.save_params(tmp_path / "run", config, params)
+    hf.export(tmp_path / "run", tmp_path / "hf")
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    tokens = np.random.default_rng(0).integers(0, model.vocab_size, (3, 20))
+    with torch.no_grad():
+        want = torch.stack([theirs(torch.tensor(row)[None]).logits[0, 0] for row in tokens]).numpy()
+    back = loading.load(tmp_path / "hf")
+    assert back.model.head == "score"
+    batch = {
+        "tokens_BT": jnp.asarray(tokens),
+        "positions_BT": jnp.tile(jnp.arange(20), (3, 1)),
+        "segments_BT": jnp.ones((3, 20), jnp.int32),
+    }
+    single = dataclasses.replace(config, mesh=Mesh(fsdp=1))
+    for given in (params, back.params):
+        got, _ = reward.scores(given, batch, single)
+        np.testing.assert_allclose(got[:, -1], want, atol=1e-5)
+
+
+def test_loss_by_hand(model, params):
+    model = dataclasses.replace(
+        model, moe=dataclasses.replace(model.moe, expert_balance=0.0, device_balance=0.0, communication_balance=0.0)
+    )
+    config = dataclasses.replace(
+        pretrain.tiny(), model=model, mesh=Mesh(fsdp=1), compute=Compute(dtype="float32", remat="none")
+    )
+    batch = {name: jnp.asarray(leaf) for name, leaf in PreferenceRows(ROWS, 9).batch([0, -1]).items()}
+    scores, _ = reward.scores(params, batch, config)
+    better, worse, alone = (float(scores[0, at]) for at in (2, 6, 8))
+    value, metrics = reward.loss(params, batch, config=config, exempt_B=None, total_weight=2.0, share=1.0)
+    want = (np.log1p(np.exp(-(better - worse - 0.5))) + (alone - 2.0) ** 2) / 2
+    assert value == pytest.approx(want, rel=1e-5)
+    right = (better > worse) + (abs(alone - 2) < 0.5)
+    assert float(metrics["accuracy"]) == pytest.approx(right / 2)
+    assert float(metrics["tokens"]) == 2
+
+
+@pytest.mark.slow
+def test_pairs_that_can_be_told_apart_are(model, tmp_path):
+    with (tmp_path / "pairs.jsonl").open("w") as file:
+        for n in range(160):
+            file.write(json.dumps({"prompt": f"say {n}", "chosen": f"yes {n}", "rejected": f"no {n}"}) + "\n")
+    config = dataclasses.replace(
+        pretrain.tiny(),
+        workdir=tmp_path / "run",
+        model=model,
+        tokens=0,
+        epochs=8,
+        data=Data(
+            source=str(tmp_path / "pairs.jsonl"), form="preferences", folder=tmp_path / "data", held_out_fraction=0.2
+        ),
+        batch=Batch(size=8, length=64),
+        optimizer=Optimizer(peak_lr=5e-3, warmup_steps=2, decay_at=()),
+        compute=Compute(dtype="float32", remat="none"),
+        cadence=Cadence(log=1, evaluate=1000, save=1000),
+        mesh=Mesh(fsdp=4, context=2),
+    )
+    outcome = loop.train(config)
+    assert outcome.held_out["held_out_accuracy"] == 1
+    assert outcome.held_out["held_out_preferences"] > 20
+
+
+def test_a_reward_model_wants_preferences(model, tmp_path):
+    config = dataclasses.replace(pretrain.tiny(), workdir=tmp_path, model=model, mesh=Mesh(fsdp=8))
+    with pytest.raises(ValueError, match="learns from preferences"):
+        loop.train(config)
