@@ -70,7 +70,7 @@ def preferences(tasks: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     for task in tasks:
         items = list(prompts([task]))
         for number, (name, item) in enumerate(items):
-            others = (other["answer"] for _, other in items[number + 1 :] + items[:number])
+            others = (items[(number + ahead) % len(items)][1]["answer"] for ahead in range(1, len(items)))
             wrong = next((answer for answer in others if answer != item["answer"]), None)
             if wrong is not None:
                 yield name, {"prompt": item["prompt"], "chosen": item["answer"], "rejected": wrong}
