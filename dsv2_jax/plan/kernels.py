@@ -63,7 +63,8 @@ class Prices:
 
     def _priced(self, instruction: hlo.Instruction, where: hlo.Computation) -> tuple[str, float, float]:
         flops, moved = declared(instruction)
-        operands = [hlo.arrays(where.by_name[name].shape)[0][1] for name in instruction.operands]
+        arrays = [array for name in instruction.operands for array in hlo.arrays(where.by_name[name].shape)]
+        operands = [dims for dtype, dims in arrays if dtype in ("bf16", "f32")]  # integers steer
         kernel = _kernel(instruction, operands)
         if kernel is None:
             return instruction.name, flops, max(flops / self._peak, moved / (self._chip.hbm * self._chip.cores))

@@ -1,6 +1,7 @@
 """The table of the paper's claims, from figures that the paper itself prints."""
 
 import dataclasses
+from pathlib import Path
 
 from configs import models
 from configs.layouts import LAYOUTS, on_topology
@@ -54,3 +55,11 @@ def test_layouts_can_be_laid_over_their_slices():
     for name, topology in LAYOUTS:
         config = laid_out(on_topology(name, topology), Topology(topology))
         assert config.batch.size * config.batch.length >= config.mesh.size("fsdp")
+
+
+def test_the_page_holds_the_table_that_the_command_prints():
+    """Line by line, but for what only compiling tells."""
+    page = (Path(__file__).parent.parent.parent / "docs" / "claims.md").read_text(encoding="utf-8")
+    for row in claims.show(claims.claims(Topology("v5p:4x8x8"), None)).splitlines():
+        if "pending" not in row:
+            assert row in page
