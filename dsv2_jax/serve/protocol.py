@@ -44,7 +44,7 @@ class Call:
 
 
 def understand(kind: Kind, body: Any, model: str, words: Tokenizer, longest: int) -> Call:
-    """A body as a call. Raises ValueError saying which field cannot be as it is, FileNotFoundError for another model."""
+    """A body as a call. Raises ValueError saying which field is wrong, FileNotFoundError for another model."""
     check(isinstance(body, dict), "the body must be a JSON object")
     for name in body:
         check(name in _FIELDS[kind], f"unknown field {name!r}{cli.nearest(name, sorted(_FIELDS[kind]))}")
