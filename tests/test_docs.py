@@ -15,6 +15,7 @@ from dsv2_jax.hf import __main__ as hf_commands
 from dsv2_jax.model import parameters
 from dsv2_jax.parallel import sharding
 from dsv2_jax.plan import __main__ as plan
+from dsv2_jax.serve import __main__ as serve_command
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -24,6 +25,7 @@ COMMANDS = {
     "train.py": Config,
     "eval.py": evaluation.Evaluate,
     "-m dsv2_jax.generate": generate.Generate,
+    "-m dsv2_jax.serve": serve_command.Serve,
     "-m dsv2_jax.hf export": hf_commands.Export,
     "-m dsv2_jax.hf import": hf_commands.Import,
     "-m dsv2_jax.plan": plan.Plan,

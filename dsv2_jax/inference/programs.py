@@ -22,6 +22,7 @@ from dsv2_jax.inference.sampling import Adjust, Rows, sample
 from dsv2_jax.model import paged, transformer
 from dsv2_jax.model.formats import Format
 from dsv2_jax.model.layers import cast, compute_dtype
+from dsv2_jax.model.matmul import Quantized, dot
 from dsv2_jax.parallel import collectives, mesh, sharding
 
 _LANES = PartitionSpec(mesh.BATCH)
@@ -192,5 +193,10 @@ def _head_specs(head: Any, setup: Setup) -> Any:
 
 
 def _logits(head: Any, hidden_1ND: Array, setup: Setup) -> Array:
-    logits_NW = transformer.logits({"head": head}, hidden_1ND)[0].astype(jnp.float32)
+    """Float32 [N, W]: in the dtype of activations they would be too coarse for log-probabilities."""
+    w_DW, hidden_ND = head["w_head_DW"], hidden_1ND[0]
+    if isinstance(w_DW, Quantized):
+        logits_NW = dot(hidden_ND, w_DW.values.astype(hidden_ND.dtype)) * w_DW.scale
+    else:
+        logits_NW = dot(hidden_ND, w_DW)
     return collectives.gather(logits_NW, ("tensor",), 1, setup.mesh)

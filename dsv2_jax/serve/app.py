@@ -64,12 +64,9 @@ class Server:
                 if not hmac.compare_digest(given.encode(), self.key.encode()):
                     return self._count(request, _error(401, "a valid API key is needed: Authorization: Bearer KEY"))
             return self._count(request, await handler(request))
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, ConnectionError):  # the client left
             self.metrics.disconnects.inc()
             raise
-        except ConnectionError:  # the client left while it was written to
-            self.metrics.disconnects.inc()
-            return self._count(request, _error(499, "the client left"))
         except (ValueError, FileNotFoundError) as error:
             status = 404 if isinstance(error, FileNotFoundError) else 400
             return self._count(request, _error(status, str(error)))

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from dsv2_jax import cli
 from dsv2_jax.config import check
+from dsv2_jax.data import chat
 from dsv2_jax.data.tokenizer import Tokenizer
 from dsv2_jax.inference.request import TOP, Event, Request, Result
 from dsv2_jax.inference.sampling import Sampling
@@ -44,7 +45,7 @@ class Call:
 
 
 def understand(kind: Kind, body: Any, model: str, words: Tokenizer, longest: int) -> Call:
-    """A body as a call. Raises ValueError saying which field cannot be as it is, FileNotFoundError for another model."""
+    """A body as a call. Raises ValueError saying which field is wrong, FileNotFoundError for another model."""
     check(isinstance(body, dict), "the body must be a JSON object")
     for name in body:
         check(name in _FIELDS[kind], f"unknown field {name!r}{cli.nearest(name, sorted(_FIELDS[kind]))}")
@@ -96,29 +97,21 @@ def understand(kind: Kind, body: Any, model: str, words: Tokenizer, longest: int
 
 
 def chat_prompt(messages: Any, words: Tokenizer) -> list[int]:
-    """The template of the released chat models: a system text, then `User: ...` and `Assistant: ...` in turn."""
+    """The ids of a conversation up to where the assistant's next answer begins."""
     check(isinstance(messages, list) and bool(messages), "messages must be a list with at least one message")
-    ids, text = [words.bos_id], ""
+    read = []
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
         check(isinstance(message, dict), f"{where} must be an object")
         content = message.get("content")
         if isinstance(content, list):  # parts, of which only text can be read
             texts = [part.get("text") if isinstance(part, dict) else None for part in content]
-            content = "".join(texts) if all(isinstance(t, str) for t in texts) else None
-        content = _text(f"{where}.content", content)
-        match message.get("role"):
-            case "system" | "developer":
-                text += f"{content}\n\n"
-            case "user":
-                text += f"User: {content}\n\n"
-            case "assistant":
-                ids += [*words.encode(f"{text}Assistant: {content}"), words.eos_id]
-                text = ""
-            case role:
-                raise ValueError(f"{where}.role must be system, user or assistant, not {role!r}")
-    check(messages[-1].get("role") == "user", "the last message must be the user's")
-    return ids + words.encode(f"{text}Assistant:")
+            content = "".join(map(str, texts)) if all(isinstance(t, str) for t in texts) else None
+        role = {"developer": "system"}.get(message.get("role"), message.get("role"))
+        check(role in chat.ROLES, f"{where}.role must be system, user or assistant, not {role!r}")
+        read.append({"role": role, "content": _text(f"{where}.content", content)})
+    check(read[-1]["role"] == "user", "the last message must be the user's")
+    return chat.encode(read, words, generation=True).ids.tolist()
 
 
 def _prompts(body: dict, words: Tokenizer) -> list[list[int]]:

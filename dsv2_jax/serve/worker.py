@@ -95,6 +95,8 @@ class Worker:
                         del self._streams[event.id]
                 if told:
                     self._loop.call_soon_threadsafe(self._tell, told)
+            for id in self._streams:
+                self.engine.cancel(id)
         except Exception as error:
             self._loop.call_soon_threadsafe(self._fail, error, list(self._streams.values()))
             raise

@@ -79,7 +79,7 @@ def test_chat_follows_the_template(words):
         ("completion", {}, "prompt is missing"),
         ("completion", {"prompt": "x", "max_token": 3}, "unknown field 'max_token'; did you mean max_tokens"),
         ("completion", {"prompt": 5}, "prompt must be a text"),
-        ("completion", {"prompt": [[1], "x"]}, "prompt must be a text"),
+        ("completion", {"prompt": [[1], [2.5]]}, "prompt must be a text"),
         ("completion", {"prompt": "x", "max_tokens": 0}, "max_tokens must be positive"),
         ("completion", {"prompt": "x", "max_tokens": "3"}, "max_tokens must be a whole number, not '3'"),
         ("completion", {"prompt": "x", "temperature": True}, "temperature must be a number, not True"),

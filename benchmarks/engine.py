@@ -1,0 +1,187 @@
+"""The engine beside transformers' generate on this machine's CPU: the same model, the same requests, tokens a second.
+
+    python benchmarks/engine.py [--rounds 3] [--cases batch_1 batch_16 mixed_64] [--sides ...] [--json FILE]
+
+Each side runs in a process of its own with all cores, one after the other; compiled programs are warm. transformers
+runs eagerly and under torch.compile with a static cache, in one batch padded to its longest prompt and until its
+longest answer, and for mixed requests also in batches of 16 sorted by length; the best of all that counts. Only tokens
+that were asked for are counted, on both sides. Prompts are part of the time.
+"""
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import rich.console
+import rich.table
+
+_ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(_ROOT))  # a script's own folder is where Python looks, not the one it is called from
+
+from benchmarks.cpu_vs_transformers import SMALL  # noqa: E402
+from dsv2_jax import cli  # noqa: E402
+from dsv2_jax.config import check  # noqa: E402
+from dsv2_jax.model import parameters  # noqa: E402
+
+Case = Literal["batch_1", "batch_16", "mixed_64"]
+Side = Literal["dsv2_jax", "eager", "compiled"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Compare generated tokens per second of the engine and of transformers' generate on this machine's CPU."""
+
+    rounds: int = 3  # timed rounds of each side; the median counts
+    cases: tuple[Case, ...] = ("batch_1", "batch_16", "mixed_64")
+    sides: tuple[Side, ...] = ("dsv2_jax", "eager", "compiled")
+    json: Path | None = None  # the figures, for a program
+
+    def __post_init__(self) -> None:
+        check(self.rounds > 0, f"--rounds must be positive, not {self.rounds}")
+
+
+def requests(case: str, turn: int) -> list[tuple[list[int], int]]:
+    """(prompt, new tokens) of each request; every round has prompts of its own, so that nothing is found in a cache."""
+    rng = np.random.default_rng((len(case), turn))
+    count = int(case.rsplit("_", 1)[1])
+    if case.startswith("batch"):
+        lengths, new = [128] * count, [64] * count
+    else:  # the same lengths in every round
+        sizes = np.random.default_rng(0)
+        lengths, new = sizes.integers(16, 257, count).tolist(), sizes.integers(16, 129, count).tolist()
+    return [(rng.integers(0, SMALL.vocab_size, n).tolist(), k) for n, k in zip(lengths, new, strict=True)]
+
+
+def run_ours(case: str, rounds: int) -> dict[str, Any]:
+    """Rates of the engine, and how often it compiled after warm-up."""
+    import jax
+
+    from dsv2_jax.config import Compute
+    from dsv2_jax.inference.engine import Capacity, Engine
+    from dsv2_jax.inference.request import Request
+    from dsv2_jax.model import transformer
+
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, _seconds, **_: compiled.append(event) if "backend_compile" in event else None
+    )
+    cli.keep_compiled_programs()
+    cli.keep_freed_memory()
+    params = transformer.init(SMALL, jax.random.key(0))
+    rows = int(case.rsplit("_", 1)[1])
+    capacity = Capacity(rows=rows, length=512)
+    engine = Engine(params, SMALL, compute=Compute(dtype="float32", remat="none"), capacity=capacity)
+    engine.warm()
+    before, rates = len(compiled), []
+    for turn in range(rounds + 1):
+        wanted = [Request(prompt=tuple(prompt), max_new=new) for prompt, new in requests(case, turn)]
+        begin = time.perf_counter()
+        results = engine.generate(wanted)
+        rates.append(sum(len(result.tokens) for result in results) / (time.perf_counter() - begin))
+    return {"rates": rates[1:], "compiled_after_warm_up": len(compiled) - before}
+
+
+def run_transformers(case: str, rounds: int, compiled: bool) -> dict[str, Any]:
+    """Rates of transformers, each round's best way of batching."""
+    import torch
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+    from dsv2_jax.hf.configuration import to_hf_config
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.manual_seed(0)
+    model: Any = DeepseekV2ForCausalLM(DeepseekV2Config.from_dict(to_hf_config(SMALL))).eval()
+    settings: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    if compiled:
+        model.forward = torch.compile(model.forward)
+        settings["cache_implementation"] = "static"
+
+    def generate(batch: list[tuple[list[int], int]]) -> None:
+        width = max(len(prompt) for prompt, _ in batch)
+        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt, _ in batch])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt, _ in batch])
+        model.generate(ids, attention_mask=mask, max_new_tokens=max(new for _, new in batch), **settings)
+
+    def rate(batches: list[list[tuple[list[int], int]]]) -> float:
+        begin = time.perf_counter()
+        for batch in batches:
+            generate(batch)
+        return sum(new for batch in batches for _, new in batch) / (time.perf_counter() - begin)
+
+    rates = []
+    for turn in range(rounds + 1):
+        wanted = requests(case, turn)
+        ways = [[wanted]]
+        if case.startswith("mixed"):
+            by_length = sorted(wanted, key=lambda request: request[1])
+            ways.append([by_length[i : i + 16] for i in range(0, len(by_length), 16)])
+        rates.append(max(map(rate, ways)))
+    return {"rates": rates[1:]}
+
+
+def measure(side: str, case: str, rounds: int) -> dict[str, Any]:
+    """A side's figures from a process of its own."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    command = [sys.executable, __file__, "worker", side, case, str(rounds)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
+    if done.returncode:
+        return {"error": f"ended with exit code {done.returncode}; its error is above"}
+    found = json.loads(done.stdout.splitlines()[-1])
+    return found | ({"tokens_per_second": statistics.median(found["rates"])} if "rates" in found else {})
+
+
+def worker(side: str, case: str, rounds: int) -> dict[str, Any]:
+    """What one process does."""
+    if side == "dsv2_jax":
+        return run_ours(case, rounds)
+    try:
+        return run_transformers(case, rounds, compiled=side == "compiled")
+    except Exception as error:  # whatever inductor fails with here; the parent prints it
+        if side != "compiled":
+            raise
+        return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+
+
+def main() -> int:
+    """Runs every case and prints the table."""
+    options = cli.parse(Options(), prog="engine.py")
+    console = rich.console.Console()
+    table = rich.table.Table(
+        "tokens/s", *options.sides, "ratio", "compiled after warm-up",
+        title=f"{parameters.count(SMALL) / 1e6:.1f}M parameters, float32, median of {options.rounds} rounds",
+    )  # fmt: skip
+    figures: dict[str, Any] = {}
+    for case in options.cases:
+        found: dict[str, Any] = {side: measure(side, case, options.rounds) for side in options.sides}
+        rates = {side: f.get("tokens_per_second", 0.0) for side, f in found.items()}
+        theirs = max((rates.get(side, 0.0) for side in ("eager", "compiled")), default=0.0)
+        ratio = rates.get("dsv2_jax", 0.0) / theirs if theirs else float("nan")
+        figures[case] = found | {"ratio": ratio}
+        for side, f in found.items():
+            if "error" in f:
+                console.print(f"{case}, {side}: {f['error']}")
+        recompiled = str(found.get("dsv2_jax", {}).get("compiled_after_warm_up", ""))
+        table.add_row(case, *(f"{rates[side]:.1f}" for side in options.sides), f"{ratio:.2f}", recompiled)
+    console.print(table)
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["worker"]:
+        _, _, side_, case_, rounds_ = sys.argv
+        print(json.dumps(worker(side_, case_, int(rounds_))))
+    else:
+        cli.main(main)
