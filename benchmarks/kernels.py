@@ -27,7 +27,8 @@ Made by `python benchmarks/kernels.py --out docs/kernels.md`, without a TPU: est
 bundles (`pallas_kernels/cost.py`), good for comparing kernels on one chip; differences under 10% say nothing.
 Roofline: the longer of useful FLOPs at the peak and needed bytes at the HBM's. Efficiency: roofline / estimate.
 Best public: the fastest kernel of jax (splash attention, megablox) and tokamax at the same shape, priced in the same
-way; empty where none was priced.
+way; empty where none was priced. A branch that hangs on data is taken as not taken, and named under doubts: in the
+flash kernel it is the second pass over scores too large for the first. Rows that are not here have yet to be priced.
 
 | op | shape | chip | estimate, us | roofline, us | bound | efficiency | best public, us | VMEM, MiB | doubts |
 |---|---|---|---|---|---|---|---|---|---|
