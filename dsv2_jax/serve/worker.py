@@ -21,7 +21,6 @@ class Stream:
         self.id: int | None = None  # the engine's; written by its thread alone
         self.events: asyncio.Queue[Event | Exception] = asyncio.Queue()
         self.ended = False  # nothing more is to be read
-        self.counted = True  # among the worker's open ones
         self._worker = worker
 
     async def __aiter__(self) -> AsyncIterator[Event]:
@@ -45,14 +44,19 @@ class Worker:
     def __init__(self, engine: Engine, most: int, observe: Callable[[Sequence[Event]], None]):
         """most: requests that wait or run. observe: told every step's events, in the event loop."""
         self.engine, self.most = engine, most
-        self.open = 0  # streams that have not ended
         self.failure: Exception | None = None
         self._observe = observe
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._streams: dict[int, Stream] = {}  # of the thread
+        self._open: set[Stream] = set()  # of the event loop: those whose request has not ended
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+
+    @property
+    def open(self) -> int:
+        """Requests that wait or run."""
+        return len(self._open)
 
     def submit(self, requests: Sequence[Request]) -> list[Stream]:
         """Queues requests, all or none. Raises ValueError for one that cannot be served, Busy if there is no room."""
@@ -62,15 +66,15 @@ class Worker:
             raise Busy("the engine has failed; the server must be restarted")
         if self.open + len(requests) > self.most:
             raise Busy(f"{self.open} requests wait or run, and at most {self.most} may")
-        self.open += len(requests)
         streams = [Stream(self, request) for request in requests]
+        self._open.update(streams)
         for stream in streams:
             self._commands.put(lambda stream=stream: self._add(stream))
         return streams
 
     def drop(self, stream: Stream) -> None:
         """Called once by a stream that ends before its request does."""
-        self._uncount(stream)
+        self._open.discard(stream)
         self._commands.put(lambda: self._cancel(stream))
 
     async def close(self) -> None:
@@ -98,7 +102,7 @@ class Worker:
             for id in self._streams:
                 self.engine.cancel(id)
         except Exception as error:
-            self._loop.call_soon_threadsafe(self._fail, error, list(self._streams.values()))
+            self._loop.call_soon_threadsafe(self._fail, error)
             raise
 
     def _obey(self) -> bool:
@@ -114,14 +118,10 @@ class Worker:
         self._observe([event for _, event in told])
         for stream, event in told:
             if event.result is not None:
-                self._uncount(stream)
+                self._open.discard(stream)
             stream.events.put_nowait(event)
 
-    def _uncount(self, stream: Stream) -> None:
-        self.open -= stream.counted
-        stream.counted = False
-
-    def _fail(self, error: Exception, streams: Sequence[Stream]) -> None:
+    def _fail(self, error: Exception) -> None:
         self.failure = error
-        for stream in streams:
+        for stream in self._open:
             stream.events.put_nowait(RuntimeError("the engine has failed"))
