@@ -70,7 +70,7 @@ def run_ours(case: str, rounds: int) -> dict[str, Any]:
 
     compiled: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(
-        lambda event, _seconds, **_: compiled.append(event) if "backend_compile" in event else None
+        lambda event, duration_secs, **_: compiled.append(event) if "backend_compile" in event else None  # noqa: ARG005
     )
     cli.keep_compiled_programs()
     cli.keep_freed_memory()

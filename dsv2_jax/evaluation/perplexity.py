@@ -68,7 +68,7 @@ def sums(
             figures["load_LE"] = figures["load_LE"] * figures["tokens"]
         total = {name: total.get(name, 0) + x for name, x in figures.items()}
     if not total.get("tokens"):
-        raise ValueError("there is nothing to evaluate: no token to predict and no answer to score")
+        raise ValueError("there is nothing to evaluate: it holds no token to predict and no answer to score")
     return total
 
 

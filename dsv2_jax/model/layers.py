@@ -38,8 +38,9 @@ def cast(params: Any, dtype: Any) -> Any:
     """
 
     def leaf(path: tuple, w: Weight) -> Weight:
-        kept = isinstance(w, Quantized) or path[-1].key.startswith(KEPT_FLOAT32)
-        return w if kept else w.astype(dtype)
+        if isinstance(w, Quantized) or path[-1].key.startswith(KEPT_FLOAT32):
+            return w
+        return w.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(leaf, params, is_leaf=lambda w: isinstance(w, Quantized))
 

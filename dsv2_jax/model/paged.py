@@ -9,7 +9,7 @@ padding is written there. Letters beside those of parameters.py:
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -103,7 +103,7 @@ def _has_kernel(model: Model, form: Format) -> bool:
 
 
 def latent(
-    p: dict[str, Weight],
+    p: Mapping[str, Weight],
     q_nope_BTHN: Array,
     q_rope_BTHR: Array,
     latent_BTC: Array,

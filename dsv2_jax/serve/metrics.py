@@ -17,17 +17,17 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = prometheus_client.CollectorRegistry()
-        kept = {"registry": self._registry}
-        self.requests = Counter("dsv2_requests", "Requests by path and HTTP status", ["path", "status"], **kept)
-        self.disconnects = Counter("dsv2_disconnects", "Clients that left before their answer was whole", **kept)
-        self.prompt_tokens = Counter("dsv2_prompt_tokens", "Tokens of prompts", **kept)
-        self.reused_tokens = Counter("dsv2_reused_tokens", "Tokens of prompts found in the cache", **kept)
-        self.new_tokens = Counter("dsv2_new_tokens", "Tokens generated", **kept)
+        kept = self._registry
+        self.requests = Counter("dsv2_requests", "Requests by path and HTTP status", ["path", "status"], registry=kept)
+        self.disconnects = Counter("dsv2_disconnects", "Clients that left before their answer was whole", registry=kept)
+        self.prompt_tokens = Counter("dsv2_prompt_tokens", "Tokens of prompts", registry=kept)
+        self.reused_tokens = Counter("dsv2_reused_tokens", "Tokens of prompts found in the cache", registry=kept)
+        self.new_tokens = Counter("dsv2_new_tokens", "Tokens generated", registry=kept)
         self.first_token = Histogram(
-            "dsv2_first_token_seconds", "From the request to its first token", buckets=_SECONDS, **kept
+            "dsv2_first_token_seconds", "From the request to its first token", buckets=_SECONDS, registry=kept
         )
         self.seconds = Histogram(
-            "dsv2_request_seconds", "From the request to the end of its answer", buckets=_SECONDS, **kept
+            "dsv2_request_seconds", "From the request to the end of its answer", buckets=_SECONDS, registry=kept
         )
 
     def watch(self, engine: Engine) -> None:
