@@ -100,8 +100,8 @@ def compiled(config: Config, topology: Topology, say: Callable[[str], None]) -> 
     the topology, the source of the step, the compiler's options and its version. Raises ValueError if the config or the
     topology cannot be, and RuntimeError with the compiler's own words for anything else.
     """
-    check(importlib.util.find_spec("libtpu") is not None, "no libtpu to compile with: pip install libtpu")
     config = laid_out(config, topology)
+    check(importlib.util.find_spec("libtpu") is not None, "no libtpu to compile with: pip install libtpu")
     folder = _folder(config, topology)
     if not (folder / PROGRAM).exists():
         folder.mkdir(parents=True, exist_ok=True)
