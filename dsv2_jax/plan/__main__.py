@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from configs import PRESETS, layouts
 from dsv2_jax import cli
 from dsv2_jax.config import Config
@@ -46,6 +48,7 @@ class Claims:
 
 def main() -> int:
     """The command line."""
+    jax.config.update("jax_platforms", "cpu")  # libtpu compiles here; there is no TPU to look for
     name, *flags = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         print(_USAGE)

@@ -21,6 +21,7 @@ from pallas_kernels.chips import CHIPS, Chip
 from pallas_kernels.ops import OPS
 
 _ATTENTION = "latent_forward_backward"
+_LANES = 128  # of a vector register
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,8 +122,8 @@ class Prices:
             active=moe.num_experts_per_tok,
             rows=self._rows,
             experts=moe.n_routed_experts // config.mesh.expert,
-            hidden=config.model.hidden_size,
-            width=moe.moe_intermediate_size // config.mesh.tensor,
+            hidden=_padded(config.model.hidden_size),
+            width=_padded(moe.moe_intermediate_size // config.mesh.tensor),
         )
 
     def at_peak(self, played: timeline.Timeline) -> float:
@@ -139,6 +140,11 @@ class Prices:
             flops = sum(n * flops for n, flops, _ in calls)
             seconds = sum(n * seconds for n, _, seconds in calls)
             yield Call(name=kernel, count=count, seconds=seconds, flops=flops / count, at_peak=flops / self._peak)
+
+
+def _padded(width: int) -> int:
+    """As the op pads rows and weights for its kernels."""
+    return -(-width // _LANES) * _LANES
 
 
 def declared(instruction: hlo.Instruction) -> tuple[float, float]:

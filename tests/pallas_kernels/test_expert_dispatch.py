@@ -195,9 +195,9 @@ def test_wrong_arguments_raise():
 
 
 @pytest.mark.tpu
-@pytest.mark.parametrize("shape", EXPERT_DISPATCH)
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
-def test_compiles_for_tpus(topology, shape, monkeypatch):
+def test_compiles_for_tpus(topology, monkeypatch):
+    """At nano's shape. V2's takes minutes a chip: `benchmarks/kernels.py` compiles and prices it."""
     for name, value in {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -206,7 +206,7 @@ def test_compiles_for_tpus(topology, shape, monkeypatch):
     }.items():
         monkeypatch.setitem(os.environ, name, value)
     device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
-    s = EXPERT_DISPATCH[shape]
+    s = EXPERT_DISPATCH["nano"]
 
     def gradients(x, experts, gates, w_gate, w_up, w_down, g):
         def op(x, *rest):
