@@ -26,7 +26,7 @@ from dsv2_jax.inference.sampling import Sampling
 from dsv2_jax.model import transformer
 from dsv2_jax.model.layers import cast, compute_dtype
 from dsv2_jax.parallel import mesh as device_mesh
-from dsv2_jax.parallel import processes, sharding
+from dsv2_jax.parallel import sharding
 from dsv2_jax.parallel.feed import Feed
 from dsv2_jax.parallel.processes import Stop
 from dsv2_jax.training import checkpoint, loop, metrics, optimizer
@@ -45,6 +45,10 @@ def train(config: Config) -> loop.Outcome:
     for what does not fit, as `loop.train` does.
     """
     check(config.init is not None, "GRPO starts from a trained model: give --init a run's or Hugging Face folder")
+    check(config.data.form == "prompts", f"GRPO reads prompts: data.form must be prompts, not {config.data.form}")
+    for name in config.grpo.rewards:
+        known = ", ".join(verifiers.REWARDS)
+        check(name in verifiers.REWARDS, f"grpo.rewards: no reward {name!r}; there are {known}")
     config = dataclasses.replace(config, tokens=config.grpo.steps * config.batch.size * config.batch.length)
     config = loop.resolve(config)
     check(
@@ -56,11 +60,11 @@ def train(config: Config) -> loop.Outcome:
     checkpoint.open_run(config)
     corpus = corpora.prepare(config.data)
     words = loading.tokenizer_for(config, corpus)
-    if processes.is_first():
-        checkpoint.keep_tokenizer(config.workdir, words.save)
+    checkpoint.keep_tokenizer(config.workdir, words.save)
     prompts = Prompts(config, corpus, words)
     reference = loading.params_for(config, mesh)
     shardings = sharding.on(mesh, state_specs(config))
+    steps = config.grpo.passes * config.grpo.prompts * config.grpo.group // config.batch.size  # of an iteration
 
     def initial_state() -> State:
         return create(transformer.init(config.model, jax.random.key(config.seed)), config)
@@ -77,9 +81,9 @@ def train(config: Config) -> loop.Outcome:
                 written.add(progress.step, samples)
                 state, progress = update(config, mesh, state, reference, samples, progress, took, log)
                 last = progress.step >= config.grpo.steps
-                if progress.step % config.cadence.evaluate < config.grpo.passes or last:
+                if progress.step % config.cadence.evaluate < steps or last:
                     log.figures(progress, {"held_out_reward": sampler.evaluate(prompts, state.params)})
-                if progress.step % config.cadence.save < config.grpo.passes or last or stop.asked(progress.step):
+                if progress.step % config.cadence.save < steps or last or stop.asked(progress.step):
                     log.flush()
                     checkpoints.save(state, prompts, progress)
     finished = progress.step >= config.grpo.steps
