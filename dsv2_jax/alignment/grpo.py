@@ -56,7 +56,7 @@ def train(config: Config) -> loop.Outcome:
     def moved(state: State, where: Any) -> State:
         if not config.grpo.offload:
             return state
-        return state._replace(optimizer=jax.device_put(state.optimizer, where, donate=True))
+        return state._replace(optimizer=jax.device_put(state.optimizer, where))
 
     with Checkpoints(config.workdir, config.cadence.keep) as checkpoints, Stop() as stop:
         start = functools.partial(loading.params_for, config, mesh)

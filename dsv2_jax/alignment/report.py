@@ -67,7 +67,8 @@ def _answers(run: Path) -> list[str]:
     lines = [json.loads(line) for line in (run / "held_out.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [line["step"] for line in lines]
     first, last = ([line for line in lines if line["step"] == step] for step in (min(steps), max(steps)))
-    chosen = [i * len(first) // _SHOWN for i in range(min(_SHOWN, len(first)))]
+    shown = min(_SHOWN, len(first))
+    chosen = [i * len(first) // shown for i in range(shown)]
     table = ["| question | SFT | GRPO |", "|---|---|---|"]
     return table + [f"| {_cell(first[i]['prompt'])} | {_verdict(first[i])} | {_verdict(last[i])} |" for i in chosen]
 

@@ -19,13 +19,13 @@ import reasoning_gym
 from dsv2_jax.config import check
 
 TASKS: dict[str, dict[str, Any]] = {
-    "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
+    "chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},
     "gcd": {"min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 60},
     "spell_backward": {"min_word_len": 3, "max_word_len": 5},
     "letter_counting": {"min_words": 2, "max_words": 4},
 }
 NEXT_LINE = "next_line"  # of the built-in corpus: no task with a verifier, but conversations are made of it too
-_DRAWN = 12_000  # questions of a task
+_DRAWN = 6000  # questions of a task
 _TURNS = (1, 1, 2, 3)  # questions of a conversation, in turn
 _SEED = 1
 _HELD_OUT = 16  # one question of so many
