@@ -243,7 +243,7 @@ class Grpo:
     beta: float = 0.04  # weight of the KL divergence from the reference, which is what the run started from
     level: Literal["token", "sequence"] = "token"  # what a ratio is of; see alignment/objective.py
     truncate: float = 2.0  # most weight of a token that the sampler found unlikelier than the trainer; 0: no weights
-    rewards: tuple[str, ...] = ("task",)  # of alignment/verifiers.py
+    rewards: tuple[str, ...] = ("task",)  # of alignment/verifiers.py, or folders of reward models
     weights: tuple[float, ...] = (1.0,)  # c_1, c_2, ... of their sum
     evaluate_prompts: int = 128  # held-out ones, answered greedily
     replay: bool = False  # the update sends tokens to the experts that they were sampled with

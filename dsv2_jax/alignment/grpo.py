@@ -8,6 +8,7 @@ sampled follows from the parameters, the seed and the step, so a run that was ki
 import dataclasses
 import functools
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -97,7 +98,10 @@ def _checked(config: Config) -> Config:
     check(config.data.form == "prompts", f"GRPO reads prompts: data.form must be prompts, not {config.data.form}")
     for name in config.grpo.rewards:
         known = ", ".join(verifiers.REWARDS)
-        check(name in verifiers.REWARDS, f"grpo.rewards: no reward {name!r}; there are {known}")
+        check(
+            name in verifiers.REWARDS or Path(name).is_dir(),
+            f"grpo.rewards: {name!r} is neither a reward ({known}) nor the folder of a reward model",
+        )
     config = dataclasses.replace(config, tokens=config.grpo.steps * config.batch.size * config.batch.length)
     config = loop.resolve(config)
     check(

@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from dsv2_jax.alignment import verifiers
+from dsv2_jax.alignment.judge import Judge
 from dsv2_jax.alignment.samples import Prompts, Question, Sample
 from dsv2_jax.config import Config
 from dsv2_jax.data.tokenizer import Tokenizer
@@ -43,7 +45,9 @@ class Sampler:
             mesh=mesh,
             routes=config.model.moe_layers > 0,
         )
-        self._rewards = {name: verifiers.REWARDS[name] for name in g.rewards}
+        self._rewards = {name: verifiers.REWARDS[name] for name in g.rewards if name in verifiers.REWARDS}
+        others = (name for name in g.rewards if name not in verifiers.REWARDS)
+        self._judges = {name: Judge(Path(name), config, words, mesh) for name in others}
 
     def __call__(self, prompts: Prompts, params: Any, step: int) -> tuple[list[Sample], dict[str, float]]:
         """The groups of the next prompts, and the seconds that each phase took."""
@@ -64,14 +68,17 @@ class Sampler:
     def evaluate(self, prompts: Prompts, params: Any) -> tuple[list[Sample], dict[str, float]]:
         """Greedy answers to held-out prompts, and their figures.
 
-        `held_out_reward`, the mean combined reward; `held_out_solved`, the share of answers to which the first of the
-        rewards gives 1 or more; and of several tasks that share for each.
+        `held_out_reward`, the mean combined reward. If the first of the rewards is a verifier, `held_out_solved`, the
+        share of answers to which it gives 1; and of several tasks that share for each.
         """
         asked = prompts.held_out(self._config.grpo.evaluate_prompts)
         samples = self._rewarded(asked, self._ask(params, asked, 0.0, np.zeros(len(asked), int)))
         first, weights = self._config.grpo.rewards[0], self._config.grpo.weights
         totals = [sum(c * r for c, r in zip(weights, s.rewards.values(), strict=True)) for s in samples]
-        figures = {"held_out_reward": float(np.mean(totals)), "held_out_solved": _solved(samples, first)}
+        figures = {"held_out_reward": float(np.mean(totals))}
+        if first in self._judges:
+            return samples, figures
+        figures["held_out_solved"] = _solved(samples, first)
         tasks = sorted({s.item["task"] for s in samples if "task" in s.item})
         if len(tasks) > 1:
             for task in tasks:
@@ -95,11 +102,13 @@ class Sampler:
 
     def _rewarded(self, asked: Sequence[Question], answers: Sequence[Result]) -> list[Sample]:
         texts = [self._words.decode(t for t in answer.tokens if t != self._words.eos_id) for answer in answers]
-        rewards = np.zeros((len(asked), len(self._rewards)))
+        verdicts = np.zeros((len(asked), len(self._rewards)))
         if processes.is_first():  # programs of the model run once, and a verdict that hangs on time is the same in all
             for row, ((item, _), text) in enumerate(zip(asked, texts, strict=True)):
-                rewards[row] = [reward(item, text) for reward in self._rewards.values()]
-        rewards = processes.of_the_first(rewards)
+                verdicts[row] = [reward(item, text) for reward in self._rewards.values()]
+        rewards = dict(zip(self._rewards, processes.of_the_first(verdicts).T, strict=True))
+        whole = [(*ids, *answer.tokens) for (_, ids), answer in zip(asked, answers, strict=True)]
+        rewards |= {name: judge(whole) for name, judge in self._judges.items()}
         return [
             Sample(
                 item=item,
@@ -107,10 +116,10 @@ class Sampler:
                 answer=answer.tokens,
                 logprobs=answer.logprobs,
                 text=text,
-                rewards=dict(zip(self._rewards, found.tolist(), strict=True)),
+                rewards={name: float(rewards[name][row]) for name in self._config.grpo.rewards},
                 experts=answer.experts,
             )
-            for (item, ids), answer, text, found in zip(asked, answers, texts, rewards, strict=True)
+            for row, ((item, ids), answer, text) in enumerate(zip(asked, answers, texts, strict=True))
         ]
 
 

@@ -128,7 +128,9 @@ def arrays(samples: list[Sample], config: Config) -> tuple[Batch, dict[str, floa
         "response_tokens": float(np.mean([len(s.answer) for s in samples])),
         "unfinished": float(np.mean([len(s.answer) == config.grpo.max_new for s in samples])),
     }
-    return rows, figures | {f"reward_{name}": float(np.mean([s.rewards[name] for s in samples])) for name in weights}
+    return rows, figures | {
+        f"reward_{Path(name).name}": float(np.mean([s.rewards[name] for s in samples])) for name in weights
+    }
 
 
 class Samples:

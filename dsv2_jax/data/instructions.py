@@ -19,8 +19,9 @@ import reasoning_gym
 from dsv2_jax.config import check
 
 TASKS: dict[str, dict[str, Any]] = {
-    "chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},
-    "gcd": {"min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 60},
+    "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
+    "gcd": {"min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 99},
+    "aiw": {"max_entities": 9},
     "spell_backward": {"min_word_len": 3, "max_word_len": 5},
     "letter_counting": {"min_words": 2, "max_words": 4},
 }
