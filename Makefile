@@ -1,4 +1,5 @@
-# make demo: train, evaluate, sample and export a small DeepSeek-V2.   make test, make prove, make lint: for developers.
+# make demo: train, evaluate, sample and export a small DeepSeek-V2.   make align: fine-tune it and train it by GRPO.
+# make test, make prove, make lint: for developers.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -10,7 +11,7 @@ PROMPT ?= To be, or not to be
 PY := $(VENV)/bin/python
 RUN := runs/demo
 
-.PHONY: demo test prove lint
+.PHONY: demo align test prove lint
 
 demo: $(VENV)/.installed
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(PY) train.py nano --workdir $(RUN)
@@ -26,6 +27,9 @@ demo: $(VENV)/.installed
 	@echo "held-out figures   $(RUN)/eval.json"
 	@echo "sample             $(RUN)/sample.txt"
 	@echo "Hugging Face       $(RUN)/hf  (transformers.AutoModelForCausalLM.from_pretrained reads it)"
+
+align: $(VENV)/.installed
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(PY) -m dsv2_jax.alignment --base $(RUN) --workdir runs/align
 
 test: $(VENV)/.installed-dev
 	$(PY) -m pytest -n 2 -m "not slow and not tpu"

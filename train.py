@@ -40,6 +40,7 @@ def main() -> int:
     print(f"metrics     {run / 'metrics.jsonl'}")
     if config.grpo.group:
         print(f"samples     {run / 'samples.jsonl'}")
+        print(f"plots       {run / 'plots'}")
         print(f"held out    {outcome.held_out['held_out_reward']:.4f} reward")
         return 0
     print(f"plots       {run / 'plots'}")

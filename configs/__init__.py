@@ -6,6 +6,7 @@ PRESETS = {
     preset.__name__: preset
     for preset in (
         *(pretrain.nano, pretrain.v2_lite, pretrain.v2, pretrain.dense_67b, pretrain.tiny),
-        *(align.nano_sft, align.v2_sft, align.nano_reward, align.nano_grpo),
+        *(align.nano_sft, align.nano_reward, align.nano_grpo),
+        *(align.v2_sft, align.v2_grpo_reasoning, align.v2_grpo_preference),
     )
 }

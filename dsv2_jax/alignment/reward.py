@@ -16,8 +16,7 @@ from jax import Array
 from dsv2_jax.config import Config
 from dsv2_jax.evaluation import perplexity
 from dsv2_jax.model import transformer
-from dsv2_jax.model.layers import cast, compute_dtype
-from dsv2_jax.parallel import collectives, sharding
+from dsv2_jax.parallel import collectives
 from dsv2_jax.parallel.feed import Feed
 from dsv2_jax.training.loss import BALANCES
 
@@ -26,10 +25,9 @@ _FEWEST = 4  # tokens of an answer behind its prompt: begin, something, end; bou
 
 def scores(params: Any, batch: dict[str, Array], config: Config) -> tuple[Array, dict[str, Array]]:
     """The score at every position, float32 [B, T], of float32 parameters; and the layers' statistics."""
-    model, mesh = config.model, config.mesh
-    operands = cast(transformer.arrange(params, model, mesh), compute_dtype(config.compute))
-    out = transformer.forward(operands, batch, model=model, compute=config.compute, mesh=mesh)
-    w_score_D = sharding.gather({"w_score_D": params["head"]["w_score_D"]}, model, mesh)["w_score_D"]
+    out, w_score_D = transformer.forward_masters(
+        params, batch, model=config.model, compute=config.compute, mesh=config.mesh
+    )
     return out.hidden_BTD.astype(jnp.float32) @ w_score_D, out.statistics
 
 

@@ -17,13 +17,17 @@ from dsv2_jax.data import chat
 from dsv2_jax.data.corpora import Corpus, Source
 from dsv2_jax.data.packing import Batch, blank_batch
 from dsv2_jax.data.tokenizer import Tokenizer
+from dsv2_jax.parallel import processes
 
 Question = tuple[dict[str, Any], tuple[int, ...]]  # an item of the data, and its prompt's ids
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One response. answer: its ids, the end of sequence included; logprobs: the sampler's of them."""
+    """One response. answer: its ids, the end of sequence included; logprobs: the sampler's of them.
+
+    experts: int16 [n - 1, L, K], those of all n tokens but the last, prompt included, if the sampler told them.
+    """
 
     item: dict[str, Any]
     prompt: tuple[int, ...]
@@ -31,6 +35,7 @@ class Sample:
     logprobs: tuple[float, ...]
     text: str
     rewards: dict[str, float]
+    experts: np.ndarray | None = None
 
 
 class Prompts(grain.DatasetIterator[Question]):
@@ -59,8 +64,9 @@ class Prompts(grain.DatasetIterator[Question]):
         return question
 
     def held_out(self, count: int) -> list[Question]:
-        """The first held-out questions."""
-        return self._held_out[:count]
+        """So many held-out questions, or all, spread evenly over them."""
+        count = min(count, len(self._held_out))
+        return [self._held_out[i * len(self._held_out) // count] for i in range(count)]
 
     def get_state(self) -> dict[str, Any]:
         """JSON."""
@@ -91,11 +97,15 @@ def arrays(samples: list[Sample], config: Config) -> tuple[Batch, dict[str, floa
     """A row for every response behind its prompt, and figures of the rewards.
 
     Rows: `blank_batch`'s leaves, `sampler_BT` (the sampler's log-probabilities) and `advantages_BT` (alike in a row),
-    float32. The weights of a response's tokens are one over their number. Samples come group by group.
+    float32; with `grpo.replay` also `experts_BTLK`, the sampler's, int16. The weights of a response's tokens are one
+    over their number. Samples come group by group.
     """
     length, group = config.batch.length, config.grpo.group
     rows = blank_batch(len(samples), length) | {"sampler_BT": np.zeros((len(samples), length), np.float32)}
     del rows["bytes_BT"]
+    if config.grpo.replay:
+        layers, experts = config.model.moe_layers, config.model.moe.num_experts_per_tok
+        rows["experts_BTLK"] = np.zeros((len(samples), length, layers, experts), np.int16)
     for row, sample in enumerate(samples):
         ids = np.array(sample.prompt + sample.answer, np.int32)
         count, first = len(ids) - 1, len(sample.prompt) - 1
@@ -103,6 +113,9 @@ def arrays(samples: list[Sample], config: Config) -> tuple[Batch, dict[str, floa
         rows["positions_BT"][row, :count], rows["segments_BT"][row, :count] = np.arange(count), 1
         rows["weights_BT"][row, first:count] = 1 / len(sample.answer)
         rows["sampler_BT"][row, first:count] = sample.logprobs
+        if config.grpo.replay:
+            assert sample.experts is not None
+            rows["experts_BTLK"][row, :count] = sample.experts
     weights = dict(zip(config.grpo.rewards, config.grpo.weights, strict=True))
     total = np.array([sum(weights[name] * r for name, r in s.rewards.items()) for s in samples], np.float32)
     advantages_B = np.asarray(objective.advantages(jnp.asarray(total.reshape(-1, group)))).reshape(-1)
@@ -115,16 +128,24 @@ def arrays(samples: list[Sample], config: Config) -> tuple[Batch, dict[str, floa
         "response_tokens": float(np.mean([len(s.answer) for s in samples])),
         "unfinished": float(np.mean([len(s.answer) == config.grpo.max_new for s in samples])),
     }
-    return rows, figures | {f"reward_{name}": float(np.mean([s.rewards[name] for s in samples])) for name in weights}
+    return rows, figures | {
+        f"reward_{Path(name).name}": float(np.mean([s.rewards[name] for s in samples])) for name in weights
+    }
 
 
 class Samples:
-    """samples.jsonl, for people to read; a context manager. Opened for a run at `step`, drops what came after."""
+    """A JSONL file of responses, for people to read; a context manager. Drops what is there from `step` on.
 
-    def __init__(self, run: Path, step: int):
-        self._path, partial = run / "samples.jsonl", run / "samples.jsonl.tmp"
-        partial.write_text("".join(line for line in self._lines() if json.loads(line)["step"] < step), encoding="utf-8")
-        os.replace(partial, self._path)
+    Of several processes only the first one writes.
+    """
+
+    def __init__(self, path: Path, step: int):
+        self._path = path if processes.is_first() else Path(os.devnull)
+        if processes.is_first():
+            partial = path.with_name(f"{path.name}.tmp")
+            kept = "".join(line for line in self._lines() if json.loads(line)["step"] < step)
+            partial.write_text(kept, encoding="utf-8")
+            os.replace(partial, path)
         self._file = self._path.open("a", encoding="utf-8")
 
     def _lines(self) -> Iterator[str]:

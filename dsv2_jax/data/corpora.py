@@ -23,10 +23,11 @@ from dsv2_jax.data import builtin, chat
 
 
 class Document(NamedTuple):
-    """One text and where it comes from."""
+    """One text and where it comes from. held_out: whether it is for evaluation; None: its hash decides."""
 
     name: str
     text: str
+    held_out: bool | None = None
 
 
 class Source(Protocol):
@@ -66,9 +67,12 @@ def prepare(data: Data) -> Corpus:
     if data.form != "text":
         from dsv2_jax.data import instructions  # whose library takes seconds to import
 
-        tasks = instructions.chosen(data.tasks)
-        made = instructions.MAKERS[data.form](tasks)
-        listed = [Document(name, json.dumps(value)) for name, value in made]
+        tasks, texts = instructions.chosen(data.tasks, data.form), iter(())
+        if instructions.NEXT_LINE in tasks:  # of what pretraining learns, not of what it is evaluated on
+            source = prepare(dataclasses.replace(data, form="text", tasks=())).train
+            texts = (source[number]["text"].decode() for number in range(len(source)))
+        made = instructions.make(data.form, tasks, texts)
+        listed = [Document(m.name, instructions.text_of(m), m.held_out) for m in made]
         return _prepare(Instructions, root, lambda: listed, data)
     packages = builtin.PACKAGES if data.fetch else ()
     folder = root / _builtin_name(data, packages)
@@ -223,14 +227,16 @@ def _hash(text: str) -> bytes:
 
 def _plan(documents: Callable[[], Iterable[Document]], data: Data) -> _Plan:
     sizes: dict[str, dict[bytes, int]] = collections.defaultdict(dict)  # by the first part of the name, then by hash
-    only = ""
-    for name, text in documents():
+    only, decided = "", set()
+    for name, text, kept in documents():
         if text.strip():
+            decided |= {_hash(text)} if kept else set()
             sizes[name.partition("/")[0] if "/" in name else ""][_hash(text)] = len(text.encode())
             only = text
     check(bool(sizes), f"data.source {data.source} holds no text: the corpus is empty")
     every = {key: size for group in sizes.values() for key, size in group.items()}
-    digest = hashlib.blake2b(repr(data.held_out_fraction).encode() + b"".join(sorted(every)), digest_size=8).hexdigest()
+    split = b"".join(sorted(decided)) or repr(data.held_out_fraction).encode()
+    digest = hashlib.blake2b(split + b"".join(sorted(every)), digest_size=8).hexdigest()
     if len(every) == 1:
         aim = int(len(only) * (1 - data.held_out_fraction))
         cut = only.rfind("\n", 0, aim) + 1 or aim
@@ -239,8 +245,8 @@ def _plan(documents: Callable[[], Iterable[Document]], data: Data) -> _Plan:
             f"data.source {data.source} is too short to keep a part of it for evaluation",
         )
         return _Plan(digest, frozenset(), cut)
-    held_out = set()
-    for group in sizes.values():
+    held_out = set(decided)
+    for group in sizes.values() if not decided else ():
         left = sum(group.values()) * data.held_out_fraction
         for key in sorted(group):
             if group[key] <= left:
@@ -268,7 +274,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, held_out: bool) -> Iterator[tuple[str, dict[str, str]]]:
         plan = self._plan
-        for number, (name, text) in enumerate(self._documents()):
+        for number, (name, text, _) in enumerate(self._documents()):
             if not text.strip():
                 continue
             if plan.cut:

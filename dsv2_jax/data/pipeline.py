@@ -59,7 +59,7 @@ def packed_rows(config: Config, corpus: Corpus, split: str, tokenizer: Tokenizer
 class TrainBatches(grain.DatasetIterator[Batch]):
     """Counts batches. Its state is JSON: the number of the next one, and the facts that fix their order.
 
-    epoch_tokens: rows x length of one pass over the data. left_out: conversations too long for a row.
+    epoch_tokens: rows x length of one pass over the data. left_out: conversations or preferences too long for a row.
     """
 
     def __init__(

@@ -20,12 +20,14 @@ from dsv2_jax.data.tokenizer import Tokenizer
 from dsv2_jax.inference import programs, sampling
 from dsv2_jax.inference.quantize import Weights
 from dsv2_jax.inference.request import TOP, Event, Reason, Request, Result
+from dsv2_jax.inference.routes import Routes
 from dsv2_jax.inference.sampling import Adjust
 from dsv2_jax.inference.scheduler import Part, Scheduler
 from dsv2_jax.inference.scheduler import Sequence as Running
 from dsv2_jax.inference.text import Text
 from dsv2_jax.model import paged
 from dsv2_jax.model.formats import Format
+from dsv2_jax.parallel import processes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,17 +77,19 @@ class Engine:
         capacity: Capacity | None = None,
         words: Tokenizer | None = None,
         mesh: jax.sharding.Mesh | None = None,
+        routes: bool = False,
     ):
         """params: the tree of `parameters.tree`; on a mesh with axes data, fsdp, expert and tensor.
 
-        words: needed for stop strings and text. Raises ValueError for a capacity or mesh that the model does not fit.
+        words: needed for text and stop strings. routes: results tell `experts`. Processes that share the mesh call it
+        alike and all get all answers. Raises ValueError for a capacity or mesh that the model does not fit.
         """
         check(model.head == "tokens", "a reward model scores answers and generates none")
         self.model, self.words = model, words
         self.capacity = (capacity or Capacity()).resolve(model)
         c = self.capacity
         self.setup = programs.Setup(
-            model=model, compute=compute or Compute(), form=c.cache, weights=c.weights, devices=mesh
+            model=model, compute=compute or Compute(), form=c.cache, weights=c.weights, devices=mesh, routes=routes
         )
         check(
             self.setup.mesh.size("pipeline", "context") == 1,
@@ -94,6 +98,7 @@ class Engine:
         self._block = paged.block(model, c.cache)
         self._lanes = [Scheduler(c.pages, c.page, c.rows, c.chunk, self._block) for _ in range(self.setup.lanes)]
         self._layers = programs.empty(self.setup, c.pages, c.page)
+        self._routes = Routes(model, self.setup.lanes, c.pages, c.page) if routes else None
         self._prepared = programs.prepare(params, self.setup)
         self._lane_of: dict[int, tuple[Scheduler, Running]] = {}
         self._ids = itertools.count()
@@ -115,7 +120,7 @@ class Engine:
         greedy = sampling.rows([], [], [], self.capacity.rows)
         for n, chunk in itertools.product(self._rows, self._chunks):
             call, targets_ZC = self._blank(n, chunk)
-            rows_ZND, chunk_ZCD, self._layers = programs.forward(self._prepared, self._layers, call, setup=self.setup)
+            rows_ZND, chunk_ZCD = self._forward(call)
             if chunk:
                 programs.score(self._prepared["head"], chunk_ZCD, targets_ZC, setup=self.setup)
             else:
@@ -189,10 +194,10 @@ class Engine:
         while sequence.computed < len(tokens):
             plans = [lane.plan(), *([] for _ in others)]
             call, _ = self._call(plans)
-            _, chunk_ZCD, self._layers = programs.forward(self._prepared, self._layers, call, setup=self.setup)
+            _, chunk_ZCD = self._forward(call)
             (part,) = plans[0]
             found_ZCW = programs.logits(self._prepared["head"], chunk_ZCD, setup=self.setup)
-            parts.append(np.asarray(found_ZCW[0, : part.stop - part.start]))
+            parts.append(processes.everywhere(found_ZCW)[0, : part.stop - part.start])
             lane.done(part)
         lane.remove(sequence)
         return np.concatenate(parts)
@@ -214,11 +219,11 @@ class Engine:
         if not any(plans):
             return []
         call, targets_ZC = self._call(plans)
-        rows_ZND, chunk_ZCD, self._layers = programs.forward(self._prepared, self._layers, call, setup=self.setup)
+        rows_ZND, chunk_ZCD = self._forward(call)
         scores = None
         if targets_ZC.any():
             found = programs.score(self._prepared["head"], chunk_ZCD, np.maximum(targets_ZC - 1, 0), setup=self.setup)
-            scores = jax.device_get(found)
+            scores = processes.everywhere(found)
         drawn = self._draw(plans, rows_ZND)
         events = []
         for z, (lane, plan) in enumerate(zip(self._lanes, plans, strict=True)):
@@ -232,6 +237,15 @@ class Engine:
                 if part.stop == part.sequence.goal:
                     events.append(self._advance(part.sequence, drawn, z, n))
         return events
+
+    def _forward(self, call: programs.Call) -> tuple[jax.Array, jax.Array]:
+        """Computes a call: `programs.forward`'s hidden states. The cache and what is kept beside it take it in."""
+        rows_ZND, chunk_ZCD, self._layers, experts_ZTLK = programs.forward(
+            self._prepared, self._layers, call, setup=self.setup
+        )
+        if self._routes is not None:
+            self._routes.write(call, processes.everywhere(experts_ZTLK))
+        return rows_ZND, chunk_ZCD
 
     def _call(self, plans: list[list[Part]]) -> tuple[programs.Call, np.ndarray]:
         """The arrays of a step, and what tokens of the chunk are scored by: target + 1, or 0."""
@@ -300,7 +314,7 @@ class Engine:
     def _sample(self, rows_ZND: jax.Array, rows: sampling.Rows, adjust: Adjust | None) -> programs.Drawn:
         top = 0 if adjust is None else TOP  # one program for all that is rare
         drawn = programs.draw(self._prepared["head"], rows_ZND, rows, adjust, setup=self.setup, top=top)
-        return programs.Drawn(*jax.device_get(drawn))
+        return processes.everywhere(drawn)
 
     def _adjust(self, plans: list[list[Part]], n: int) -> Adjust:
         shape = len(plans), n, self.model.vocab_size
@@ -338,9 +352,12 @@ class Engine:
 
     def _end(self, sequence: Running, event: Event) -> Event:
         lane, _ = self._lane_of.pop(sequence.id)
+        experts = None
+        if self._routes is not None:
+            experts = self._routes.read(self._lanes.index(lane), sequence.pages, sequence.computed)
         lane.remove(sequence)
         assert event.reason is not None
-        return dataclasses.replace(event, result=_result(sequence, event.reason))
+        return dataclasses.replace(event, result=_result(sequence, event.reason, experts))
 
 
 def _targets(part: Part) -> np.ndarray:
@@ -359,7 +376,7 @@ def _take_scores(part: Part, targets: np.ndarray, logprobs: np.ndarray, greedy: 
         part.sequence.scores.append((float(logprobs[i]), bool(greedy[i])))
 
 
-def _result(sequence: Running, reason: Reason) -> Result:
+def _result(sequence: Running, reason: Reason, experts: np.ndarray | None) -> Result:
     return Result(
         tokens=tuple(sequence.tokens[len(sequence.request.prompt) :]),
         logprobs=tuple(sequence.logprobs),
@@ -368,6 +385,7 @@ def _result(sequence: Running, reason: Reason) -> Result:
         reason=reason,
         scores=tuple(sequence.scores),
         reused=sequence.reused,
+        experts=experts,
     )
 
 

@@ -19,7 +19,7 @@ from dsv2_jax.config import Compute, Model
 from dsv2_jax.inference import quantize
 from dsv2_jax.inference.quantize import Weights
 from dsv2_jax.inference.sampling import Adjust, Rows, sample
-from dsv2_jax.model import paged, transformer
+from dsv2_jax.model import paged, parameters, transformer
 from dsv2_jax.model.formats import Format
 from dsv2_jax.model.layers import cast, compute_dtype
 from dsv2_jax.model.matmul import Quantized, dot
@@ -37,6 +37,7 @@ class Setup:
     form: Format
     weights: Weights
     devices: jax.sharding.Mesh | None
+    routes: bool = False  # tell which experts tokens go to
 
     @property
     def mesh(self) -> config.Mesh:
@@ -76,16 +77,28 @@ class Drawn(NamedTuple):
 
 def prepare(params: Any, setup: Setup) -> Any:
     """Parameters as programs read them: unstacked, matrices in the compute dtype, or quantized."""
-    prepared = _prepare(params, setup=setup)
-    return jax.device_put(prepared, sharding.on(setup.devices, _param_specs(prepared, setup)))
+    return _prepare(setup)(params)
 
 
-@functools.partial(jax.jit, static_argnames="setup")
-def _prepare(params: Any, *, setup: Setup) -> Any:
-    unstacked = transformer.unstack(params)
-    if setup.weights == "compute":
+@functools.cache
+def _prepare(setup: Setup) -> Any:
+    """From the layout of training to that of generation in one program.
+
+    An array at a time, two processes may begin the transfers in unlike orders, and wait for each other for ever.
+    """
+
+    def prepared(params: Any) -> Any:
+        unstacked = transformer.unstack(params)
+        if setup.weights != "compute":
+            unstacked = quantize.quantize(unstacked, setup.weights)
         return cast(unstacked, compute_dtype(setup.compute))
-    return cast(quantize.quantize(unstacked, setup.weights), compute_dtype(setup.compute))
+
+    stacked = {
+        part: {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in named.items()}
+        for part, named in parameters.tree(setup.model).items()
+    }
+    specs = _param_specs(jax.eval_shape(prepared, stacked), setup)
+    return jax.jit(prepared, out_shardings=sharding.on(setup.devices, specs))
 
 
 def empty(setup: Setup, pages: int, slots: int) -> tuple[paged.Layer, ...]:
@@ -129,8 +142,11 @@ def _spread(function: Any, setup: Setup, in_specs: Any, out_specs: Any) -> Any:
 @functools.partial(jax.jit, static_argnames="setup", donate_argnames="layers")
 def forward(
     prepared: Any, layers: tuple[paged.Layer, ...], call: Call, *, setup: Setup
-) -> tuple[Array, Array, tuple[paged.Layer, ...]]:
-    """(hidden states [Z, N, D] of `last`, those [Z, T - N, D] of the chunk, the cache with the call's tokens)."""
+) -> tuple[Array, Array, tuple[paged.Layer, ...], Array | None]:
+    """(hidden states [Z, N, D] of `last`, those [Z, T - N, D] of the chunk, the cache with the call's tokens, experts).
+
+    Experts: int16 [Z, T, L, K] of the call's tokens in the MoE layers; None unless `setup.routes`.
+    """
 
     def lane(prepared: Any, layers: tuple[paged.Layer, ...], call: Call) -> Any:
         layers, one = jax.tree.map(lambda x: x[0], (layers, call))
@@ -139,12 +155,15 @@ def forward(
         rows = one.tokens_ZT[None], one.times_ZT[None], one.real_ZT[None]
         out: Any = net.apply({"params": prepared}, *rows, cache=paged.Cache(layers, plan, setup.form))
         hidden_TD = out.hidden_BTD[0]
-        results = hidden_TD[one.last_ZN], hidden_TD[one.table_ZNP.shape[0] :], out.cache.layers
+        experts_TLK = None
+        if setup.routes:
+            experts_TLK = jnp.swapaxes(out.statistics["experts_BTK"][:, 0], 0, 1).astype(jnp.int16)
+        results = hidden_TD[one.last_ZN], hidden_TD[one.table_ZNP.shape[0] :], out.cache.layers, experts_TLK
         return jax.tree.map(lambda x: x[None], results)
 
     cache = _cache_specs(setup)
     specs = (_param_specs(prepared, setup), cache, _LANES)
-    return _spread(lane, setup, specs, (_LANES, _LANES, cache))(prepared, layers, call)
+    return _spread(lane, setup, specs, (_LANES, _LANES, cache, _LANES))(prepared, layers, call)
 
 
 @functools.partial(jax.jit, static_argnames=("setup", "top"))

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+import numpy as np
+
 from dsv2_jax.config import Model, check
 from dsv2_jax.inference.sampling import Sampling
 
@@ -72,7 +74,11 @@ class Event:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-    """A request's answer. scores: of the prompt's tokens from `score_from` on, (log-probability, whether greedy)."""
+    """A request's answer. scores: of the prompt's tokens from `score_from` on, (log-probability, whether greedy).
+
+    experts: int16 [n, L, K], those of the first n tokens, prompt included, in every MoE layer; the newest token, which
+    was not computed, has none. None unless the engine was asked for them.
+    """
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -81,3 +87,4 @@ class Result:
     reason: Reason
     scores: tuple[tuple[float, bool], ...]
     reused: int  # tokens of the prompt that were found in the cache
+    experts: np.ndarray | None = None

@@ -12,7 +12,8 @@ from dsv2_jax.model import parameters
 from dsv2_jax.model.matmul import Quantized, Weight, project
 from dsv2_jax.parallel.mesh import platform
 
-KEPT_FLOAT32 = ("norm", "w_router", "w_embed")  # the gate is float32 (section 2.2); embedding rows are cast when read
+# The gate is float32 (section 2.2), and so is a reward model's score; embedding rows are cast when read.
+KEPT_FLOAT32 = ("norm", "w_router", "w_embed", "w_score")
 
 Kernels = Literal["pallas", "xla"]
 
@@ -32,7 +33,7 @@ def kernels(compute: Compute) -> Kernels:
 
 
 def cast(params: Any, dtype: Any) -> Any:
-    """Parameters as matmul operands of `dtype`; norms, gate and embedding stay float32.
+    """Parameters as matmul operands of `dtype`; norms, gate, score and embedding stay float32.
 
     Done once per step, before the layers are scanned: a cast inside would be repeated by every recomputation.
     """

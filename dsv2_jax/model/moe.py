@@ -22,14 +22,15 @@ def mixture(
     moe: Moe,
     mesh: Mesh = SINGLE,
     kernels: Kernels = "xla",
+    experts_BTK: Array | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """The MoE layer's FFN without its residual: (result [B, T, D] in x's dtype, statistics).
 
     valid_BT bool: padding goes to no expert. exempt_B bool: sequences that are never dropped; None is evaluation, where
     nothing is dropped. Statistics: those of `router.balance`, `dropped` (share of the valid pairs), which add up over
-    the devices, and `experts_BTK`.
+    the devices, and `experts_BTK`. experts_BTK: see `router.route`.
     """
-    routing = router.route(x_BTD, p["w_router_DE"], moe)
+    routing = router.route(x_BTD, p["w_router_DE"], moe, experts_BTK)
     valid_BT1 = valid_BT[..., None]
     kept_BTK = jnp.broadcast_to(valid_BT1, routing.experts_BTK.shape)
     dropping = exempt_B is not None and moe.capacity_factor > 0

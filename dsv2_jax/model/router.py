@@ -20,13 +20,25 @@ class Routing(NamedTuple):
     gates_BTK: Array
 
 
-def route(x_BTD: Array, w_router_DE: Array, moe: Moe) -> Routing:
+def route(x_BTD: Array, w_router_DE: Array, moe: Moe, experts_BTK: Array | None = None) -> Routing:
     """Top-K among the experts of the M groups whose best expert has the highest affinity (section 2.2.2), in float32.
 
     The gate is the affinity times `routed_scaling_factor`; only the gshard router normalises it over the K chosen.
+    experts_BTK int: the choice is made already, and only gates are computed (routing replay).
     """
     logits_BTE = jnp.einsum("btd,de->bte", x_BTD.astype(jnp.float32), w_router_DE, precision="highest")
     scores_BTE = jax.nn.softmax(logits_BTE, axis=-1)
+    if experts_BTK is None:
+        chosen_BTK, experts_BTK = _choose(scores_BTE, moe)
+    else:
+        experts_BTK = experts_BTK.astype(jnp.int32)
+        chosen_BTK = jnp.take_along_axis(scores_BTE, experts_BTK, axis=-1)
+    if moe.router == "gshard":
+        chosen_BTK = chosen_BTK / chosen_BTK.sum(axis=-1, keepdims=True)
+    return Routing(scores_BTE, experts_BTK, chosen_BTK * moe.routed_scaling_factor)
+
+
+def _choose(scores_BTE: Array, moe: Moe) -> tuple[Array, Array]:
     eligible_BTE = scores_BTE
     if moe.topk_group < moe.n_group:
         grouped = scores_BTE.reshape(*scores_BTE.shape[:-1], moe.n_group, -1)
@@ -34,9 +46,7 @@ def route(x_BTD: Array, w_router_DE: Array, moe: Moe) -> Routing:
         kept_BTG = jax.nn.one_hot(kept_BTM, moe.n_group, dtype=bool).any(axis=-2)
         eligible_BTE = jnp.where(kept_BTG[..., None], grouped, -1.0).reshape(scores_BTE.shape)
     chosen_BTK, experts_BTK = jax.lax.top_k(eligible_BTE, moe.num_experts_per_tok)
-    if moe.router == "gshard":
-        chosen_BTK = chosen_BTK / chosen_BTK.sum(axis=-1, keepdims=True)
-    return Routing(scores_BTE, experts_BTK, chosen_BTK * moe.routed_scaling_factor)
+    return chosen_BTK, experts_BTK
 
 
 def balance(routing: Routing, valid_BT: Array, moe: Moe, mesh: Mesh = SINGLE) -> dict[str, Array]:

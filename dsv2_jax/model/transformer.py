@@ -17,7 +17,7 @@ from dsv2_jax.config import AXES, SINGLE, Compute, Mesh, Model
 from dsv2_jax.model import cache as caches
 from dsv2_jax.model import paged, parameters, rope
 from dsv2_jax.model.attention import Where, attend
-from dsv2_jax.model.layers import Kernels, compute_dtype, declare, kernels, rms_norm, swiglu
+from dsv2_jax.model.layers import Kernels, cast, compute_dtype, declare, kernels, rms_norm, swiglu
 from dsv2_jax.model.matmul import project
 from dsv2_jax.model.moe import mixture
 from dsv2_jax.parallel import collectives, context, pipeline, sharding
@@ -50,9 +50,14 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: Array, cache: caches.Layer | None, where: Where | paged.Where, exempt_B: Array | None
+        self,
+        x_BTD: Array,
+        cache: caches.Layer | None,
+        where: Where | paged.Where,
+        exempt_B: Array | None,
+        experts_BTK: Array | None,
     ) -> tuple[Array, tuple[caches.Layer | None, dict[str, Array]]]:
-        """(x [B, T, D] behind the layer, (its cache, its statistics))."""
+        """(x [B, T, D] behind the layer, (its cache, its statistics)). experts_BTK: see `router.route`."""
         p = declare(self, self.model, parameters.layer_names(self.model, self.sparse))
         p = sharding.gather(p, self.model, self.mesh)
         epsilon = self.model.rms_norm_eps
@@ -65,7 +70,9 @@ class Layer(nn.Module):
             u_BTD = rms_norm(x_BTD, p["norm_ffn_D"], epsilon)
             if self.sparse:
                 valid_BT = where.segments_BT > 0
-                y_BTD, statistics = mixture(p, u_BTD, valid_BT, exempt_B, self.model.moe, self.mesh, self.kernels)
+                y_BTD, statistics = mixture(
+                    p, u_BTD, valid_BT, exempt_B, self.model.moe, self.mesh, self.kernels, experts_BTK
+                )
             else:
                 y_BTD, statistics = swiglu(u_BTD, p["w_gate_DI"], p["w_up_DI"], p["w_down_ID"]), {}
                 y_BTD = collectives.add(y_BTD, ("tensor",), self.mesh)
@@ -126,14 +133,17 @@ class Transformer(nn.Module):
         cache: caches.Cache | paged.Cache | None = None,
         prefill: bool = False,
         micro_batches: int = 1,
+        experts_BTLK: Array | None = None,
     ) -> Output:
         """Runs tokens int32 at positions int32; a token attends earlier tokens of its segment (int32, 0 is padding).
 
         exempt_B bool: given in training only, then experts' budgets hold for all other sequences. cache: only when
         unrolled; the tokens are written behind its filled slots, or, with B = 1, where its plan says. prefill: the
         cache is known to be empty, so the expanded form serves. micro_batches: how many follow each other in the rows,
-        for a pipeline to work on; the result is then of this stage's part of the positions.
+        for a pipeline to work on; the result is then of this stage's part of the positions. experts_BTLK: those that
+        tokens go to in each MoE layer, whatever its router says; not with a pipeline.
         """
+        experts_LBTK = None if experts_BTLK is None else jnp.moveaxis(experts_BTLK, 2, 0)
         segments_BS = context.whole(segments_BT, self.mesh)
         phases_BTR = rope.phases(self.model, positions_BT)
         where: Any = Where(phases_BTR, segments_BT, segments_BS, 0)
@@ -144,10 +154,10 @@ class Transformer(nn.Module):
             where = where._replace(offset=offset, segments_BS=caches.write(cache.segments_BS, segments_BT, offset))
         x_BTD = Embed(self.model, self.mesh, name="embed")(tokens_BT, compute_dtype(self.compute))
         if self.unrolled:
-            x_BTD, layers, statistics = self._unrolled(x_BTD, cache, where, exempt_B)
+            x_BTD, layers, statistics = self._unrolled(x_BTD, cache, where, exempt_B, experts_LBTK)
         else:
             assert cache is None, "a cache needs the unrolled form"
-            x_BTD, layers, statistics = self._scanned(x_BTD, where, exempt_B, micro_batches)
+            x_BTD, layers, statistics = self._scanned(x_BTD, where, exempt_B, micro_batches, experts_LBTK)
         if isinstance(cache, paged.Cache):
             cache = cache._replace(layers=layers)
         elif cache is not None:
@@ -157,23 +167,35 @@ class Transformer(nn.Module):
     def _kinds(self) -> list[tuple[str, int]]:
         return [(k, n) for k, n in (("dense", self.model.dense_layers), ("moe", self.model.moe_layers)) if n]
 
-    def _scanned(self, x_BTD: Array, where: Where, exempt_B: Array | None, micro_batches: int) -> Any:
+    def _scanned(
+        self, x_BTD: Array, where: Where, exempt_B: Array | None, micro_batches: int, experts_LBTK: Array | None
+    ) -> Any:
         statistics = {}
         for kind, count in self._kinds():
             layer = Layer(self.model, kind == "moe", self.mesh, kernels(self.compute), name=kind)
             if kind == "moe" and self.mesh.pipeline > 1:
+                assert experts_LBTK is None, "a pipeline's routers choose for themselves"
                 x_BTD, statistics = self._pipelined(layer, x_BTD, where, exempt_B, micro_batches)
             else:
-                x_BTD, statistics = self._scan(layer, x_BTD, where, exempt_B, count)
+                given = experts_LBTK if kind == "moe" else None
+                x_BTD, statistics = self._scan(layer, x_BTD, where, exempt_B, count, given)
         return x_BTD, None, statistics
 
-    def _scan(self, layer: Layer, x_BTD: Array, where: Where, exempt_B: Array | None, count: int) -> Any:
+    def _scan(
+        self,
+        layer: Layer,
+        x_BTD: Array,
+        where: Where,
+        exempt_B: Array | None,
+        count: int,
+        experts_LBTK: Array | None = None,
+    ) -> Any:
         # The offset is a static 0 here; as a traced scan input it would lose that.
         call = functools.partial(_scan_body, where=where, exempt_B=exempt_B)
         policy = REMAT[self.compute.remat]
         body = call if policy is None else nn.remat(call, policy=policy, prevent_cse=False)
         scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=count)
-        return scan(layer, x_BTD, None)
+        return scan(layer, x_BTD, experts_LBTK)
 
     def _pipelined(
         self, layer: Layer, x_BTD: Array, where: Where, exempt_B: Array | None, micro_batches: int
@@ -194,7 +216,12 @@ class Transformer(nn.Module):
         return x_ABTD.reshape(-1, *x_ABTD.shape[2:]), statistics
 
     def _unrolled(
-        self, x_BTD: Array, cache: caches.Cache | paged.Cache | None, where: Any, exempt_B: Array | None
+        self,
+        x_BTD: Array,
+        cache: caches.Cache | paged.Cache | None,
+        where: Any,
+        exempt_B: Array | None,
+        experts_LBTK: Array | None,
     ) -> Any:
         layers: list[caches.Layer | None] = []
         statistics: list[dict[str, Array]] = []
@@ -206,19 +233,28 @@ class Transformer(nn.Module):
         for index, (kind, i) in enumerate(names):
             layer = Layer(self.model, kind == "moe", self.mesh, kernels(self.compute), name=f"{kind}_{i}")
             before = cache.layers[index] if cache is not None else None
-            x_BTD, (after, figures) = call(layer, x_BTD, before)
+            given = experts_LBTK[i] if kind == "moe" and experts_LBTK is not None else None
+            x_BTD, (after, figures) = call(layer, x_BTD, before, given)
             layers.append(after)
             statistics += [figures] if figures else []
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *statistics) if statistics else {}
         return x_BTD, tuple(layers), stacked
 
 
-def _call(layer: Layer, x_BTD: Array, cache: caches.Layer | None, *, where: Where, exempt_B: Array | None) -> Any:
-    return layer(x_BTD, cache, where, exempt_B)
+def _call(
+    layer: Layer,
+    x_BTD: Array,
+    cache: caches.Layer | None,
+    experts_BTK: Array | None,
+    *,
+    where: Where,
+    exempt_B: Array | None,
+) -> Any:
+    return layer(x_BTD, cache, where, exempt_B, experts_BTK)
 
 
-def _scan_body(layer: Layer, x_BTD: Array, _: None, *, where: Where, exempt_B: Array | None) -> Any:
-    x_BTD, (_cache, statistics) = layer(x_BTD, None, where, exempt_B)
+def _scan_body(layer: Layer, x_BTD: Array, experts_BTK: Array | None, *, where: Where, exempt_B: Array | None) -> Any:
+    x_BTD, (_cache, statistics) = layer(x_BTD, None, where, exempt_B, experts_BTK)
     return x_BTD, statistics
 
 
@@ -240,14 +276,40 @@ def forward(
 ) -> Output:
     """The network over a packed batch {"tokens_BT", "positions_BT", "segments_BT"}; params cast by `layers.cast`.
 
-    On a mesh it runs inside shard_map, on this device's part of the batch and its shards of the parameters. It runs
-    unrolled if the parameters are unstacked.
+    With "experts_BTLK" in the batch its tokens go to these. On a mesh it runs inside shard_map, on this device's part
+    of the batch and its shards of the parameters. It runs unrolled if the parameters are unstacked.
     """
     inputs = (batch[name] for name in ("tokens_BT", "positions_BT", "segments_BT"))
     unrolled = "dense_0" in params or "moe_0" in params
     return Transformer(model, compute, mesh, unrolled).apply(  # pyright: ignore
-        {"params": params}, *inputs, exempt_B=exempt_B, micro_batches=micro_batches
+        {"params": params},
+        *inputs,
+        exempt_B=exempt_B,
+        micro_batches=micro_batches,
+        experts_BTLK=batch.get("experts_BTLK"),
     )
+
+
+def forward_masters(
+    params: Any,
+    batch: dict[str, Array],
+    *,
+    model: Model,
+    compute: Compute,
+    mesh: Mesh = SINGLE,
+    exempt_B: Array | None = None,
+    micro_batches: int = 1,
+) -> tuple[Output, Array]:
+    """`forward` as every loss runs it, of float32 parameters as they lie between steps; and the head's whole matrix.
+
+    That is w_head_DW in the compute dtype, or of a reward model w_score_D, float32.
+    """
+    operands = cast(arrange(params, model, mesh), compute_dtype(compute))
+    out = forward(
+        operands, batch, model=model, compute=compute, mesh=mesh, exempt_B=exempt_B, micro_batches=micro_batches
+    )
+    name = parameters.head_names(model)[-1]
+    return out, sharding.gather({name: operands["head"][name]}, model, mesh)[name]
 
 
 def logits(params: Any, hidden_BTD: Array) -> Array:

@@ -25,7 +25,7 @@ class Feed:
             self.mine = np.unique(np.concatenate([np.arange(rows)[part] for part in devices.values() if part]))
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array | np.ndarray]:
-        """Leaves [A, B, T], B the rows `mine`, as arrays [A, rows, T] laid out by `sharding.batch_spec`."""
+        """Leaves [A, B, T, ...], B the rows `mine`, as arrays [A, rows, T, ...] laid out by `sharding.batch_spec`."""
         if self._mesh is None:
             return dict(batch)
         return {name: self._put(name, leaf) for name, leaf in batch.items()}
@@ -33,12 +33,12 @@ class Feed:
     def _put(self, name: str, leaf: np.ndarray) -> jax.Array:
         assert self._mesh is not None and self.mine is not None
         first = self.mine
-        order = context.order(leaf.shape[-1], self._sizes.context)
+        order = context.order(leaf.shape[2], self._sizes.context)
 
         def part(index: Any) -> np.ndarray:
             start, stop, _ = index[1].indices(self._rows)
             at = int(np.searchsorted(first, start))
             return leaf[:, at : at + stop - start, order[index[2]]]
 
-        shape = (leaf.shape[0], self._rows, leaf.shape[-1])
+        shape = (leaf.shape[0], self._rows, *leaf.shape[2:])
         return jax.make_array_from_callback(shape, NamedSharding(self._mesh, sharding.batch_spec(name)), part)

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -60,6 +61,18 @@ def agreed(answer: bool) -> bool:
     if jax.process_count() == 1:
         return answer
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(answer)))
+
+
+def everywhere(tree: Any) -> Any:
+    """Arrays that lie over the devices of all processes, as whole arrays of each process's own."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def of_the_first(value: np.ndarray) -> np.ndarray:
+    """The first process's numbers, of the same shape in all, in all of them."""
+    return value if jax.process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(value))
 
 
 class Stop:

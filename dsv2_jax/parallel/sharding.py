@@ -121,8 +121,11 @@ def _specs(model: Model, mesh: Mesh, stored: bool) -> dict:
 
 
 def batch_spec(name: str) -> PartitionSpec:
-    """How a leaf of a batch, with micro-batches A in front, is laid over the mesh: `tokens_BT` as [A, B, T]."""
-    return PartitionSpec(None, *(RULES.axes(dim) for dim in parameters.dims(name)))
+    """How a leaf of a batch, with micro-batches A in front, is laid over the mesh: `tokens_BT` as [A, B, T].
+
+    What follows sequences and time is whole on every device.
+    """
+    return PartitionSpec(None, *(RULES.axes(dim) for dim in parameters.dims(name)[:2]))
 
 
 def on(mesh: jax.sharding.Mesh | None, specs: Any) -> Any:

@@ -46,6 +46,7 @@ FREE = (
     "compute.remat",
     "compute.loss_chunk",
     "grpo.steps",
+    "grpo.offload",
 )
 
 _WORTH_SLICING = 64 * 2**20  # bytes of a stacked parameter

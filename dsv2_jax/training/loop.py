@@ -84,8 +84,8 @@ def train(config: Config) -> Outcome:
         )
         with metrics.Log(config, progress) as log:
             if batches.left_out:
-                what = {"drop": "dropped", "cut": "cut"}[config.data.too_long]
-                log.say(f"{batches.left_out:,} conversations longer than a row: {what}")
+                cut = config.data.form == "conversations" and config.data.too_long == "cut"
+                log.say(f"{batches.left_out:,} {config.data.form} longer than a row: {'cut' if cut else 'dropped'}")
             if progress.step:
                 log.say(f"going on from step {progress.step:,} in {run}")
             while progress.tokens < config.tokens and not stop.asked(progress.step):

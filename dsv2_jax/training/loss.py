@@ -6,8 +6,7 @@ from jax import Array
 
 from dsv2_jax.config import Config
 from dsv2_jax.model import transformer
-from dsv2_jax.model.layers import cast, compute_dtype
-from dsv2_jax.parallel import pipeline, sharding
+from dsv2_jax.parallel import pipeline
 from dsv2_jax.training.cross_entropy import cross_entropy
 
 BALANCES = ("expert_balance", "device_balance", "communication_balance")
@@ -32,10 +31,9 @@ def loss(
     balance losses summed over layers, `dropped` (share of token-expert pairs) and `load_LE` (an expert's share of the
     choices times E).
     """
-    model, mesh, dtype = config.model, config.mesh, compute_dtype(config.compute)
-    operands = cast(transformer.arrange(params, model, mesh), dtype)
-    out = transformer.forward(
-        operands,
+    model, mesh = config.model, config.mesh
+    out, w_head_DW = transformer.forward_masters(
+        params,
         batch,
         model=model,
         compute=config.compute,
@@ -45,10 +43,9 @@ def loss(
     )
     if mesh.pipeline > 1:
         batch = {name: pipeline.part(leaf, mesh) for name, leaf in batch.items()}
-    head = sharding.gather({"w_head_DW": operands["head"]["w_head_DW"]}, model, mesh)
     nll: Array = cross_entropy(
         out.hidden_BTD.reshape(-1, model.hidden_size),
-        head["w_head_DW"],
+        w_head_DW,
         batch["targets_BT"].reshape(-1),
         batch["weights_BT"].reshape(-1),
         config.compute.loss_chunk,

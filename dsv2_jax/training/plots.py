@@ -1,4 +1,4 @@
-"""Pictures of a finished run, from nothing but its metrics.jsonl: the loss curve, and the load of every expert."""
+"""Pictures of a finished run, from nothing but its metrics.jsonl: loss, load of experts, reward and KL of GRPO."""
 
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ def draw(run: Path) -> list[Path]:
     with plt.rc_context({"axes.spines.top": False, "text.color": _INK, "axes.labelcolor": _INK, "font.size": 10}):
         if train:
             drawn.append(_loss(train, held_out, folder / "loss.png"))
+        if sampled := [line for line in lines if "response_tokens" in line]:
+            drawn.append(_grpo(sampled, [line for line in lines if "held_out_reward" in line], folder / "grpo.png"))
         if loads:
             drawn.append(_expert_load(loads[-1], folder / "expert_load.png"))
     return drawn
@@ -63,6 +65,29 @@ def _loss(train: list[dict[str, Any]], held_out: list[dict[str, Any]], path: Pat
     rate.set_ylim(bottom=0)
     for axes in (loss, rate):
         axes.grid(alpha=0.25)
+    return _save(figure, path)
+
+
+def _grpo(train: list[dict[str, Any]], held_out: list[dict[str, Any]], path: Path) -> Path:
+    figure, panels = plt.subplots(4, 1, figsize=(9, 9), sharex=True, layout="constrained")
+    steps = [line["step"] for line in train]
+    wanted = (("reward", "reward"), ("kl", "KL to the reference"), ("response_tokens", "tokens of a response"))
+    for axes, (name, label) in zip(panels, (*wanted, ("entropy", "entropy")), strict=True):
+        axes.plot(steps, [line[name] for line in train], color=_MEAN, label="sampled")
+        axes.set(ylabel=label)
+        axes.grid(alpha=0.25)
+    at = [line["step"] for line in held_out]
+    panels[0].plot(
+        at,
+        [line["held_out_reward"] for line in held_out],
+        "o-",
+        color=_HELD_OUT,
+        markersize=4,
+        label="held out, greedy",
+    )
+    panels[0].legend(frameon=False, loc="lower right")
+    panels[0].set(title=f"GRPO of {path.absolute().parent.parent.name}")
+    panels[-1].set(xlabel="step")
     return _save(figure, path)
 
 

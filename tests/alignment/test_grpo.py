@@ -50,7 +50,7 @@ def base(tmp_path_factory):
         compute=Compute(dtype="float32", remat="none", loss_chunk=256),
         cadence=Cadence(log=1, evaluate=6, save=6),
         mesh=EIGHT,
-        grpo=Grpo(group=8, prompts=8, passes=1, steps=12, max_new=4, rewards=("brevity",), weights=(1.0,)),
+        grpo=Grpo(group=8, prompts=8, passes=1, steps=12, max_new=4, rewards=("brevity",), replay=True),
     )
 
 
@@ -75,13 +75,30 @@ def test_the_policy_learns_what_is_rewarded(whole):
 @pytest.mark.slow
 def test_sampler_and_trainer_agree_on_log_probabilities(whole):
     _, lines = whole
-    assert max(line["sampler_gap_max"] for line in lines if "sampler_gap_max" in line) < 1e-4
+    steps = [line for line in lines if "sampler_gap_max" in line]
+    assert max(line["sampler_gap_max"] for line in steps) < 1e-4
+    assert {line["router_disagreement"] for line in steps} == {0}
+    assert max(abs(line["importance"] - 1) for line in steps) < 1e-4
+
+
+@pytest.mark.slow
+def test_a_run_leaves_a_picture_and_its_held_out_answers(base, whole):
+    assert (base.workdir / "plots" / "grpo.png").stat().st_size > 10_000
+    answers = [json.loads(line) for line in (base.workdir / "held_out.jsonl").read_text().splitlines()]
+    assert {line["step"] for line in answers} == {0, 6, 12}
+    assert len({line["prompt"] for line in answers}) == len(answers) // 3
+    learnt = {json.loads(line)["prompt"] for line in (base.workdir / "samples.jsonl").read_text().splitlines()}
+    assert not learnt & {line["prompt"] for line in answers}
+    assert whole[0].held_out["held_out_reward"] == pytest.approx(
+        np.mean([line["rewards"]["brevity"] for line in answers if line["step"] == 12])
+    )
 
 
 @pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(base, whole, tmp_path):
-    half = dataclasses.replace(base, workdir=tmp_path / "run", grpo=dataclasses.replace(base.grpo, steps=6))
-    grpo.train(half)
+    """The first half with its optimizer state on the host while it samples."""
+    halved = dataclasses.replace(base.grpo, steps=6, offload=True)
+    grpo.train(dataclasses.replace(base, workdir=tmp_path / "run", grpo=halved))
     grpo.train(dataclasses.replace(base, workdir=tmp_path / "run"))
     clock = ("tokens_per_second", "mfu", "sampled_tokens_per_second", "seconds_sampling", "seconds_rewarding")
 
@@ -111,11 +128,14 @@ def test_arrays_by_hand():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("whole")
-def test_eight_devices_make_the_update_of_one(base):
-    """From the samples that the run drew first."""
+@pytest.mark.parametrize("replay", [False, True])
+def test_eight_devices_make_the_update_of_one(base, replay):
+    """From the samples that the run drew first; replayed experts are made up, two whole groups for each token."""
     # As in the test of layouts: at 1e-8 AdamW makes steps of pure rounding where a gradient is zero but for it.
     adamw = dataclasses.replace(base.optimizer, epsilon=1e-4)
-    config = loop.resolve(dataclasses.replace(base, optimizer=adamw))
+    replayed = dataclasses.replace(base.grpo, replay=replay)
+    config = loop.resolve(dataclasses.replace(base, optimizer=adamw, grpo=replayed))
+    rng = np.random.default_rng(0)
     words = loading.tokenizer_for(config, corpora.prepare(config.data))
     lines = [json.loads(line) for line in (base.workdir / "samples.jsonl").read_text().splitlines()]
     samples = []
@@ -123,11 +143,15 @@ def test_eight_devices_make_the_update_of_one(base):
         prompt = chat.encode([{"role": "user", "content": line["prompt"]}], words, generation=True).ids
         answer = tuple(words.encode(line["response"])) or (words.eos_id,)
         drawn = tuple(-2.0 - 0.1 * i for i in range(len(answer)))
+        tokens = len(prompt) + len(answer) - 1
+        groups = rng.permuted(np.tile(np.arange(8), (tokens, 2, 1)), axis=-1)[..., :2]
+        experts = np.stack([2 * groups, 2 * groups + 1], -1).reshape(tokens, 2, 4)
         samples.append(
             Sample(
-                item={}, prompt=tuple(prompt.tolist()), answer=answer, logprobs=drawn, text="", rewards=line["rewards"]
+                item={}, prompt=tuple(prompt.tolist()), answer=answer, logprobs=drawn, text="",
+                rewards=line["rewards"], experts=experts,
             )
-        )
+        )  # fmt: skip
     after = []
     for sizes, devices in ((Mesh(fsdp=1), jax.devices()[:1]), (EIGHT, jax.devices())):
         here = dataclasses.replace(config, mesh=sizes)

@@ -1,0 +1,80 @@
+"""The policy in GRPO's update: its log-probabilities of given responses, and the loss that its gradient comes from."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from dsv2_jax.alignment import objective
+from dsv2_jax.config import Config
+from dsv2_jax.model import transformer
+from dsv2_jax.parallel import sharding
+from dsv2_jax.training.cross_entropy import token_log_probabilities
+from dsv2_jax.training.loss import BALANCES
+
+
+def loss(
+    params: Any,
+    batch: dict[str, Array],
+    *,
+    config: Config,
+    exempt_B: Array | None,
+    total_weight: Array | float,
+    share: Array | float,
+) -> tuple[Array, dict[str, Array]]:
+    """GRPO's loss and the balance losses of one micro-batch, under `training.loss.loss`'s convention.
+
+    A row is a response behind its prompt. weights_BT: one over the response's tokens at each of them, so that
+    total_weight counts responses. Nothing is dropped: the policy would not be the one that sampled.
+    """
+    del exempt_B
+    g = config.grpo
+    policy_BT, entropy_BT, statistics = _policy(params, batch, config)
+    mask_BT = (batch["weights_BT"] > 0).astype(jnp.float32)
+    correction_BT = objective.truncated_ratio(batch["old_BT"], batch["sampler_BT"], g.truncate) if g.truncate else None
+    value, figures = objective.objective(
+        policy_BT, batch["old_BT"], batch["reference_BT"], batch["advantages_BT"][:, 0], mask_BT,
+        clip=g.clip, beta=g.beta, level=g.level, correction_NT=correction_BT,
+    )  # fmt: skip
+    figures["entropy"] = (entropy_BT * batch["weights_BT"]).sum()
+    figures = {name: x / total_weight for name, x in figures.items()}
+    total = figures["objective"] = value / total_weight
+    if not statistics:
+        return total, figures
+    figures |= {name: statistics[name].sum() * share for name in BALANCES}
+    total = total + sum(figures[name] for name in BALANCES)
+    return total, figures | {"load_LE": statistics["load_E"] * share}
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
+def log_probabilities(
+    params: Any, batch: dict[str, Array], *, config: Config, mesh: jax.sharding.Mesh | None
+) -> tuple[Array, Array | None]:
+    """Of every target of a batch [A, B, T], float32; and the experts that its tokens go to, int16 [A, B, T, L, K]."""
+
+    def run(params: Any, batch: dict[str, Array]) -> tuple[Array, Array | None]:
+        def one(batch: dict[str, Array]) -> tuple[Array, Array | None]:
+            logp_BT, _, statistics = _policy(params, batch, config)
+            if not statistics:
+                return logp_BT, None
+            return logp_BT, jnp.moveaxis(statistics["experts_BTK"], 0, 2).astype(jnp.int16)
+
+        return jax.lax.map(one, batch)
+
+    if mesh is None:
+        return run(params, batch)
+    specs = sharding.param_specs(config.model, config.mesh), {name: sharding.batch_spec(name) for name in batch}
+    out = sharding.batch_spec("logp_BT"), sharding.batch_spec("experts_BTLK")
+    return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(params, batch)
+
+
+def _policy(params: Any, batch: dict[str, Array], config: Config) -> tuple[Array, Array, dict[str, Array]]:
+    """(log-probabilities of the targets, entropies, the layers' statistics)."""
+    model, shape = config.model, batch["targets_BT"].shape
+    out, w_head_DW = transformer.forward_masters(params, batch, model=model, compute=config.compute, mesh=config.mesh)
+    hidden_ND, targets_N = out.hidden_BTD.reshape(-1, model.hidden_size), batch["targets_BT"].reshape(-1)
+    found = token_log_probabilities(hidden_ND, w_head_DW, targets_N, config.compute.loss_chunk)
+    logp_BT, entropy_BT = (x.reshape(shape) for x in found)
+    return logp_BT, entropy_BT, out.statistics

@@ -1,0 +1,127 @@
+"""GRPO's other half: responses drawn from the engine with the policy's weights, and rewarded."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dsv2_jax.alignment import verifiers
+from dsv2_jax.alignment.judge import Judge
+from dsv2_jax.alignment.samples import Prompts, Question, Sample
+from dsv2_jax.config import Config
+from dsv2_jax.data.tokenizer import Tokenizer
+from dsv2_jax.inference.engine import Capacity, Engine
+from dsv2_jax.inference.request import Request, Result
+from dsv2_jax.inference.sampling import Sampling
+from dsv2_jax.parallel import processes
+from dsv2_jax.parallel.mesh import platform
+
+_ROWS = 64  # responses that are drawn at a time, of each group of devices
+
+
+class Sampler:
+    """Draws and rewards responses, the same in every process.
+
+    The engine computes a prompt once for its group, in whole pages: small ones, where no kernel asks for large ones.
+    """
+
+    def __init__(self, config: Config, params: Any, words: Tokenizer, mesh: jax.sharding.Mesh | None):
+        g = config.grpo
+        self._config, self._words = config, words
+        capacity = Capacity(
+            rows=min(_ROWS, g.prompts * g.group),
+            length=config.batch.length + 1,
+            page=128 if platform() == "tpu" else 16,
+        )
+        self._engine = Engine(
+            params,
+            config.model,
+            compute=config.compute,
+            capacity=capacity,
+            words=words,
+            mesh=mesh,
+            routes=config.model.moe_layers > 0,
+        )
+        self._rewards = {name: verifiers.REWARDS[name] for name in g.rewards if name in verifiers.REWARDS}
+        others = (name for name in g.rewards if name not in verifiers.REWARDS)
+        self._judges = {name: Judge(Path(name), config, words, mesh) for name in others}
+
+    def __call__(self, prompts: Prompts, params: Any, step: int) -> tuple[list[Sample], dict[str, float]]:
+        """The groups of the next prompts, and the seconds that each phase took."""
+        begin = time.perf_counter()
+        g = self._config.grpo
+        asked = [question for question in [next(prompts) for _ in range(g.prompts)] for _ in range(g.group)]
+        seeds = np.random.default_rng([self._config.seed, step]).integers(0, 2**31, len(asked))
+        answers = self._ask(params, asked, 1.0, seeds)
+        sampled = time.perf_counter()
+        samples = self._rewarded(asked, answers)
+        tokens = sum(len(s.answer) for s in samples)
+        return samples, {
+            "sampled_tokens_per_second": tokens / (sampled - begin),
+            "seconds_sampling": sampled - begin,
+            "seconds_rewarding": time.perf_counter() - sampled,
+        }
+
+    def evaluate(self, prompts: Prompts, params: Any) -> tuple[list[Sample], dict[str, float]]:
+        """Greedy answers to held-out prompts, and their figures.
+
+        `held_out_reward`, the mean combined reward. If the first of the rewards is a verifier, `held_out_solved`, the
+        share of answers to which it gives 1; and of several tasks that share for each.
+        """
+        asked = prompts.held_out(self._config.grpo.evaluate_prompts)
+        samples = self._rewarded(asked, self._ask(params, asked, 0.0, np.zeros(len(asked), int)))
+        first, weights = self._config.grpo.rewards[0], self._config.grpo.weights
+        totals = [sum(c * r for c, r in zip(weights, s.rewards.values(), strict=True)) for s in samples]
+        figures = {"held_out_reward": float(np.mean(totals))}
+        if first in self._judges:
+            return samples, figures
+        figures["held_out_solved"] = _solved(samples, first)
+        tasks = sorted({s.item["task"] for s in samples if "task" in s.item})
+        if len(tasks) > 1:
+            for task in tasks:
+                figures[f"held_out_solved_{task}"] = _solved([s for s in samples if s.item.get("task") == task], first)
+        return samples, figures
+
+    def _ask(self, params: Any, asked: Sequence[Question], temperature: float, seeds: np.ndarray) -> list[Result]:
+        self._engine.replace(params)
+        return self._engine.generate(
+            [
+                Request(
+                    prompt=ids,
+                    max_new=self._config.grpo.max_new,
+                    sampling=Sampling(temperature=temperature),
+                    seed=int(seed),
+                    stop_ids=(self._words.eos_id,),
+                )
+                for (_, ids), seed in zip(asked, seeds, strict=True)
+            ]
+        )
+
+    def _rewarded(self, asked: Sequence[Question], answers: Sequence[Result]) -> list[Sample]:
+        texts = [self._words.decode(t for t in answer.tokens if t != self._words.eos_id) for answer in answers]
+        verdicts = np.zeros((len(asked), len(self._rewards)))
+        if processes.is_first():  # programs of the model run once, and a verdict that hangs on time is the same in all
+            for row, ((item, _), text) in enumerate(zip(asked, texts, strict=True)):
+                verdicts[row] = [reward(item, text) for reward in self._rewards.values()]
+        rewards = dict(zip(self._rewards, processes.of_the_first(verdicts).T, strict=True))
+        whole = [(*ids, *answer.tokens) for (_, ids), answer in zip(asked, answers, strict=True)]
+        rewards |= {name: judge(whole) for name, judge in self._judges.items()}
+        return [
+            Sample(
+                item=item,
+                prompt=ids,
+                answer=answer.tokens,
+                logprobs=answer.logprobs,
+                text=text,
+                rewards={name: float(rewards[name][row]) for name in self._config.grpo.rewards},
+                experts=answer.experts,
+            )
+            for row, ((item, ids), answer, text) in enumerate(zip(asked, answers, texts, strict=True))
+        ]
+
+
+def _solved(samples: Sequence[Sample], reward: str) -> float:
+    return float(np.mean([s.rewards[reward] >= 1 for s in samples]))

@@ -1,0 +1,69 @@
+"""Reward models that reward: scores of padded batches, on one device and on eight, against each conversation alone."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import pretrain
+from dsv2_jax.alignment import reward
+from dsv2_jax.alignment.judge import Judge
+from dsv2_jax.config import SINGLE, Batch, Compute, Data, Mesh
+from dsv2_jax.data import corpora, tokenizer
+from dsv2_jax.model import transformer
+from dsv2_jax.parallel import mesh as device_mesh
+from dsv2_jax.training import checkpoint
+
+LENGTH = 24
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("words")
+    (folder / "text.txt").write_text("\n".join(f"User: pick {n}\n\nAssistant: {n % 10}" for n in range(900)))
+    data = Data(source=str(folder / "text.txt"), folder=folder / "data")
+    return tokenizer.for_config(data, 384, corpora.prepare(data))
+
+
+@pytest.fixture(scope="module")
+def config():
+    return dataclasses.replace(
+        pretrain.tiny(), batch=Batch(size=8, length=LENGTH), compute=Compute(dtype="float32", remat="none"), mesh=SINGLE
+    )
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory, words, config):
+    """A run's folder of a reward model with drawn parameters, these, and its config."""
+    model = dataclasses.replace(config.model, head="score")
+    drawn = transformer.init(model, jax.random.key(3))
+    score_D = jax.random.normal(jax.random.key(4), (model.hidden_size,))
+    params = drawn | {"head": drawn["head"] | {"w_score_D": score_D}}
+    run, ours = tmp_path_factory.mktemp("judge") / "run", dataclasses.replace(config, model=model)
+    checkpoint.save_params(run, ours, params)
+    checkpoint.keep_tokenizer(run, words.save)
+    return run, params, ours
+
+
+@pytest.mark.parametrize("mesh", [SINGLE, Mesh(fsdp=4, expert=2)], ids=["one device", "eight"])
+def test_scores_are_those_of_each_conversation_alone(judged, words, config, mesh):
+    run, params, ours = judged
+    rng = np.random.default_rng(0)
+    sequences = [rng.integers(0, 384, n).tolist() for n in (2, LENGTH + 1, 9) * 3]
+    devices = device_mesh.make(mesh, jax.devices()[: mesh.size("fsdp", "expert")])
+    found = Judge(run, dataclasses.replace(config, mesh=mesh), words, devices)(sequences)
+    for ids, score in zip(sequences, found, strict=True):
+        tokens_BT = jnp.array([ids])
+        alone = {"tokens_BT": tokens_BT, "positions_BT": jnp.arange(len(ids))[None], "segments_BT": tokens_BT * 0 + 1}
+        expected_BT = jax.jit(lambda p, b: reward.scores(p, b, ours)[0])(params, alone)
+        assert score == pytest.approx(float(expected_BT[0, -1]), rel=1e-4, abs=1e-5)
+
+
+def test_a_model_that_scores_nothing_is_refused(tmp_path, words, config):
+    run = tmp_path / "run"
+    checkpoint.save_params(run, config, transformer.init(config.model, jax.random.key(0)))
+    checkpoint.keep_tokenizer(run, words.save)
+    with pytest.raises(ValueError, match="holds no reward model"):
+        Judge(run, config, words, None)

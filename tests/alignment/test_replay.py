@@ -1,0 +1,105 @@
+"""Routing replay: the experts that the engine tells are the network's own, and an update can use them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import pretrain
+from dsv2_jax.alignment import grpo, policy
+from dsv2_jax.alignment.samples import Sample, arrays
+from dsv2_jax.config import SINGLE, Batch, Compute, Grpo
+from dsv2_jax.inference.engine import Capacity, Engine
+from dsv2_jax.inference.request import Request
+from dsv2_jax.inference.sampling import Sampling
+from dsv2_jax.model import transformer
+
+LENGTH, GROUP = 72, 4
+
+
+def config_of(dtype, replay):
+    return dataclasses.replace(
+        pretrain.tiny(),
+        batch=Batch(size=4 * GROUP, length=LENGTH),
+        compute=Compute(dtype=dtype, remat="none", loss_chunk=256),
+        mesh=SINGLE,
+        grpo=Grpo(group=GROUP, prompts=4, max_new=12, replay=replay, rewards=("brevity",), beta=0.1),
+    )
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Drawn wide, so that experts differ and logits are far from alike."""
+    drawn = transformer.init(pretrain.tiny().model, jax.random.key(5))
+    return jax.tree.map(lambda w: w * 3 if w.ndim > 1 else w, drawn)
+
+
+def draw(params, dtype):
+    """Samples of 4 prompts of 17 to 56 tokens, pages shared and given up on the way."""
+    config, rng = config_of(dtype, False), np.random.default_rng(0)
+    capacity = Capacity(rows=8, length=LENGTH + 1, chunk=64, page=16, pages=14)
+    engine = Engine(params, config.model, compute=config.compute, capacity=capacity, routes=True)
+    asked = [tuple(rng.integers(0, 384, n).tolist()) for n in (17, 30, 56, 40)]
+    prompts = [ids for ids in asked for _ in range(GROUP)]
+    wanted = [
+        Request(prompt=ids, max_new=12, seed=i, sampling=Sampling(temperature=1.0)) for i, ids in enumerate(prompts)
+    ]
+    results = engine.generate(wanted)
+    assert sum(r.reused for r in results) > 0
+    assert sum(lane.preemptions for lane in engine.lanes) > 0
+    return [
+        Sample(
+            item={}, prompt=ids, answer=r.tokens, logprobs=r.logprobs, text="", rewards={"brevity": float(i % 3)},
+            experts=r.experts,
+        )
+        for i, (ids, r) in enumerate(zip(prompts, results, strict=True))
+    ]  # fmt: skip
+
+
+def scored(params, samples, dtype, replay):
+    """The rows of an update, and its figures of disagreement."""
+    config = config_of(dtype, replay)
+    rows, _ = arrays(samples, config)
+    one = {name: leaf[None] for name, leaf in rows.items()}
+    logp_ABT, experts = policy.log_probabilities(params, one, config=config, mesh=None)
+    rows["old_BT"] = np.asarray(logp_ABT[0])
+    rows["reference_BT"] = rows["old_BT"] - 0.1
+    return rows, grpo.disagreement(rows, samples, np.asarray(experts)[0], 2.0)
+
+
+def test_experts_told_are_those_of_the_whole_sequence(params):
+    samples = draw(params, "float32")
+    config = config_of("float32", False)
+    for sample in samples:
+        ids = jnp.array([(*sample.prompt, *sample.answer)[:-1]])
+        where = {"tokens_BT": ids, "positions_BT": jnp.arange(ids.shape[1])[None], "segments_BT": jnp.ones_like(ids)}
+        out = transformer.forward(params, where, model=config.model, compute=config.compute)
+        found_TLK = np.moveaxis(np.asarray(out.statistics["experts_BTK"])[:, 0], 0, 1)
+        np.testing.assert_array_equal(np.sort(found_TLK, -1), np.sort(sample.experts, -1))
+    _, figures = scored(params, samples, "float32", False)
+    assert figures["router_disagreement"] == 0 and figures["sampler_gap_max"] < 1e-4
+    assert figures["importance"] == pytest.approx(1, abs=1e-4) and figures["truncated"] == 0
+
+
+def test_replay_ends_the_disagreement_of_routers_and_narrows_the_gap(params):
+    samples = draw(params, "bfloat16")
+    _, without = scored(params, samples, "bfloat16", False)
+    rows, replayed = scored(params, samples, "bfloat16", True)
+    assert without["router_disagreement"] > 0.005
+    assert replayed["router_disagreement"] == 0
+    assert replayed["sampler_gap"] < 0.8 * without["sampler_gap"]
+    assert rows["experts_BTLK"].shape == (16, LENGTH, 2, 4)
+
+
+def test_replay_of_the_routers_own_choices_changes_no_gradient(params):
+    samples = draw(params, "float32")
+    found = []
+    for replay in (False, True):
+        rows, _ = scored(params, samples, "float32", replay)
+        call = jax.jit(jax.value_and_grad(policy.loss, has_aux=True), static_argnames="config")
+        common = {"config": config_of("float32", replay), "exempt_B": None, "total_weight": 16.0, "share": 1.0}
+        found.append(call(params, rows, **common))
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * (np.abs(a).max() + 1e-3))
