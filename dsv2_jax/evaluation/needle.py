@@ -75,7 +75,7 @@ class Haystack(NamedTuple):
 
 
 def haystacks(words: "Tokenizer", texts: Sequence[str], wanted: Needle) -> list[Haystack]:
-    """All prompts, the same for the same seed. Raises ValueError where a length holds no haystack around its needles."""
+    """All prompts, the same for the same seed. Raises ValueError for a length too short for its needles."""
     draw = random.Random(wanted.seed)
     text_ids = [words.encode(text) for text in texts]
     check(any(text_ids), "there is no held-out text to hide a needle in")
