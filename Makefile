@@ -1,4 +1,4 @@
-# make demo: train, evaluate, sample and export a small DeepSeek-V2.   make test, make prove, make lint: for developers.
+# make demo: train, evaluate, sample and export a small DeepSeek-V2.   make eval: the whole evaluation.   make test, make prove, make lint: for developers.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -9,8 +9,14 @@ PROMPT ?= To be, or not to be
 
 PY := $(VENV)/bin/python
 RUN := runs/demo
+CHECKPOINT ?= $(RUN)
+REPORT ?= runs/eval
+LIMIT ?= 100
+NEEDLES ?= 128 256 500
+OWN := offline_boolq,offline_openbookqa,offline_commonsenseqa,offline_truthfulqa_100
+CHINESE := offline_chengyu_meaning,offline_chengyu_cloze
 
-.PHONY: demo test prove lint
+.PHONY: demo eval test prove lint
 
 demo: $(VENV)/.installed
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(PY) train.py nano --workdir $(RUN)
@@ -26,6 +32,13 @@ demo: $(VENV)/.installed
 	@echo "held-out figures   $(RUN)/eval.json"
 	@echo "sample             $(RUN)/sample.txt"
 	@echo "Hugging Face       $(RUN)/hf  (transformers.AutoModelForCausalLM.from_pretrained reads it)"
+
+# Needs no network once the sets are in data/evaluation. LIMIT documents of each; the report says what is left out.
+eval: $(VENV)/.installed
+	mkdir -p $(REPORT)
+	$(PY) eval.py --checkpoint $(CHECKPOINT) --tasks deepseek_v2_base,$(OWN),$(CHINESE) --offline --limit $(LIMIT) \
+	  --needle.lengths $(NEEDLES) --needle.picture $(REPORT)/needle.png --samples $(REPORT)/samples \
+	  --json $(REPORT)/eval.json --page $(REPORT)/eval.html
 
 test: $(VENV)/.installed-dev
 	$(PY) -m pytest -n 2 -m "not slow and not tpu"

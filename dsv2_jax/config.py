@@ -67,6 +67,7 @@ class Rope:
     """RoPE with YaRN (section 3.1.4). A factor of 1 is plain RoPE: the same formula, nothing is stretched."""
 
     theta: float = 10_000.0
+    kind: Literal["yarn", "linear"] = "yarn"  # linear: all positions divided by the factor, for comparison
     factor: float = 1.0  # s
     original_max_position_embeddings: int = 4096
     beta_slow: float = 1.0  # alpha: dimensions turning less often than this over the original length are stretched

@@ -45,6 +45,12 @@ def test_phases_are_exact_at_every_position(preset):
     np.testing.assert_allclose(np.asarray(sin[0]), np.sin(wanted), atol=3e-7, rtol=0)
 
 
+def test_interpolation_divides_every_position():
+    plain = models.nano().rope
+    stretched = dataclasses.replace(plain, kind="linear", factor=16.0)
+    np.testing.assert_allclose(rope.frequencies(stretched, 32), rope.frequencies(plain, 32) / 16, rtol=1e-15)
+
+
 def test_the_longest_context_is_the_papers():
     assert PRESETS["v2_long"]().model.max_position_embeddings == LONGEST == 40 * 4096
     config = PRESETS["v2_long"]()
