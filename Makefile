@@ -13,6 +13,7 @@ CHECKPOINT ?= $(RUN)
 REPORT ?= runs/eval
 LIMIT ?= 100
 NEEDLES ?= 128 256 500
+ANSWER ?= 128
 OWN := offline_boolq,offline_openbookqa,offline_commonsenseqa,offline_truthfulqa_100
 CHINESE := offline_chengyu_meaning,offline_chengyu_cloze
 
@@ -33,10 +34,11 @@ demo: $(VENV)/.installed
 	@echo "sample             $(RUN)/sample.txt"
 	@echo "Hugging Face       $(RUN)/hf  (transformers.AutoModelForCausalLM.from_pretrained reads it)"
 
-# Needs no network once the sets are in data/evaluation. LIMIT documents of each; the report says what is left out.
+# Needs no network once the sets are in data/evaluation. LIMIT documents of each, answers of ANSWER tokens; both, and
+# NEEDLES, are sized for nano. The report says what is left out.
 eval: $(VENV)/.installed
 	mkdir -p $(REPORT)
-	$(PY) eval.py --checkpoint $(CHECKPOINT) --tasks deepseek_v2_base,$(OWN),$(CHINESE) --offline --limit $(LIMIT) \
+	$(PY) eval.py --checkpoint $(CHECKPOINT) --tasks deepseek_v2_base,$(OWN),$(CHINESE) --offline --limit $(LIMIT) --max-gen-toks $(ANSWER) \
 	  --needle.lengths $(NEEDLES) --needle.picture $(REPORT)/needle.png --samples $(REPORT)/samples \
 	  --json $(REPORT)/eval.json --page $(REPORT)/eval.html
 

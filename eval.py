@@ -70,7 +70,8 @@ def run(args: Evaluate, ids_BT: np.ndarray | None) -> None:
         write_logits(loading.load(args.checkpoint), ids_BT, args.logits)
         return
     devices = mesh.make(args.mesh)
-    loaded = loading.load(args.checkpoint, devices)
+    # The engine can do without float32 weights; figures of held-out text are training's own.
+    loaded = loading.load(args.checkpoint, devices, args.capacity.weights if args.no_text else "compute")
     figures: dict[str, Any] = {} if args.no_text else evaluate(loaded, args, devices)
     if processes.is_first() and figures:
         show(figures)

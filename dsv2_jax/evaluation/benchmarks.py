@@ -14,7 +14,7 @@ from lm_eval.tasks import TaskManager
 from dsv2_jax.cli import nearest
 from dsv2_jax.config import check
 from dsv2_jax.evaluation import report
-from dsv2_jax.evaluation.harness import Harness
+from dsv2_jax.evaluation.harness import Harness, UnfitError
 from dsv2_jax.evaluation.suite import Row
 
 TASKS = Path(__file__).parent / "tasks"
@@ -71,7 +71,7 @@ def run(
                 log_samples=samples is not None,
                 bootstrap_iters=0 if limit else 1000,
             )
-        except (ConnectionError, FileNotFoundError, ImportError, OSError) as error:  # data or a library not at hand
+        except (UnfitError, ImportError, OSError) as error:  # or data or a library are not at hand
             why = " ".join(str(error).split())[:160]
             scores.append(report.Score(row=row, note=f"not run: {type(error).__name__}: {why}"))
             continue

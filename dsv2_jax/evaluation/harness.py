@@ -34,6 +34,10 @@ _AT_A_TIME = 128  # requests that the engine is given at once
 _FILTERS = ("temperature", "top_p", "top_k", "min_p")  # of lm-eval's keywords, those that a draw knows
 
 
+class UnfitError(ValueError):
+    """A task asks for what this model or engine cannot do."""
+
+
 class Pair(NamedTuple):
     """Token ids of a text, and of what follows it and is scored."""
 
@@ -123,7 +127,7 @@ class Harness(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What follows each context, up to the first of the task's stop strings. Raises ValueError for odd keywords."""
+        """What follows each context, up to the first of the task's stop strings. Raises UnfitError for odd keywords."""
         asked = [self._question(number, *request.args) for number, request in enumerate(requests)]
         results = self._generate([question for question, _ in asked], "answering" if not disable_tqdm else "")
         texts = []
@@ -138,14 +142,15 @@ class Harness(TemplateLM):
         named: dict[str, Any] = dict(normalize_gen_kwargs(settings, self.max_gen_toks))
         until = handle_stop_sequences(named.pop("until"), eos=self._eos)
         new = named.pop("max_gen_toks")
-        check(
-            0 < new < self.max_length,
-            f"a task asks for {new} new tokens, and the model has {self.max_length} positions; "
-            "--max-gen-toks gives it fewer",
-        )
+        if not 0 < new < self.max_length:
+            raise UnfitError(
+                f"the task asks for {new} new tokens, and the model has {self.max_length} positions; "
+                "--max-gen-toks gives it fewer"
+            )
         draws = named.pop("do_sample")
         odd = sorted(name for name in named if name not in _FILTERS)
-        check(not odd, f"a task asks for {', '.join(odd)} in its generation_kwargs, which the engine does not know")
+        if odd:
+            raise UnfitError(f"the task asks for {', '.join(odd)} in its generation_kwargs, which the engine has not")
         sampling = Sampling(**{name: named[name] for name in named}) if draws else Sampling(temperature=0)
         prompt = self.tok_encode(context)[-(self.max_length - new) :]
         stop = tuple(term for term in until if term)
@@ -186,10 +191,10 @@ class Harness(TemplateLM):
         """(log-likelihood in nats, whether greedy) of the continuations; contexts that are too long lose their head."""
         asked = []
         for context, continuation in pairs:
-            check(
-                0 < len(continuation) <= self.max_length,
-                f"a continuation of {len(continuation)} tokens cannot be scored with {self.max_length} positions",
-            )
+            if not 0 < len(continuation) <= self.max_length:
+                raise UnfitError(
+                    f"a continuation of {len(continuation)} tokens cannot be scored with {self.max_length} positions"
+                )
             ids = tuple((context + continuation)[-(self.max_length + 1) :])
             asked.append(Request(prompt=ids, max_new=0, score_from=len(ids) - len(continuation)))
         return [

@@ -75,8 +75,11 @@ class Drawn(NamedTuple):
 
 
 def prepare(params: Any, setup: Setup) -> Any:
-    """Parameters as programs read them: unstacked, matrices in the compute dtype, or quantized."""
-    prepared = _prepare(params, setup=setup)
+    """Parameters as programs read them: unstacked, matrices in the compute dtype, or quantized.
+
+    What `hf.load_quantized` read is that already.
+    """
+    prepared = _prepare(params, setup=setup) if {"dense", "moe"} & params.keys() else params
     return jax.device_put(prepared, sharding.on(setup.devices, _param_specs(prepared, setup)))
 
 

@@ -15,7 +15,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from dsv2_jax import loading
-from dsv2_jax.evaluation.harness import Harness
+from dsv2_jax.evaluation.harness import Harness, UnfitError
 from dsv2_jax.hf import export
 from dsv2_jax.inference.engine import Capacity
 
@@ -101,9 +101,9 @@ def test_conversations_are_written_as_transformers_does(ours, theirs):
 
 
 def test_what_the_engine_does_not_know_is_refused(ours):
-    with pytest.raises(ValueError, match="num_beams"):
+    with pytest.raises(UnfitError, match="num_beams"):
         ours.generate_until(instances("generate_until", [("a", {"until": [], "num_beams": 3, "max_gen_toks": 4})]))
-    with pytest.raises(ValueError, match="192 positions"):
+    with pytest.raises(UnfitError, match="192 positions"):
         ours.generate_until(instances("generate_until", [("a", {"until": [], "max_gen_toks": 500})]))
 
 

@@ -43,7 +43,7 @@ def load(name: str) -> Callable[..., datasets.DatasetDict]:
     """For lm-eval's `custom_dataset`: the set as splits `shots` and `test`, which have no example in common."""
 
     def dataset(**_: Any) -> datasets.DatasetDict:
-        listed = [json.loads(line) for line in examples(name).read_text(encoding="utf-8").splitlines()]
+        listed = list(_lines(examples(name).read_bytes()))
         listed.sort(key=lambda e: hashlib.blake2b(json.dumps(e, sort_keys=True).encode()).digest())
         shots = _SHOTS if name != "human_eval" else 0
         parts = {"test": listed[shots:]} | ({"shots": listed[:shots]} if shots else {})
@@ -72,7 +72,7 @@ def examples(name: str) -> Path:
 
 
 def _lines(raw: bytes) -> Iterator[Example]:
-    return (json.loads(line) for line in raw.decode().splitlines() if line.strip())
+    return (json.loads(line) for line in raw.split(b"\n") if line.strip())  # U+2028 stands in some, and ends no line
 
 
 def _choices(raw: bytes) -> Iterator[Example]:
