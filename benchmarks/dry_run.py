@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import resource
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Annotated
 import numpy as np
 import rich.console
 import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's own folder is where Python looks
 
 from configs import PRESETS
 from dsv2_jax import cli

@@ -7,12 +7,15 @@ python benchmarks/long_context.py [--seeds 0 1 2] [--json FILE] [--picture FILE.
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import rich.console
 import rich.table
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's own folder is where Python looks
 
 from configs import PRESETS
 from dsv2_jax import cli
@@ -56,7 +59,7 @@ def main() -> None:
     if args.json is not None:
         args.json.write_text(json.dumps({"means": means, "seeds": found}, indent=2) + "\n")
     if args.picture is not None:
-        draw(means, args)
+        draw(means, args, args.picture)
 
 
 def base_config(args: LongContext, seed: int) -> Config:
@@ -147,7 +150,7 @@ def show(means: dict[str, Any], args: LongContext) -> None:
     rich.console.Console().print(table)
 
 
-def draw(means: dict[str, Any], args: LongContext) -> None:
+def draw(means: dict[str, Any], args: LongContext, path: Path) -> None:
     """Both in one figure."""
     import matplotlib
 
@@ -166,7 +169,7 @@ def draw(means: dict[str, Any], args: LongContext) -> None:
         axes.legend()
     figure.suptitle(f"nano, mean of {len(args.seeds)} seeds")
     figure.tight_layout()
-    figure.savefig(args.picture, dpi=150)
+    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

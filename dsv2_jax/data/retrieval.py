@@ -24,8 +24,8 @@ def documents(texts: Sequence[str], count: int, characters: int) -> Iterator[tup
         hay = ""
         while len(hay) < characters:
             hay += draw.choice(texts)[: characters - len(hay)]
-        for place, secret in facts:
-            at = draw.randrange(len(hay) + 1)
+        places_in_hay = sorted((draw.randrange(len(hay) + 1) for _ in facts), reverse=True)
+        for at, (place, secret) in zip(places_in_hay, facts, strict=True):  # from behind: none falls into another
             hay = hay[:at] + phrases.needle.format(place=place, number=secret) + hay[at:]
         draw.shuffle(facts)
         asked = "".join(f"{phrases.question.format(place=place)} {secret}\n" for place, secret in facts)

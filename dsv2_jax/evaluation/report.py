@@ -34,7 +34,7 @@ class Score:
 
 def score(row: Row, figures: dict[str, Any], count: int, shots: int | None) -> Score:
     """The row's metric among a task's figures; else accuracy, else the first one there is."""
-    numbers = {k: v for k, v in figures.items() if isinstance(v, int | float) and "_stderr" not in k}
+    numbers = {k: v for k, v in figures.items() if isinstance(v, int | float) and "," in k and "_stderr" not in k}
     names = [k for k in (row.key, *_BEST, *numbers) if k in numbers]
     name, rule = names[0].split(",")
     error = figures.get(f"{name}_stderr,{rule}")
@@ -80,9 +80,10 @@ def show(scores: Sequence[Score]) -> None:
     """Prints the table."""
     titles, cells = table(scores)
     printed = rich.table.Table(*titles, title="benchmarks")
+    console = rich.console.Console()
     for row in cells:
         printed.add_row(*row)
-    rich.console.Console().print(printed)
+    console.print(printed, width=None if console.is_terminal else 220)  # a log has no width to keep to
 
 
 def as_json(scores: Sequence[Score]) -> list[dict[str, Any]]:

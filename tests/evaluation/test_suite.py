@@ -50,7 +50,7 @@ def test_groups_ask_with_the_papers_shots():
 @pytest.mark.parametrize("suffix", [".html", ".md"])
 def test_the_page_shows_the_papers_columns_beside_ours(tmp_path, suffix):
     row = next(r for r in suite.rows("deepseek_v2_base", offline=True, shots=None) if r.task == "offline_mmlu")
-    one = report.score(row, {"acc,none": 0.25, "acc_stderr,none": 0.01, "alias": "x"}, 100, 5)
+    one = report.score(row, {"sample_len": 100, "acc,none": 0.25, "acc_stderr,none": 0.01, "alias": "x"}, 100, 5)
     assert (one.metric, one.value, one.error) == ("acc", 0.25, 0.01)
     none = report.Score(row=Row(task="", benchmark=GROUPS["deepseek_v2_base"][3]), note="not available: <why>")
     report.write_page(tmp_path / f"page{suffix}", "run", [one, none], {"bits_per_byte": 2.25})
