@@ -5,13 +5,14 @@ one by one, and an answer counts when it is the number, digit by digit.
 """
 
 import dataclasses
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import rich.console
+import rich.table
 
 from dsv2_jax.config import check
 
@@ -145,8 +146,19 @@ def evaluate(loaded: "Loaded", wanted: Needle, capacity: "Capacity", devices: An
     figures = summary(asked, right, wanted)
     if wanted.picture is not None:
         draw_picture(figures, wanted.picture)
-    print(json.dumps({k: figures[k] for k in ("exact_match", "by_length", "by_language")}))
+    show(figures)
     return figures
+
+
+def show(figures: dict[str, Any]) -> None:
+    """Prints the grid as a table."""
+    table = rich.table.Table("tokens", *[f"depth {100 * d:.0f}%" for d in figures["depths"]], title="needles found")
+    for length, row in zip(figures["lengths"], figures["grid"], strict=True):
+        table.add_row(f"{length:,}", *[f"{100 * share:.0f}%" for share in row])
+    console = rich.console.Console()
+    console.print(table)
+    told = ", ".join(f"{name} {100 * share:.1f}%" for name, share in figures["by_language"].items())
+    console.print(f"all {100 * figures['exact_match']:.1f}%: {told}", highlight=False)
 
 
 def is_answered(text: str, number: str) -> bool:
