@@ -39,7 +39,7 @@ demo: $(VENV)/.installed
 eval: $(VENV)/.installed
 	mkdir -p $(REPORT)
 	$(PY) eval.py --checkpoint $(CHECKPOINT) --tasks deepseek_v2_base,$(OWN),$(CHINESE) --offline --limit $(LIMIT) --max-gen-toks $(ANSWER) \
-	  --needle.lengths $(NEEDLES) --needle.picture $(REPORT)/needle.png --samples $(REPORT)/samples \
+	  --needle --haystack.lengths $(NEEDLES) --haystack.picture $(REPORT)/needle.png --samples $(REPORT)/samples \
 	  --json $(REPORT)/eval.json --page $(REPORT)/eval.html
 
 test: $(VENV)/.installed-dev

@@ -35,8 +35,9 @@ class Evaluate:
     max_gen_toks: int = 0  # tokens of an answer, in place of the task's
     offline: bool = False  # of the paper's groups, only what needs no network once fetched
     samples: Path | None = None  # a folder for all documents of the tasks with what was answered
-    no_text: bool = False  # leave out the figures of held-out text
-    needle: Needle = dataclasses.field(default_factory=Needle)
+    skip_text: bool = False  # leave out the figures of held-out text
+    needle: bool = False  # look for needles in haystacks, of the settings below
+    haystack: Needle = dataclasses.field(default_factory=Needle)
     capacity: Capacity = dataclasses.field(default_factory=Capacity)  # of the engine, for tasks and needles
     token_ids: Path | None = None  # a .npy of ids [B, T]; with --logits, nothing else is done
     logits: Path | None = None  # where their float32 logits [B, T, vocabulary] go, .npy
@@ -49,7 +50,7 @@ def main() -> None:
     args = cli.parse(Evaluate, prog="eval.py")
     check((args.token_ids is None) == (args.logits is None), "--token-ids and --logits belong together")
     check(
-        args.processes.count == 1 or not (args.tasks or args.needle.lengths),
+        args.processes.count == 1 or not (args.tasks or args.needle),
         "--tasks and --needle run in one process: the engine's mesh is of its own devices",
     )
     from dsv2_jax.parallel import processes
@@ -71,15 +72,15 @@ def run(args: Evaluate, ids_BT: np.ndarray | None) -> None:
         return
     devices = mesh.make(args.mesh)
     # The engine can do without float32 weights; figures of held-out text are training's own.
-    loaded = loading.load(args.checkpoint, devices, args.capacity.weights if args.no_text else "compute")
-    figures: dict[str, Any] = {} if args.no_text else evaluate(loaded, args, devices)
+    loaded = loading.load(args.checkpoint, devices, args.capacity.weights if args.skip_text else "compute")
+    figures: dict[str, Any] = {} if args.skip_text else evaluate(loaded, args, devices)
     if processes.is_first() and figures:
         show(figures)
     scores = benchmark(loaded, args, devices) if args.tasks else []
-    if args.needle.lengths:
+    if args.needle:
         from dsv2_jax.evaluation import needle
 
-        figures["needle"] = needle.evaluate(loaded, args.needle, args.capacity, devices)
+        figures["needle"] = needle.evaluate(loaded, args.haystack, args.capacity, devices)
     if not processes.is_first():
         return
     if args.page is not None:

@@ -47,9 +47,9 @@ LANGUAGES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Needle:
-    """Which haystacks are asked. No lengths: none."""
+    """Which haystacks are asked."""
 
-    lengths: tuple[int, ...] = ()  # tokens of a prompt, question included
+    lengths: tuple[int, ...] = ()  # tokens of a prompt, question included; none: 1/8 to all of the model's positions
     depths: int = 5  # places of the needle from the beginning to the end, evenly spread
     needles: int = 1  # facts hidden in a haystack; the first stands at the depth, the others anywhere
     languages: tuple[str, ...] = ("english", "chinese")
@@ -59,10 +59,10 @@ class Needle:
     picture: Path | None = None  # where the heat map goes, .png
 
     def __post_init__(self) -> None:
-        check(self.depths > 1 and self.repeats > 0 and self.digits > 0, "needle: depths must be 2 or more, repeats 1")
-        check(0 < self.needles <= 10, f"needle.needles must lie in 1 to 10, not {self.needles}")
+        check(self.depths > 1 and self.repeats > 0 and self.digits > 0, "haystack: depths must be 2 or more, repeats 1")
+        check(0 < self.needles <= 10, f"haystack.needles must lie in 1 to 10, not {self.needles}")
         odd = [name for name in self.languages if name not in LANGUAGES]
-        check(not odd, f"needle.languages: there are {', '.join(LANGUAGES)}, not {', '.join(odd)}")
+        check(not odd, f"haystack.languages: there are {', '.join(LANGUAGES)}, not {', '.join(odd)}")
 
 
 class Haystack(NamedTuple):
@@ -100,7 +100,7 @@ def _ask(
     needles = [words.encode(phrases.needle.format(place=p, number=n)) for p, n in zip(places, numbers, strict=True)]
     questions = [words.encode(phrases.question.format(place=place)) for place in places]
     room = length - 1 - sum(map(len, needles)) - max(map(len, questions))
-    check(room > 0, f"needle.lengths: {length} tokens do not hold the needles and their question")
+    check(room > 0, f"haystack.lengths: {length} tokens do not hold the needles and their question")
     hay: list[int] = []
     order = draw.sample(range(len(texts)), len(texts))
     while len(hay) < room:  # a long haystack may read the held-out split several times
@@ -124,10 +124,12 @@ def evaluate(loaded: "Loaded", wanted: Needle, capacity: "Capacity", devices: An
 
     words = loaded.need_tokenizer()
     new = wanted.digits + 2  # a space, a digit each, and what ends the number
+    whole = loaded.model.max_position_embeddings - new
+    wanted = wanted if wanted.lengths else dataclasses.replace(wanted, lengths=tuple(whole // n for n in (8, 4, 2, 1)))
     longest = max(wanted.lengths) + new
     check(
         longest <= loaded.model.max_position_embeddings,
-        f"needle.lengths: {max(wanted.lengths)} tokens and the answer's {new} exceed the model's "
+        f"haystack.lengths: {max(wanted.lengths)} tokens and the answer's {new} exceed the model's "
         f"{loaded.model.max_position_embeddings} positions",
     )
     held_out = corpora.prepare(dataclasses.replace(loaded.config.data, form="text", source=_source(loaded))).held_out
