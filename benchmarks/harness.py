@@ -40,16 +40,17 @@ def main() -> None:
     cli.keep_compiled_programs()
     from lm_eval.models.huggingface import HFLM
 
+    from dsv2_jax.evaluation import benchmarks
     from dsv2_jax.evaluation.harness import Harness
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     ours = Harness(loading.load(args.checkpoint), capacity=Capacity())
     theirs = HFLM(pretrained=str(args.checkpoint), dtype="float32", device="cpu", batch_size=args.batch_size)
-    rows = []
+    known, rows = benchmarks.manager(), []
     for task in args.tasks.split(","):
         for _ in range(2):
-            found, seconds = ask(ours, task, args)
-            wanted, seconds_hf = ask(theirs, task, args)
+            found, seconds = ask(ours, task, known, args)
+            wanted, seconds_hf = ask(theirs, task, known, args)
         rows.append({"task": task, "seconds": seconds, "seconds_hf": seconds_hf, **compare(found, wanted, task)})
     table = rich.table.Table(*rows[0])
     for row in rows:
@@ -62,11 +63,9 @@ def main() -> None:
         args.json.write_text(json.dumps({"rows": rows, "share_of_hf": total}, indent=2) + "\n")
 
 
-def ask(model: Any, task: str, args: Compare) -> tuple[dict[str, Any], float]:
+def ask(model: Any, task: str, known: Any, args: Compare) -> tuple[dict[str, Any], float]:
     """lm-eval's results and the seconds that they took, building of the texts included."""
     import lm_eval
-
-    from dsv2_jax.evaluation import benchmarks
 
     evaluate: Any = lm_eval.simple_evaluate
     start = time.perf_counter()
@@ -75,7 +74,7 @@ def ask(model: Any, task: str, args: Compare) -> tuple[dict[str, Any], float]:
         tasks=[task],
         limit=args.limit,
         gen_kwargs={"max_gen_toks": args.max_gen_toks},
-        task_manager=benchmarks.manager(),
+        task_manager=known,
         bootstrap_iters=0,
     )
     return found, time.perf_counter() - start
