@@ -1,5 +1,5 @@
 # make demo: train, evaluate, sample and export a small DeepSeek-V2.   make align: fine-tune it and train it by GRPO.
-# make test, make prove, make lint: for developers.
+# make eval: the whole evaluation.   make test, make prove, make lint: for developers.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -10,8 +10,15 @@ PROMPT ?= To be, or not to be
 
 PY := $(VENV)/bin/python
 RUN := runs/demo
+CHECKPOINT ?= $(RUN)
+REPORT ?= runs/eval
+LIMIT ?= 100
+NEEDLES ?= 128 256 500
+ANSWER ?= 128
+OWN := offline_boolq,offline_openbookqa,offline_commonsenseqa,offline_truthfulqa_100
+CHINESE := offline_chengyu_meaning,offline_chengyu_cloze
 
-.PHONY: demo align test prove lint
+.PHONY: demo align eval test prove lint
 
 demo: $(VENV)/.installed
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(PY) train.py nano --workdir $(RUN)
@@ -30,6 +37,14 @@ demo: $(VENV)/.installed
 
 align: $(VENV)/.installed
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(PY) -m dsv2_jax.alignment --base $(RUN) --workdir runs/align
+
+# Needs no network once the sets are in data/evaluation. LIMIT documents of each, answers of ANSWER tokens; both, and
+# NEEDLES, are sized for nano. The report says what is left out.
+eval: $(VENV)/.installed
+	mkdir -p $(REPORT)
+	$(PY) eval.py --checkpoint $(CHECKPOINT) --tasks deepseek_v2_base,$(OWN),$(CHINESE) --offline --limit $(LIMIT) --max-gen-toks $(ANSWER) \
+	  --needle --haystack.lengths $(NEEDLES) --haystack.picture $(REPORT)/needle.png --samples $(REPORT)/samples \
+	  --json $(REPORT)/eval.json --page $(REPORT)/eval.html
 
 test: $(VENV)/.installed-dev
 	$(PY) -m pytest -n 2 -m "not slow and not tpu"

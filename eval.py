@@ -1,4 +1,4 @@
-"""Evaluates a checkpoint: python eval.py --checkpoint RUN_OR_HF_FOLDER [--text FILE] [--json FILE]."""
+"""Evaluates a checkpoint: python eval.py --checkpoint RUN_OR_HF_FOLDER [--text FILE] [--tasks A,B] [--json FILE]."""
 
 import dataclasses
 import json
@@ -15,16 +15,30 @@ import rich.table
 
 from dsv2_jax import cli
 from dsv2_jax.config import Data, Mesh, Processes, check
+from dsv2_jax.evaluation.needle import Needle
+from dsv2_jax.inference.engine import Capacity
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Bits per byte and perplexity on held-out text, or logits for given token ids."""
+    """Bits per byte and perplexity on held-out text, benchmarks, needles in a haystack, or logits for given ids."""
 
     checkpoint: Path  # a run's folder or a Hugging Face folder
     text: Path | None = None  # a text or JSONL file or a folder of such; else the held-out split of the run's own data
     length: int = 0  # tokens of a row; 0: as in training
     json: Path | None = None  # where the figures go
+    page: Path | None = None  # where a page of the figures goes: HTML if it ends in .html, else Markdown
+    tasks: str = ""  # of lm-eval, ours, or groups (deepseek_v2_base, deepseek_v2_chat, deepseek_v2_offline); a,b
+    num_fewshot: int | None = None  # examples before each question, in place of the task's
+    limit: int | None = None  # documents of each task
+    chat: bool = False  # write the tasks' texts as conversations
+    max_gen_toks: int = 0  # tokens of an answer, in place of the task's
+    offline: bool = False  # of the paper's groups, only what needs no network once fetched
+    samples: Path | None = None  # a folder for all documents of the tasks with what was answered
+    skip_text: bool = False  # leave out the figures of held-out text
+    needle: bool = False  # look for needles in haystacks, of the settings below
+    haystack: Needle = dataclasses.field(default_factory=Needle)
+    capacity: Capacity = dataclasses.field(default_factory=Capacity)  # of the engine, for tasks and needles
     token_ids: Path | None = None  # a .npy of ids [B, T]; with --logits, nothing else is done
     logits: Path | None = None  # where their float32 logits [B, T, vocabulary] go, .npy
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
@@ -35,6 +49,10 @@ def main() -> None:
     """The command line."""
     args = cli.parse(Evaluate, prog="eval.py")
     check((args.token_ids is None) == (args.logits is None), "--token-ids and --logits belong together")
+    check(
+        args.processes.count == 1 or not (args.tasks or args.needle),
+        "--tasks and --needle run in one process: the engine's mesh is of its own devices",
+    )
     from dsv2_jax.parallel import processes
 
     cli.keep_compiled_programs()
@@ -53,12 +71,49 @@ def run(args: Evaluate, ids_BT: np.ndarray | None) -> None:
         write_logits(loading.load(args.checkpoint), ids_BT, args.logits)
         return
     devices = mesh.make(args.mesh)
-    figures = evaluate(loading.load(args.checkpoint, devices), args, devices)
+    # The engine can do without float32 weights; figures of held-out text are training's own.
+    loaded = loading.load(args.checkpoint, devices, args.capacity.weights if args.skip_text else "compute")
+    figures: dict[str, Any] = {} if args.skip_text else evaluate(loaded, args, devices)
+    if processes.is_first() and figures:
+        show(figures)
+    scores = benchmark(loaded, args, devices) if args.tasks else []
+    if args.needle:
+        from dsv2_jax.evaluation import needle
+
+        figures["needle"] = needle.evaluate(loaded, args.haystack, args.capacity, devices)
     if not processes.is_first():
         return
-    show(figures)
+    if args.page is not None:
+        from dsv2_jax.evaluation import report
+
+        report.write_page(args.page, str(args.checkpoint), scores, figures)
     if args.json is not None:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        if scores:
+            from dsv2_jax.evaluation import report
+
+            figures["benchmarks"] = report.as_json(scores)
+        args.json.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def benchmark(loaded: Any, args: Evaluate, mesh: Any) -> list[Any]:
+    """Scores of the tasks, printed."""
+    from dsv2_jax.evaluation import benchmarks, report, suite
+    from dsv2_jax.evaluation.harness import Harness
+
+    rows = suite.rows(args.tasks, offline=args.offline, shots=args.num_fewshot)
+    benchmarks.check_names(rows)
+    harness = Harness(loaded, capacity=args.capacity, devices=mesh)
+    scores = benchmarks.run(
+        harness,
+        rows,
+        limit=args.limit,
+        chat=args.chat,
+        max_new=args.max_gen_toks,
+        offline=args.offline,
+        samples=args.samples,
+    )
+    report.show(scores)
+    return scores
 
 
 def evaluate(loaded: Any, args: Evaluate, mesh: Any) -> dict[str, Any]:

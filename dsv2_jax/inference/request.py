@@ -38,8 +38,8 @@ class Request:
             self.max_new > 0 or (self.max_new == 0 and self.score_from is not None),
             f"max-new must be positive, not {self.max_new}",
         )
-        check(
-            len(self.prompt) + self.max_new <= longest,
+        check(  # of a prompt that is only scored, the last token is never looked at
+            len(self.prompt) - (self.max_new == 0) + self.max_new <= longest,
             f"{len(self.prompt)} prompt tokens and {self.max_new} new ones exceed the model's {longest} positions",
         )
         check(

@@ -15,9 +15,12 @@ def frequencies(rope: Rope, width: int) -> np.ndarray:
     """Radians a position turns each pair of dimensions by, float64 [width / 2].
 
     YaRN: pairs that turn more than `beta_fast` times over the original length keep their frequency, those that turn
-    less than `beta_slow` times have it divided by `factor`, the ones between are blended linearly by index.
+    less than `beta_slow` times have it divided by `factor`, the ones between are blended linearly by index. Of kind
+    `linear` all are divided.
     """
     plain = rope.theta ** (-np.arange(0, width, 2) / width)
+    if rope.kind == "linear":
+        return plain / rope.factor
 
     def index_of(turns: float) -> float:
         return (

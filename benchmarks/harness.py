@@ -1,0 +1,98 @@
+"""Our lm-eval model beside lm-eval's own `hf` backend on one Hugging Face folder: answers compared, and their time.
+
+python benchmarks/harness.py --checkpoint HF_DIR [--tasks A,B] [--limit N] [--json FILE]
+Each side runs all tasks twice, in turn, and the second time counts: programs are compiled by then.
+"""
+
+import dataclasses
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rich.console
+import rich.table
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's own folder is where Python looks
+
+from dsv2_jax import cli, loading
+from dsv2_jax.inference.engine import Capacity
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compare:
+    """What both are asked."""
+
+    checkpoint: Path  # a Hugging Face folder
+    tasks: str = "offline_mmlu,offline_piqa,offline_boolq,offline_gsm8k_100"
+    limit: int = 40  # documents of each
+    max_gen_toks: int = 64
+    batch_size: int = 16  # of the hf backend
+    json: Path | None = None
+
+
+def main() -> None:
+    """Runs both, prints the table."""
+    args = cli.parse(Compare, prog="benchmarks/harness.py")
+    cli.keep_compiled_programs()
+    from lm_eval.models.huggingface import HFLM
+
+    from dsv2_jax.evaluation import benchmarks
+    from dsv2_jax.evaluation.harness import Harness
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    ours = Harness(loading.load(args.checkpoint), capacity=Capacity())
+    theirs = HFLM(pretrained=str(args.checkpoint), dtype="float32", device="cpu", batch_size=args.batch_size)
+    known, rows = benchmarks.manager(), []
+    for task in args.tasks.split(","):
+        for _ in range(2):
+            found, seconds = ask(ours, task, known, args)
+            wanted, seconds_hf = ask(theirs, task, known, args)
+        rows.append({"task": task, "seconds": seconds, "seconds_hf": seconds_hf, **compare(found, wanted, task)})
+    table = rich.table.Table(*rows[0])
+    for row in rows:
+        table.add_row(*[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()])
+    total = sum(r["seconds"] for r in rows) / sum(r["seconds_hf"] for r in rows)
+    console = rich.console.Console()
+    console.print(table, width=None if console.is_terminal else 160)
+    console.print(f"of hf's time: {total:.3f}")
+    if args.json is not None:
+        args.json.write_text(json.dumps({"rows": rows, "share_of_hf": total}, indent=2) + "\n")
+
+
+def ask(model: Any, task: str, known: Any, args: Compare) -> tuple[dict[str, Any], float]:
+    """lm-eval's results and the seconds that they took, building of the texts included."""
+    import lm_eval
+
+    evaluate: Any = lm_eval.simple_evaluate
+    start = time.perf_counter()
+    found = evaluate(
+        model,
+        tasks=[task],
+        limit=args.limit,
+        gen_kwargs={"max_gen_toks": args.max_gen_toks},
+        task_manager=known,
+        bootstrap_iters=0,
+    )
+    return found, time.perf_counter() - start
+
+
+def compare(found: dict[str, Any], wanted: dict[str, Any], task: str) -> dict[str, Any]:
+    """The largest difference of a document's log-likelihoods, answers that differ, and whether scores are the same."""
+    worst, other, count = 0.0, 0, 0
+    for a, b in zip(found["samples"][task], wanted["samples"][task], strict=True):
+        for x, y in zip(a["resps"], b["resps"], strict=True):
+            count += 1
+            if isinstance(y[0], str):
+                other += x != y
+            else:
+                worst = max(worst, float(np.abs(np.float64(x[0][0]) - np.float64(y[0][0]))))
+    figures = [{k: v for k, v in r["results"][task].items() if isinstance(v, float)} for r in (found, wanted)]
+    return {"answers": count, "worst_difference": worst, "other_texts": other, "same_scores": figures[0] == figures[1]}
+
+
+if __name__ == "__main__":
+    cli.main(main)

@@ -1,0 +1,176 @@
+"""The long-context stage shown: needles found and loss by position, before it, with plain interpolation and with YaRN.
+
+Trains nano on rows of 512 tokens whose mixture holds retrieval documents, extends it, and averages over seeds:
+python benchmarks/long_context.py [--seeds 0 1 2] [--json FILE] [--picture FILE.png]
+"""
+
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rich.console
+import rich.table
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's own folder is where Python looks
+
+from configs import PRESETS
+from dsv2_jax import cli
+from dsv2_jax.config import Config, Rope
+from dsv2_jax.evaluation.needle import Needle
+from dsv2_jax.inference.engine import Capacity, Engine
+
+INTERPOLATION = {"kind": "linear", "mscale": 0.0, "mscale_all_dim": 0.0}  # and softmax is left as it was
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LongContext:
+    """What is trained and asked."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    base_tokens: int = 4_000_000  # of nano at 512
+    extension_steps: int = 200
+    row: int = 4096  # tokens of the extension's rows
+    retrieval_documents: int = 4000  # in the base's mixture
+    lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 6144)  # of haystacks
+    repeats: int = 4
+    texts: int = 4  # rows of the longest length whose loss by position is read
+    workdir: Path = Path("runs/long_context")
+    json: Path | None = None
+    picture: Path | None = None
+
+
+def main() -> None:
+    """Trains, measures, prints."""
+    args = cli.parse(LongContext, prog="benchmarks/long_context.py")
+    cli.keep_compiled_programs()
+    args.workdir.mkdir(parents=True, exist_ok=True)
+    found: dict[str, list[dict[str, Any]]] = {"unextended": [], "interpolation": [], "yarn": []}
+    for seed in args.seeds:
+        base = train(base_config(args, seed))
+        runs = {name: train(extended_config(args, seed, base, name)) for name in ("interpolation", "yarn")}
+        for name, run in {"unextended": base, **runs}.items():
+            found[name].append(measure(run, args, seed))
+    means = {name: mean(figures) for name, figures in found.items()}
+    show(means, args)
+    if args.json is not None:
+        args.json.write_text(json.dumps({"means": means, "seeds": found}, indent=2) + "\n")
+    if args.picture is not None:
+        draw(means, args, args.picture)
+
+
+def base_config(args: LongContext, seed: int) -> Config:
+    """Nano on rows of 512."""
+    nano = PRESETS["nano"]()
+    return dataclasses.replace(
+        nano,
+        seed=seed,
+        workdir=args.workdir / f"base-{seed}",
+        tokens=args.base_tokens,
+        batch=dataclasses.replace(nano.batch, length=512),
+        data=dataclasses.replace(nano.data, retrieval_documents=args.retrieval_documents),
+    )
+
+
+def extended_config(args: LongContext, seed: int, base: Path, name: str) -> Config:
+    """The preset nano_long over the base; `interpolation` with all positions divided by the factor."""
+    preset = PRESETS["nano_long"]()
+    rope = preset.model.rope if name == "yarn" else dataclasses.replace(preset.model.rope, **INTERPOLATION)
+    return dataclasses.replace(
+        preset,
+        seed=seed,
+        init=base,
+        workdir=args.workdir / f"{name}-{seed}",
+        model=dataclasses.replace(preset.model, rope=rope),
+        batch=dataclasses.replace(preset.batch, length=args.row),
+        tokens=args.extension_steps * preset.batch.size * args.row,
+    )
+
+
+def train(config: Config) -> Path:
+    """The run's folder, once it is finished."""
+    from dsv2_jax.training import loop
+
+    loop.train(config)
+    return config.workdir
+
+
+def measure(run: Path, args: LongContext, seed: int) -> dict[str, Any]:
+    """Needles found and nats by position; the unextended model is asked beyond its positions too."""
+    from dsv2_jax import loading
+    from dsv2_jax.data import corpora
+    from dsv2_jax.evaluation import needle
+
+    loaded = loading.load(run)
+    longest = max(args.lengths) + 64
+    if loaded.model.max_position_embeddings < longest:
+        loaded = dataclasses.replace(loaded, model=beyond(loaded.model, longest))
+    wanted = Needle(lengths=args.lengths, repeats=args.repeats, seed=seed)
+    capacity = Capacity(rows=4, length=longest)
+    figures = needle.evaluate(loaded, wanted, capacity, None)
+    held_out = corpora.prepare(loaded.config.data).held_out
+    words = loaded.need_tokenizer()
+    text = "\n".join(held_out[i]["text"].decode() for i in range(len(held_out)))
+    ids = words.encode(text)
+    length = max(args.lengths)
+    rows = [[words.bos_id, *ids[i * length : (i + 1) * length - 1]] for i in range(args.texts)]
+    rows = [row for row in rows if len(row) == length]
+    engine = Engine(loaded.params, loaded.model, capacity=capacity)
+    scores = np.array([[logprob for logprob, _ in result.scores] for result in engine.score(rows)])
+    nats = [float(-part.mean()) for part in np.array_split(scores, max(1, length // 512), axis=1)]
+    return {"needle": figures, "nats_by_position": nats}
+
+
+def beyond(model: Any, positions: int) -> Any:
+    """The same rotations at positions that the model was not made for: only its own limit is raised."""
+    rope = dataclasses.replace(model.rope, original_max_position_embeddings=positions)
+    assert model.rope.factor == Rope().factor, "only a model without YaRN turns alike with another original length"
+    return dataclasses.replace(model, max_position_embeddings=positions, rope=rope)
+
+
+def mean(figures: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over the seeds."""
+    lengths = figures[0]["needle"]["by_length"]
+    return {
+        "needle_by_length": {n: float(np.mean([f["needle"]["by_length"][n] for f in figures])) for n in lengths},
+        "nats_by_position": np.mean([f["nats_by_position"] for f in figures], axis=0).tolist(),
+    }
+
+
+def show(means: dict[str, Any], args: LongContext) -> None:
+    """Needles by length, and perplexity in the first and the last 512 tokens."""
+    table = rich.table.Table("model", *[f"{n:,}" for n in args.lengths], "first 512", "last 512")
+    for name, m in means.items():
+        found = [f"{100 * share:.0f}%" for share in m["needle_by_length"].values()]
+        ends = [f"{math.exp(m['nats_by_position'][i]):.1f}" for i in (0, -1)]
+        table.add_row(name, *found, *ends)
+    rich.console.Console().print(table)
+
+
+def draw(means: dict[str, Any], args: LongContext, path: Path) -> None:
+    """Both in one figure."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
+    for name, m in means.items():
+        left.plot(args.lengths, list(m["needle_by_length"].values()), marker="o", label=name)
+        nats = m["nats_by_position"]
+        right.plot(np.arange(1, len(nats) + 1) * (max(args.lengths) / len(nats)), np.exp(nats), label=name)
+    left.set(xlabel="tokens of context", ylabel="needles found", ylim=(-0.03, 1.03))
+    right.set(xlabel="position", ylabel="perplexity", yscale="log")
+    for axes in (left, right):
+        axes.axvline(512, color="grey", linestyle=":")
+        axes.legend()
+    figure.suptitle(f"nano, mean of {len(args.seeds)} seeds")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    cli.main(main)

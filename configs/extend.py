@@ -1,0 +1,61 @@
+"""The long-context stage (section 3.1.4): YaRN over a trained checkpoint, and some more steps on long rows.
+
+Parameters do not depend on positions, so `--init DIR` takes any checkpoint of the same sizes, and the preset's rope
+settings stand in place of the checkpoint's own. They are kept with the run and go into its export.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from configs import models, pretrain
+from dsv2_jax.config import Batch, Cadence, Compute, Config, Data, Model, Optimizer
+
+_STEPS, _SEQUENCES, _LENGTH = 1000, 576, 32_768
+_FACTOR = 40.0  # s; alpha 1 and beta 32 are the defaults of the settings
+
+
+def extended(model: Model, factor: float, positions: int) -> Model:
+    """The model with YaRN: its original length stays, `positions` is what it is used up to."""
+    original = model.max_position_embeddings
+    rope = dataclasses.replace(model.rope, factor=factor, original_max_position_embeddings=original)
+    return dataclasses.replace(model, rope=rope, max_position_embeddings=positions)
+
+
+def v2_long() -> Config:
+    """DeepSeek-V2 to 128K: 1000 steps of 576 rows of 32K (section 3.1.4). Give --init and --data.source."""
+    return _paper(pretrain.v2(), Path("runs/v2_long"), 163_840)
+
+
+def v2_lite_long() -> Config:
+    """DeepSeek-V2-Lite to 32K by the same recipe (App. B). Give --init and --data.source."""
+    return _paper(pretrain.v2_lite(), Path("runs/v2_lite_long"), _LENGTH)
+
+
+def _paper(base: Config, workdir: Path, positions: int) -> Config:
+    lr = base.optimizer.peak_lr * base.optimizer.decay_factor**2  # where pretraining ended; the paper gives none
+    return dataclasses.replace(
+        base,
+        workdir=workdir,
+        tokens=_STEPS * _SEQUENCES * _LENGTH,
+        model=extended(base.model, _FACTOR, positions),
+        batch=Batch(size=_SEQUENCES, length=_LENGTH, micro_size=_SEQUENCES),
+        optimizer=Optimizer(peak_lr=lr, warmup_steps=0, decay_at=()),
+    )
+
+
+def nano_long() -> Config:
+    """Nano from 512 to 8K positions, on rows of 4K. Give --init runs/nano.
+
+    The built-in corpus has few long documents, so its rows are packed, and a part of them asks for facts that stand
+    far above: see data/retrieval.py.
+    """
+    return Config(
+        workdir=Path("runs/nano_long"),
+        tokens=200 * 2 * 4096,
+        model=extended(models.nano(), _FACTOR, 8192),
+        data=Data(retrieval_documents=400, retrieval_characters=9000),
+        batch=Batch(size=2, length=4096),
+        optimizer=Optimizer(peak_lr=6e-4, warmup_steps=10, decay_at=(0.8,)),
+        compute=Compute(remat="full", loss_chunk=1024),
+        cadence=Cadence(log=10, evaluate=100, evaluate_batches=4, save=100),
+    )

@@ -1,0 +1,215 @@
+"""Needles in a haystack (section 3.1.4, figure 4): is a fact found, wherever it stands in a text of any length?
+
+A haystack is held-out text; needles are sentences that name a number of a place. The question at the end asks for them
+one by one, and an answer counts when it is the number, digit by digit.
+"""
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import rich.console
+import rich.table
+
+from dsv2_jax.config import check
+
+if TYPE_CHECKING:
+    from dsv2_jax.data.tokenizer import Tokenizer
+    from dsv2_jax.inference.engine import Capacity
+    from dsv2_jax.loading import Loaded
+
+
+class Phrases(NamedTuple):
+    """How a needle and its question are worded; places fill {place}, and a number {number}."""
+
+    needle: str
+    question: str
+    places: tuple[str, ...]
+
+
+# What training on retrieval documents reads (data/retrieval.py) is worded alike; numbers and texts differ.
+LANGUAGES = {
+    "english": Phrases(
+        "\nThe secret number of {place} is {number}.\n",
+        "\nQuestion: What is the secret number of {place}?\nAnswer: The secret number of {place} is",
+        ("Paris", "London", "Rome", "Venice", "Cairo", "Athens", "Vienna", "Lisbon", "Berlin", "Oslo"),
+    ),
+    "chinese": Phrases(
+        "\n{place}的秘密数字是 {number}。\n",
+        "\n问：{place}的秘密数字是多少？\n答：{place}的秘密数字是",
+        ("长安", "洛阳", "成都", "荆州", "许昌", "建业", "徐州", "汉中", "襄阳", "江陵"),
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Needle:
+    """Which haystacks are asked."""
+
+    lengths: tuple[int, ...] = ()  # tokens of a prompt, question included; none: 1/8 to all of the model's positions
+    depths: int = 5  # places of the needle from the beginning to the end, evenly spread
+    needles: int = 1  # facts hidden in a haystack; the first stands at the depth, the others anywhere
+    languages: tuple[str, ...] = ("english", "chinese")
+    repeats: int = 4  # haystacks for each length, depth and language
+    digits: int = 4  # of a number
+    seed: int = 0
+    picture: Path | None = None  # where the heat map goes, .png
+
+    def __post_init__(self) -> None:
+        check(self.depths > 1 and self.repeats > 0 and self.digits > 0, "haystack: depths must be 2 or more, repeats 1")
+        check(0 < self.needles <= 10, f"haystack.needles must lie in 1 to 10, not {self.needles}")
+        odd = [name for name in self.languages if name not in LANGUAGES]
+        check(not odd, f"haystack.languages: there are {', '.join(LANGUAGES)}, not {', '.join(odd)}")
+
+
+class Haystack(NamedTuple):
+    """A prompt as token ids, the number that it asks for, and where it belongs in the picture."""
+
+    ids: tuple[int, ...]
+    number: str
+    length: int
+    depth: float
+    language: str
+
+
+def haystacks(words: "Tokenizer", texts: Sequence[str], wanted: Needle) -> list[Haystack]:
+    """All prompts, the same for the same seed. Raises ValueError for a length too short for its needles."""
+    draw = random.Random(wanted.seed)
+    text_ids = [words.encode(text) for text in texts]
+    check(any(text_ids), "there is no held-out text to hide a needle in")
+    found = []
+    for length in wanted.lengths:
+        for depth in np.linspace(0, 1, wanted.depths).tolist():
+            for language in wanted.languages:
+                for _ in range(wanted.repeats):
+                    found += _ask(words, text_ids, wanted, (length, depth, language), draw)
+    return found
+
+
+def _ask(
+    words: "Tokenizer", texts: Sequence[list[int]], wanted: Needle, cell: tuple[int, float, str], draw: random.Random
+) -> list[Haystack]:
+    """A haystack with its needles, once for each question about it."""
+    length, depth, language = cell
+    phrases = LANGUAGES[language]
+    places = draw.sample(phrases.places, wanted.needles)
+    numbers = ["".join(draw.choices("0123456789", k=wanted.digits)) for _ in places]
+    needles = [words.encode(phrases.needle.format(place=p, number=n)) for p, n in zip(places, numbers, strict=True)]
+    questions = [words.encode(phrases.question.format(place=place)) for place in places]
+    room = length - 1 - sum(map(len, needles)) - max(map(len, questions))
+    check(room > 0, f"haystack.lengths: {length} tokens do not hold the needles and their question")
+    hay: list[int] = []
+    order = draw.sample(range(len(texts)), len(texts))
+    while len(hay) < room:  # a long haystack may read the held-out split several times
+        for number in order:
+            hay += texts[number][: room - len(hay)]
+    at = [int(depth * room), *(draw.randrange(room + 1) for _ in needles[1:])]
+    for place, needle in sorted(zip(at, needles, strict=True), reverse=True):
+        hay[place:place] = needle
+    prompts = [(words.bos_id, *hay, *question) for question in questions]
+    return [Haystack(p, n, length, depth, language) for p, n in zip(prompts, numbers, strict=True)]
+
+
+def evaluate(loaded: "Loaded", wanted: Needle, capacity: "Capacity", devices: Any) -> dict[str, Any]:
+    """Shares of numbers that are answered exactly: of all, by language, and [lengths, depths].
+
+    Haystacks are of the held-out split of the checkpoint's own data. Prints the table and draws the picture.
+    """
+    from dsv2_jax.data import corpora
+    from dsv2_jax.inference.engine import Engine
+    from dsv2_jax.inference.request import Request
+
+    words = loaded.need_tokenizer()
+    new = wanted.digits + 2  # a space, a digit each, and what ends the number
+    whole = loaded.model.max_position_embeddings - new
+    wanted = wanted if wanted.lengths else dataclasses.replace(wanted, lengths=tuple(whole // n for n in (8, 4, 2, 1)))
+    longest = max(wanted.lengths) + new
+    check(
+        longest <= loaded.model.max_position_embeddings,
+        f"haystack.lengths: {max(wanted.lengths)} tokens and the answer's {new} exceed the model's "
+        f"{loaded.model.max_position_embeddings} positions",
+    )
+    held_out = corpora.prepare(dataclasses.replace(loaded.config.data, form="text", source=_source(loaded))).held_out
+    texts = [held_out[i]["text"].decode() for i in range(len(held_out))]
+    asked = haystacks(words, texts, wanted)
+    engine = Engine(
+        loaded.params,
+        loaded.model,
+        capacity=dataclasses.replace(capacity, length=capacity.length or longest),
+        words=words,
+        mesh=devices,
+    )
+    stop = (words.eos_id,)
+    results = engine.generate([Request(prompt=h.ids, max_new=new, stop_ids=stop, text=True) for h in asked])
+    right = np.array([is_answered(result.text, h.number) for result, h in zip(results, asked, strict=True)])
+    figures = summary(asked, right, wanted)
+    if wanted.picture is not None:
+        draw_picture(figures, wanted.picture)
+    show(figures)
+    return figures
+
+
+def show(figures: dict[str, Any]) -> None:
+    """Prints the grid as a table."""
+    table = rich.table.Table("tokens", *[f"depth {100 * d:.0f}%" for d in figures["depths"]], title="needles found")
+    for length, row in zip(figures["lengths"], figures["grid"], strict=True):
+        table.add_row(f"{length:,}", *[f"{100 * share:.0f}%" for share in row])
+    console = rich.console.Console()
+    console.print(table)
+    told = ", ".join(f"{name} {100 * share:.1f}%" for name, share in figures["by_language"].items())
+    console.print(f"all {100 * figures['exact_match']:.1f}%: {told}", highlight=False)
+
+
+def is_answered(text: str, number: str) -> bool:
+    """Whether the answer begins with the number, and the number ends there."""
+    answer = text.strip()
+    return answer.startswith(number) and not answer[len(number) : len(number) + 1].isdigit()
+
+
+def summary(asked: Sequence[Haystack], right: np.ndarray, wanted: Needle) -> dict[str, Any]:
+    """Shares of right answers. `grid`: rows are lengths, columns depths."""
+    lengths, depths = list(wanted.lengths), np.linspace(0, 1, wanted.depths).tolist()
+
+    def share(chosen: list[bool]) -> float:
+        return float(right[np.array(chosen)].mean())
+
+    return {
+        "exact_match": float(right.mean()),
+        "by_length": {n: share([h.length == n for h in asked]) for n in lengths},
+        "by_language": {name: share([h.language == name for h in asked]) for name in wanted.languages},
+        "lengths": lengths,
+        "depths": depths,
+        "grid": [[share([(h.length, h.depth) == (n, d) for h in asked]) for d in depths] for n in lengths],
+        "needles": wanted.needles,
+        "questions": len(asked),
+        "seed": wanted.seed,
+    }
+
+
+def draw_picture(figures: dict[str, Any], path: Path) -> None:
+    """The heat map in the style of figure 4: lengths to the right, depths downwards, green where it is found."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    grid = np.array(figures["grid"]).T
+    figure, axes = pyplot.subplots(figsize=(1.5 + 0.9 * grid.shape[1], 1.5 + 0.5 * grid.shape[0]))
+    image = axes.imshow(grid, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+    axes.set_xticks(range(grid.shape[1]), [f"{n:,}" for n in figures["lengths"]], rotation=45)
+    axes.set_yticks(range(grid.shape[0]), [f"{100 * d:.0f}%" for d in figures["depths"]])
+    axes.set_xlabel("tokens of context")
+    axes.set_ylabel("depth of the needle")
+    axes.set_title(f"needles found: {100 * figures['exact_match']:.1f}%")
+    figure.colorbar(image, ax=axes, label="exact match")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _source(loaded: "Loaded") -> str:
+    """Text to hide in: the run's own, unless it learnt from conversations or the like."""
+    return loaded.config.data.source if loaded.config.data.form == "text" else "builtin"
