@@ -37,7 +37,7 @@ def v2_grpo_reasoning() -> Config:
 
 
 def v2_grpo_preference() -> Config:
-    """GRPO's second stage: helpful, safety and rule rewards (section 4.2). Give --init, --data.source, reward models."""
+    """GRPO's second stage: helpful, safety and rule rewards (section 4.2). Needs --init, --data.source, rewards."""
     reasoning = v2_grpo_reasoning()
     rewards = ("runs/v2_reward_helpful", "runs/v2_reward_safety", "form")
     return dataclasses.replace(

@@ -190,9 +190,7 @@ class Data:
     # and perhaps `margin`, or `messages` and `score`, for a reward model. prompts: `prompt`, for GRPO.
     form: Literal["text", "conversations", "preferences", "prompts"] = "text"
     tasks: tuple[str, ...] = ()  # of the built-in questions; none: all (see data/instructions.py)
-    too_long: Literal["drop", "cut"] = (
-        "drop"  # a conversation that does not fit in a row; preferences are always dropped
-    )
+    too_long: Literal["drop", "cut"] = "drop"  # a conversation that fits in no row; preferences are always dropped
     tokenizer: str = "train"  # `train`: the init checkpoint's, else learnt from the source; or a .model, tokenizer.json
     text_field: str = "text"  # the key of a JSONL line that holds its text
     held_out_fraction: float = 0.03  # share of documents kept for evaluation; of built-in questions it is 1/16
