@@ -48,11 +48,11 @@ def v2_grpo_preference() -> Config:
 
 
 def nano_sft() -> Config:
-    """Supervised fine-tuning of nano on questions with verifiable answers. Give --init runs/nano."""
+    """Fine-tuning of nano on questions with verifiable answers, short enough to leave room. Give --init runs/nano."""
     return Config(
         workdir=Path("runs/nano_sft"),
         tokens=0,
-        epochs=8,
+        epochs=1,
         model=models.nano(),
         data=Data(form="conversations"),
         batch=Batch(size=4, length=256),
@@ -63,17 +63,17 @@ def nano_sft() -> Config:
 
 
 def nano_grpo() -> Config:
-    """GRPO of nano on sums, which its answers are checked for. Give --init runs/nano_sft."""
+    """GRPO of nano on counting relatives and common divisors. Give --init runs/nano_sft."""
     return Config(
         workdir=Path("runs/nano_grpo"),
         tokens=0,
         model=models.nano(),
-        data=Data(form="prompts", tasks=("chain_sum",)),
-        batch=Batch(size=64, length=64),
-        optimizer=Optimizer(peak_lr=1e-4, warmup_steps=5, decay_at=(), weight_decay=0.0),
+        data=Data(form="prompts", tasks=("aiw", "gcd")),
+        batch=Batch(size=128, length=64),
+        optimizer=Optimizer(peak_lr=4e-4, warmup_steps=5, decay_at=(), weight_decay=0.0),
         compute=Compute(remat="none", loss_chunk=512),
-        cadence=Cadence(log=1, evaluate=20, save=20),
-        grpo=Grpo(group=8, prompts=16, passes=1, steps=100, max_new=8),
+        cadence=Cadence(log=1, evaluate=16, save=32),
+        grpo=Grpo(group=8, prompts=64, passes=1, steps=160, max_new=6, beta=0.001, evaluate_prompts=512),
     )
 
 
@@ -84,7 +84,7 @@ def nano_reward() -> Config:
         tokens=0,
         epochs=1,
         model=dataclasses.replace(models.nano(), head="score"),
-        data=Data(form="preferences"),
+        data=Data(form="preferences", tasks=("aiw",)),
         batch=Batch(size=4, length=256),
         optimizer=Optimizer(peak_lr=3e-4, warmup_steps=20, decay_at=(0.6, 0.9)),
         compute=Compute(remat="none", loss_chunk=512),
