@@ -136,7 +136,7 @@ def evaluate(loaded: Any, args: Evaluate, mesh: Any) -> dict[str, Any]:
             corpus = corpora.prepare(config.data)
         texts = [example["text"].decode() for example in map(corpus.held_out.__getitem__, range(len(corpus.held_out)))]
     else:
-        texts = [text for _, text in corpora.local(args.text, Data.text_field)()]
+        texts = [document.text for document in corpora.local(args.text, Data.text_field)()]
         check(any(map(str.strip, texts)), f"{args.text} holds no text")
     rows = math.lcm(8, config.mesh.size(*BATCH))
     sharding.check_batch(rows, length, loaded.model, config.mesh, dropping=False)
