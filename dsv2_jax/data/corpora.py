@@ -110,7 +110,7 @@ def _retrieval(listed: list[Document], data: Data) -> list[Document]:
     if not data.retrieval_documents:
         return []
     held_out = _plan(lambda: listed, data).held_out
-    texts = [text for _, text in listed if text.strip() and _hash(text) not in held_out]
+    texts = [d.text for d in listed if d.text.strip() and _hash(d.text) not in held_out]
     made = retrieval.documents(texts, data.retrieval_documents, data.retrieval_characters)
     return [Document(name, text) for name, text in made]
 
