@@ -1,5 +1,6 @@
 """Runs benchmark tasks, one after the other, and says of each what came of it."""
 
+import functools
 import json
 import logging
 import os
@@ -20,8 +21,9 @@ from dsv2_jax.evaluation.suite import Row
 TASKS = Path(__file__).parent / "tasks"
 
 
+@functools.cache
 def manager() -> TaskManager:
-    """lm-eval's tasks and ours."""
+    """lm-eval's tasks and ours; it takes seconds to list them."""
     return TaskManager(include_path=str(TASKS))
 
 
