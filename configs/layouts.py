@@ -17,7 +17,7 @@ class Layout:
 
 LAYOUTS = {
     ("v2_lite", "v5p:2x2x4"): Layout(mesh=Mesh(fsdp=4, expert=4), sequences=64, remat="attention"),
-    ("v2", "v5p:4x8x8"): Layout(mesh=Mesh(fsdp=32, expert=8), sequences=1024, remat="attention"),
+    ("v2", "v5p:4x8x8"): Layout(mesh=Mesh(fsdp=32, expert=8), sequences=1024, remat="full"),
     ("dense_67b", "v5p:4x8x8"): Layout(mesh=Mesh(fsdp=256), sequences=1024, remat="attention"),
 }
 

@@ -67,10 +67,11 @@ def latent_attention(
     """MLA before W^O, [B, T, H, V]: absorbed over a cache that holds earlier tokens, expanded otherwise."""
     if "w_dq_DQ" in p:
         c_q_BTQ = rms_norm(project(x_BTD, p["w_dq_DQ"]), p["norm_q_Q"], LATENT_EPSILON)
-        q_nope_BTHN, q_rope_BTHR = project(c_q_BTQ, p["w_uq_QHN"]), project(c_q_BTQ, p["w_qr_QHR"])
+        q_nope_BTHN = project(c_q_BTQ, p["w_uq_QHN"])
+        q_rope_BTHR = rope.rotated(c_q_BTQ, p["w_qr_QHR"], where.phases_BTR)
     else:
-        q_nope_BTHN, q_rope_BTHR = project(x_BTD, p["w_uq_DHN"]), project(x_BTD, p["w_qr_DHR"])
-    q_rope_BTHR = rope.rotate(q_rope_BTHR, where.phases_BTR)
+        q_nope_BTHN = project(x_BTD, p["w_uq_DHN"])
+        q_rope_BTHR = rope.rotated(x_BTD, p["w_qr_DHR"], where.phases_BTR)
     latent_BSC = rms_norm(project(x_BTD, p["w_dkv_DC"]), p["norm_kv_C"], LATENT_EPSILON)
     k_rope_BSR = rope.rotate(project(x_BTD, p["w_kr_DR"]), where.phases_BTR)
 
@@ -138,8 +139,8 @@ def grouped_query_attention(
     kernels: Kernels = "xla",
 ) -> tuple[Array, caches.Layer | None]:
     """GQA before W^O, [B, T, H, V]; MHA with as many KV heads as heads, MQA with one (App. D.1)."""
-    q_BTHR = rope.rotate(project(x_BTD, p["w_q_DHR"]), where.phases_BTR)
-    k_BSJR, v_BSJV = rope.rotate(project(x_BTD, p["w_k_DJR"]), where.phases_BTR), project(x_BTD, p["w_v_DJV"])
+    q_BTHR = rope.rotated(x_BTD, p["w_q_DHR"], where.phases_BTR)
+    k_BSJR, v_BSJV = rope.rotated(x_BTD, p["w_k_DJR"], where.phases_BTR), project(x_BTD, p["w_v_DJV"])
     if isinstance(where, paged.Where):
         assert cache is not None
         return paged.grouped_queries(q_BTHR, k_BSJR, v_BSJV, where, cache, model)

@@ -37,14 +37,16 @@ def mixture(
     if exempt_B is not None and dropping:
         kept_BTK &= router.drop(routing, valid_BT, exempt_B, moe, mesh)
 
-    b, t = valid_BT.shape
+    (b, t), own = valid_BT.shape, moe.n_routed_experts // mesh.expert
 
     def experts(x_ND: Array, experts_NK: Array, gates_NK: Array) -> Array:
-        arguments = x_ND, experts_NK, gates_NK, p["w_gate_EDF"], p["w_up_EDF"], p["w_down_EFD"]
+        weights = p["w_gate_EDF"], p["w_up_EDF"], p["w_down_EFD"]
         if kernels == "xla":
-            return grouped_swiglu(*arguments)
+            if mesh.expert > 1:  # products of whole blocks read rows that nobody sent
+                x_ND = jnp.where((experts_NK < own).any(axis=1, keepdims=True), x_ND, 0)
+            return grouped_swiglu(x_ND, experts_NK, gates_NK, *weights)
         rows = expert.most_pairs(moe, mesh, b, t, dropping=dropping)
-        return expert_dispatch.grouped_swiglu(*arguments, rows=rows, implementation="pallas")
+        return expert_dispatch.grouped_swiglu(x_ND, experts_NK, gates_NK, *weights, rows=rows, implementation="pallas")
 
     tokens = (-1, moe.num_experts_per_tok)
     beside = None

@@ -2,11 +2,14 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from dsv2_jax.config import Model, Rope
+from dsv2_jax.model.matmul import Weight, project
+from dsv2_jax.parallel.mesh import platform
 
 _STRIDE = 256
 
@@ -71,6 +74,23 @@ def rotate(x_BTR: Array, phases_BTR: tuple[Array, Array]) -> Array:
     The result holds all first components, then all second ones. Queries and keys are turned alike, so their product
     does not see that order, and no interleaving is paid for.
     """
-    cos, sin = phases_BTR if x_BTR.ndim == 3 else tuple(p[:, :, None] for p in phases_BTR)
-    first, second = x_BTR[..., 0::2].astype(jnp.float32), x_BTR[..., 1::2].astype(jnp.float32)
-    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1).astype(x_BTR.dtype)
+    phases = phases_BTR if x_BTR.ndim == 3 else tuple(p[:, :, None] for p in phases_BTR)
+    return _turn(x_BTR[..., 0::2], x_BTR[..., 1::2], phases, -1)
+
+
+def rotated(x_BTX: Array, w_XHR: Weight, phases_BTR: tuple[Array, Array]) -> Array:
+    """`rotate` of `project(x, w)`, [B, T, H, R] in x's dtype.
+
+    On TPU heads come last until the pairs are turned: R numbers fill half a vector register, and pairs that lie side by
+    side would be parted by a matrix product. There the weights' columns are parted instead.
+    """
+    if platform() == "cpu":
+        return rotate(project(x_BTX, w_XHR), phases_BTR)
+    w_XRH = jax.tree.map(lambda w: jnp.concatenate([w[..., 0::2], w[..., 1::2]], axis=-1).swapaxes(1, 2), w_XHR)
+    first, second = jnp.split(project(x_BTX, w_XRH), 2, axis=2)
+    return _turn(first, second, tuple(p[..., None] for p in phases_BTR), 2).swapaxes(2, 3)
+
+
+def _turn(first: Array, second: Array, phases: tuple[Array, ...], axis: int) -> Array:
+    (cos, sin), a, b = phases, first.astype(jnp.float32), second.astype(jnp.float32)
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=axis).astype(first.dtype)

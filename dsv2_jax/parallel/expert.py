@@ -5,7 +5,8 @@ experts make of it, and one vector comes back. With device-limited routing at mo
 at most M T d numbers leave a device where one copy per expert would be K T d. Shapes are static, transfers are not
 padded: each device tells all others how many rows it has for whom, in integers, and hidden states move once each way.
 
-    N tokens of this device   K choices of a token   X devices of the expert axis   P rows sent   S rows received
+    N tokens of this device   K choices of a token   X devices of the expert axis
+    P rows sent   S rows received   C L numbers of a row in tiles
 """
 
 import functools
@@ -23,6 +24,7 @@ from dsv2_jax.parallel import collectives
 from dsv2_jax.parallel.mesh import platform
 
 AXIS = ("expert",)
+_LANES = 128  # of a vector register
 
 Experts = Callable[[Array, Array, Array], Array]  # (x_ND, experts_NK, gates_NK) -> y_ND, of this device's experts
 
@@ -91,7 +93,8 @@ def dispatch(
     the first one, and runs while rows come back.
 
     experts_NK int32: ids over all devices, E where a pair is dropped. gates_NK float32. `experts` gets rows from all
-    devices with ids among its own E / X experts, E / X for none. `rows` bounds what it can get (see `most_rows`).
+    devices with ids among its own E / X experts, E / X for none; rows that have none at all hold anything, NaN too, and
+    must not be read. `rows` bounds what it can get (see `most_rows`).
     With so few devices that a token may be sent to all of them, all tokens are gathered instead and the results
     scattered: the same traffic, and nothing to sort.
     """
@@ -103,22 +106,31 @@ def dispatch(
         meanwhile = back.function(out.function(*out.arguments), *back.arguments) if out and back else None
         return collectives.scatter(y, AXIS, 0, mesh), meanwhile
     plan = make_plan(experts_NK // own, most_devices(moe, mesh.expert), mesh)
-    rows_PD, gates_PK = expand(x_ND, plan), expand(gates_NK, plan)
+    # On TPU a row that travels must be whole in memory, so it is tiles of its own, [.., D / 128, 128], from its gather
+    # to the sum at home. Of a matrix XLA would make [P, 2, D / 2], which all that touch it pay for tenfold.
+    tiles = (-1, _LANES) if x_ND.shape[1] % _LANES == 0 else (1, -1)
+    rows_PCL, gates_PK = expand(x_ND.reshape(len(x_ND), *tiles), plan), expand(gates_NK, plan)
     ids_PK = _local(experts_NK[plan.tokens_P], plan.devices_P[:, None], own)
-    # Gates and ids travel in one array of float32; rows that nobody sent come out as 0, which must be no expert.
-    notes_PK = jnp.concatenate([gates_PK, (ids_PK - own).astype(jnp.float32)], axis=1)
+    notes_PK = jnp.concatenate([gates_PK, ids_PK.astype(jnp.float32)], axis=1)  # they travel in one array
     notes_SK = exchange(notes_PK, plan.sizes_XX, rows)
     # XLA is told to schedule the work between the start of a transfer and its end. Left alone it puts it behind, for it
     # does not know how long a ragged transfer takes. The barriers keep out of a group what needs its results.
     with set_xla_metadata(_scheduling_group_id="0"):
-        arrived = exchange(rows_PD, plan.sizes_XX, rows), _run(out)
-    x_SD, meanwhile = lax.optimization_barrier(arrived)
+        arrived = exchange(rows_PCL, plan.sizes_XX, rows), _run(out)
+    x_SCL, meanwhile = lax.optimization_barrier(arrived)
+    x_SD = _relaid(x_SCL, (rows, x_ND.shape[1]))
     gates_SK, ids_SK = jnp.split(notes_SK, 2, axis=1)
-    y_SD = experts(x_SD, ids_SK.astype(jnp.int32) + own, gates_SK)
+    came_S1 = jnp.arange(rows)[:, None] < plan.sizes_XX[:, lax.axis_index(AXIS)].sum()
+    y_SD = experts(x_SD, jnp.where(came_S1, ids_SK, own).astype(jnp.int32), gates_SK)
     with set_xla_metadata(_scheduling_group_id="1"):
-        arrived = exchange(y_SD, plan.sizes_XX.T, len(rows_PD)), _run(back, meanwhile)
-    back_PD, meanwhile = lax.optimization_barrier(arrived)
-    return merge(back_PD, plan), meanwhile
+        arrived = exchange(_relaid(y_SD, x_SCL.shape), plan.sizes_XX.T, len(rows_PCL)), _run(back, meanwhile)
+    back_PCL, meanwhile = lax.optimization_barrier(arrived)
+    return merge(back_PCL, plan).reshape(x_ND.shape), meanwhile
+
+
+def _relaid(x: Array, shape: tuple[int, ...]) -> Array:
+    """x in another shape, and no part of what makes or reads it: fused with either the change of tiles is dearer."""
+    return lax.optimization_barrier(lax.optimization_barrier(x).reshape(shape))
 
 
 def _run(work: Work | None, *first: Array | None) -> Array | None:
@@ -169,16 +181,17 @@ def make_plan(devices_NK: Array, copies: int, mesh: Mesh) -> Plan:
 
 @jax.custom_vjp
 def expand(x_ND: Array, plan: Plan) -> Array:
-    """The rows to send, [P, D]; transposed, `merge`. Both are gathers: no scatter of hidden states is ever made."""
+    """The rows to send, [P, ...]; transposed, `merge`. Both are gathers: no scatter of hidden states is ever made."""
     return x_ND[plan.tokens_P]
 
 
 @jax.custom_vjp
 def merge(rows_PD: Array, plan: Plan) -> Array:
-    """The sum of every token's rows, [N, D], in float32, then of the rows' dtype; transposed, `expand`."""
-    y_ND = jnp.zeros((plan.rows_NR.shape[0], rows_PD.shape[1]), jnp.float32)
+    """The sum of every token's rows, [N, ...], in float32, then of the rows' dtype; transposed, `expand`."""
+    y_ND = jnp.zeros((plan.rows_NR.shape[0], *rows_PD.shape[1:]), jnp.float32)
     for r in range(plan.rows_NR.shape[1]):
-        y_ND += jnp.where(plan.sent_NR[:, r, None], rows_PD[plan.rows_NR[:, r]], 0)
+        sent = plan.sent_NR[:, r].reshape(-1, *(1,) * (rows_PD.ndim - 1))
+        y_ND += jnp.where(sent, rows_PD[plan.rows_NR[:, r]], 0)
     return y_ND.astype(rows_PD.dtype)
 
 
@@ -188,10 +201,11 @@ merge.defvjp(lambda x, plan: (merge(x, plan), plan), lambda plan, g: (expand(g, 
 
 
 def exchange(rows_PD: Array, sizes_XX: Array, room: int) -> Array:
-    """Sends runs of rows to the devices of the expert axis: what arrives, in the order of the senders, [room, D].
+    """Sends runs of rows to the devices of the expert axis: what arrives, in the order of the senders, [room, ...].
 
     sizes_XX int32: rows of device i for device j. A sender's runs lie in the order of the receivers, without gaps.
-    Rows behind the last are 0. Transposed, the exchange of the transposed sizes.
+    Rows behind the last hold anything: on TPU memory as it was, for zeros are dear to write; on CPU NaN. Transposed,
+    the exchange of the transposed sizes.
     """
     return _exchange(room, len(rows_PD), rows_PD, sizes_XX)
 
@@ -215,8 +229,8 @@ def _move(rows_PD: Array, sizes_XX: Array, room: int) -> Array:
     sent_XX = jnp.cumsum(sizes_XX, axis=1) - sizes_XX  # where in the sender's rows a run begins
     landed_XX = jnp.cumsum(sizes_XX, axis=0) - sizes_XX  # and where in the receiver's
     if platform() != "cpu":
-        empty = jnp.zeros((room, *rows_PD.shape[1:]), rows_PD.dtype)
         runs = (sent_XX[me], sizes_XX[me], landed_XX[me], sizes_XX[:, me])
+        empty = lax.empty((room, *rows_PD.shape[1:]), rows_PD.dtype)
         return lax.ragged_all_to_all(rows_PD, empty, *runs, axis_name=AXIS[0])
     # XLA's CPU has no ragged transfer: everybody gets everything and takes what is his.
     everything_XPD = lax.all_gather(rows_PD, AXIS)
@@ -227,4 +241,4 @@ def _move(rows_PD: Array, sizes_XX: Array, room: int) -> Array:
     sender_S = jnp.minimum(sender_S, len(ends_X) - 1)
     at_S = jnp.where(came_S, sent_XX[sender_S, me] + row_S - landed_XX[sender_S, me], 0)
     came = came_S.reshape(-1, *(1,) * (rows_PD.ndim - 1))
-    return jnp.where(came, everything_XPD[sender_S, at_S], 0)
+    return jnp.where(came, everything_XPD[sender_S, at_S], jnp.nan)

@@ -95,7 +95,7 @@ def _swiglu(
     ops, order = _ops(implementation), sort(experts_NK, w_gate_EDF.shape[0], rows)
     x_PD, gates_P = _take(x_ND, order.token_P), _take(gates_NK.reshape(-1), order.pair_P)
     (hidden_PF,) = ops.gate_up(x_PD, w_gate_EDF, w_up_EDF, gates_P, order.sizes_E)
-    return _combine(ops.gmm(hidden_PF, w_down_EFD, order.sizes_E), order)
+    return ops.combine(ops.gmm(hidden_PF, w_down_EFD, order.sizes_E), order.row_NK, order.kept_NK)
 
 
 def _forward(
@@ -111,7 +111,7 @@ def _forward(
     ops, order = _ops(implementation), sort(experts_NK, w_gate_EDF.shape[0], rows)
     x_PD, gates_P = _take(x_ND, order.token_P), _take(gates_NK.reshape(-1), order.pair_P)
     hidden_PF, gate_PF, up_PF = ops.gate_up(x_PD, w_gate_EDF, w_up_EDF, gates_P, order.sizes_E, keep=True)
-    y_ND = _combine(ops.gmm(hidden_PF, w_down_EFD, order.sizes_E), order)
+    y_ND = ops.combine(ops.gmm(hidden_PF, w_down_EFD, order.sizes_E), order.row_NK, order.kept_NK)
     return y_ND, (x_ND, gates_P, w_gate_EDF, w_up_EDF, w_down_EFD, order, gate_PF, up_PF)
 
 
@@ -124,7 +124,8 @@ def _backward(implementation: Implementation, _rows: int, kept: tuple, g_ND: Arr
     dw_gate_EDF, dw_up_EDF = ops.tgmm_each(x_PD, (d_gate_PF, d_up_PF), sizes_E)
     dw_down_EFD = ops.tgmm(hidden_PF, g_PD, sizes_E)
     d_gates_NK = jnp.where(order.kept_NK, _take(d_gates_P, order.row_NK), 0)
-    return _combine(dx_PD, order), None, d_gates_NK, dw_gate_EDF, dw_up_EDF, dw_down_EFD
+    dx_ND = ops.combine(dx_PD, order.row_NK, order.kept_NK)
+    return dx_ND, None, d_gates_NK, dw_gate_EDF, dw_up_EDF, dw_down_EFD
 
 
 _swiglu.defvjp(_forward, _backward)
@@ -137,12 +138,3 @@ def _ops(implementation: Implementation) -> ModuleType:
 def _take(x: Array, at: Array) -> Array:
     """x[at] along the first dimension, without the passes over indices that are out of bounds: none is."""
     return x.at[at].get(mode="promise_in_bounds")
-
-
-def _combine(y_PD: Array, order: Order) -> Array:
-    """The sum of each token's rows [N, D], in float32 until it is whole: K gathers added up, never [N, K, D]."""
-    y_ND = jnp.zeros((order.row_NK.shape[0], y_PD.shape[1]), jnp.float32)
-    for k in range(order.row_NK.shape[1]):
-        # A row that belongs to no expert is undefined, perhaps NaN: chosen away, not multiplied.
-        y_ND += jnp.where(order.kept_NK[:, k, None], _take(y_PD, order.row_NK[:, k]).astype(jnp.float32), 0)
-    return y_ND.astype(y_PD.dtype)

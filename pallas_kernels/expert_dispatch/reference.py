@@ -56,6 +56,17 @@ def hidden_gradient(
     return d_gate_PF.astype(dtype), d_up_PF.astype(dtype), hidden_PF.astype(dtype), d_gates_P
 
 
+def combine(y_PD: Array, row_NK: Array, kept_NK: Array) -> Array:
+    """See combine.combine. K gathers added up: [N, K, D] would be dearer still."""
+    y_ND = jnp.zeros((row_NK.shape[0], y_PD.shape[1]), jnp.float32)
+    for k in range(row_NK.shape[1]):
+        rows_ND = y_PD.at[row_NK[:, k]].get(mode="promise_in_bounds").astype(jnp.float32)
+        y_ND += jnp.where(
+            kept_NK[:, k, None], rows_ND, 0
+        )  # a row that none keeps may be NaN: chosen away, not multiplied
+    return y_ND.astype(y_PD.dtype)
+
+
 def _ragged(x_PD: Array, w_E: Array, group_sizes_E: Array, contract: int) -> Array:
     """Each row with its group's matrix, over dimension `contract` of w [E, *, *]: float32."""
     dims = lax.RaggedDotDimensionNumbers((((1,), (contract,)), ((), ())), [0], [0])

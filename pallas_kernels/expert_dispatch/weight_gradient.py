@@ -26,15 +26,19 @@ from pallas_kernels.expert_dispatch.row_pipeline import (
 from pallas_kernels.expert_dispatch.tiles import ALIGN, LANES, MIB, Plan, Ref, Tiles, chip, lay_out
 
 
-def tgmm(lhs_PD: Array, rhs_PF: Array, group_sizes_E: Array, *, tiles: Tiles | None = None) -> Array:
+def tgmm(
+    lhs_PD: Array, rhs_PF: Array, group_sizes_E: Array, *, tiles: Tiles | None = None, name: str = "tgmm"
+) -> Array:
     """lhs^T rhs over the rows of each group: [E, D, F] in lhs's dtype, sums in float32; zeros for an empty group.
 
-    Rows behind the sum of the group sizes are not read.
+    Rows behind the sum of the group sizes are not read. name: of the kernel, in profiles and plans.
     """
-    return tgmm_each(lhs_PD, (rhs_PF,), group_sizes_E, tiles=tiles)[0]
+    return tgmm_each(lhs_PD, (rhs_PF,), group_sizes_E, tiles=tiles, name=name)[0]
 
 
-def tgmm_each(lhs_PD: Array, rhs: Sequence[Array], group_sizes_E: Array, *, tiles: Tiles | None = None) -> list[Array]:
+def tgmm_each(
+    lhs_PD: Array, rhs: Sequence[Array], group_sizes_E: Array, *, tiles: Tiles | None = None, name: str = "tgmm"
+) -> list[Array]:
     """tgmm(lhs, r) for each r of rhs, all [P, F]: lhs is read and transposed once."""
     given, pairs, depth, width = lhs_PD.shape[0], round_up(lhs_PD.shape[0]), lhs_PD.shape[1], rhs[0].shape[1]
     experts, dtype, many = group_sizes_E.shape[0], lhs_PD.dtype, len(rhs)
@@ -75,7 +79,7 @@ def tgmm_each(lhs_PD: Array, rhs: Sequence[Array], group_sizes_E: Array, *, tile
         out_shape=shapes,
         compiler_params=compiler_params(),
         cost_estimate=work(2 * pairs * depth * width * many, [lhs_PD, *rhs, *shapes]),
-        name="tgmm",
+        name=name,
     )(group_sizes_E, lhs_PD, *rhs)
 
 

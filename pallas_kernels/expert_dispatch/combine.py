@@ -1,0 +1,28 @@
+"""The way out: each token's rows added up, by one gather into token order and one grouped product.
+
+A gather for each of a token's K choices would read and write K rows a token, though a device computes but a few of
+them. Here the kept rows alone are gathered; those of a run of tokens then lie side by side, and a matrix of zeros and
+ones adds them up on the MXU, in float32.
+"""
+
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels.expert_dispatch.weight_gradient import tgmm
+
+_RUN = 256  # tokens of a group; each core of a v5p takes half of them
+
+
+def combine(y_PD: Array, row_NK: Array, kept_NK: Array) -> Array:
+    """y[n] = sum over the kept k of y_PD[row_NK[n, k]]: [N, D] in y's dtype, sums in float32, 0 where none is kept.
+
+    row_NK int32, below P; no two kept pairs share a row. Rows that no pair keeps may hold anything.
+    """
+    n, k = row_NK.shape
+    runs = -(-n // _RUN)
+    kept_P = kept_NK.reshape(-1)
+    pair_P = jnp.argsort(~kept_P, stable=True)[: y_PD.shape[0]].astype(jnp.int32)  # the kept ones first, by token
+    rows_PD = y_PD.at[row_NK.reshape(-1)[pair_P]].get(mode="promise_in_bounds")
+    own_PT = ((pair_P // k)[:, None] % _RUN == jnp.arange(_RUN)).astype(y_PD.dtype)
+    sizes_R = jnp.pad(kept_NK.sum(axis=1, dtype=jnp.int32), (0, runs * _RUN - n)).reshape(runs, _RUN).sum(axis=1)
+    return tgmm(own_PT, rows_PD, sizes_R, name="combine").reshape(runs * _RUN, -1)[:n]
