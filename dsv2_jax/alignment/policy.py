@@ -12,7 +12,7 @@ from dsv2_jax.config import Config
 from dsv2_jax.model import transformer
 from dsv2_jax.parallel import sharding
 from dsv2_jax.training.cross_entropy import token_log_probabilities
-from dsv2_jax.training.loss import BALANCES
+from dsv2_jax.training.loss import balanced
 
 
 def loss(
@@ -40,12 +40,8 @@ def loss(
     )  # fmt: skip
     figures["entropy"] = (entropy_BT * batch["weights_BT"]).sum()
     figures = {name: x / total_weight for name, x in figures.items()}
-    total = figures["objective"] = value / total_weight
-    if not statistics:
-        return total, figures
-    figures |= {name: statistics[name].sum() * share for name in BALANCES}
-    total = total + sum(figures[name] for name in BALANCES)
-    return total, figures | {"load_LE": statistics["load_E"] * share}
+    figures["objective"] = value / total_weight
+    return balanced(figures["objective"], figures, statistics, share)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh"))

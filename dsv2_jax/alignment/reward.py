@@ -18,7 +18,7 @@ from dsv2_jax.evaluation import perplexity
 from dsv2_jax.model import transformer
 from dsv2_jax.parallel import collectives
 from dsv2_jax.parallel.feed import Feed
-from dsv2_jax.training.loss import BALANCES
+from dsv2_jax.training.loss import balanced
 
 _FEWEST = 4  # tokens of an answer behind its prompt: begin, something, end; bounds the preferences of a row
 
@@ -71,11 +71,7 @@ def loss(
         "lead": mean(lead_BP),
         "tokens": weight_BP.sum() / alike,
     }
-    if not statistics:
-        return metrics["preference_loss"], metrics
-    metrics |= {name: statistics[name].sum() * share for name in BALANCES}
-    total = metrics["preference_loss"] + sum(metrics[name] for name in BALANCES)
-    return total, metrics | {"load_LE": statistics["load_E"] * share}
+    return balanced(metrics["preference_loss"], metrics, statistics, share)
 
 
 def evaluate(

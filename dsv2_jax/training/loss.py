@@ -56,11 +56,20 @@ def loss(
         "tokens": batch["weights_BT"].sum() / mesh.tensor,
         "bytes": (batch["weights_BT"] * batch["bytes_BT"]).sum() / mesh.tensor,
     }
-    if not out.statistics:
-        return metrics["nll"], metrics
-    metrics |= {name: out.statistics[name].sum() * share for name in BALANCES}
-    total = metrics["nll"] + sum(metrics[name] for name in BALANCES)
-    return total, metrics | {
-        "dropped": out.statistics["dropped"].mean() * share,
-        "load_LE": out.statistics["load_E"] * share,
-    }
+    total, metrics = balanced(metrics["nll"], metrics, out.statistics, share)
+    if out.statistics:
+        metrics["dropped"] = out.statistics["dropped"].mean() * share
+    return total, metrics
+
+
+def balanced(
+    value: Array, metrics: dict[str, Array], statistics: dict[str, Array], share: Array | float
+) -> tuple[Array, dict[str, Array]]:
+    """A stage's own loss with the three balance losses added (eq. 23 to 31), and its metrics with these and `load_LE`.
+
+    statistics: of the layers with experts, {} where there are none, which leaves both as they are. share: as in `loss`.
+    """
+    if not statistics:
+        return value, metrics
+    balances = {name: statistics[name].sum() * share for name in BALANCES}
+    return value + sum(balances.values()), metrics | balances | {"load_LE": statistics["load_E"] * share}
