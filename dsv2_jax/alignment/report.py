@@ -25,9 +25,13 @@ def write(workdir: Path, fine_tuned: Path, scored: Path, policies: list[Path]) -
         "| held-out questions solved, greedily | SFT | GRPO, mean | seeds | gain, points |",
         "|---|---:|---:|---|---:|",
     ]
-    for name in names:
-        before, after = (np.array([100 * lines[at][name] for lines in evaluations]) for at in (0, -1))
-        task = name.removeprefix("held_out_solved").lstrip("_") or "all"
+    rows = {name.removeprefix("held_out_solved").lstrip("_") or "all": [name] for name in names}
+    if names[1:]:
+        rows["mean of the tasks"] = names[1:]
+    for task, of in rows.items():
+        before, after = (
+            np.array([100 * np.mean([lines[at][name] for name in of]) for lines in evaluations]) for at in (0, -1)
+        )
         each = ", ".join(f"{x:.1f}" for x in after)
         gain = after - before
         table.append(

@@ -32,6 +32,7 @@ def runs(tmp_path):
                     "step": step,
                     "held_out_reward": right / 4,
                     "held_out_solved": right / 4,
+                    "held_out_solved_aiw": 0.5,
                     "held_out_solved_gcd": right / 4,
                 }
             )
@@ -54,6 +55,7 @@ def test_figures_answers_and_a_picture(runs):
     assert (runs / "report.md").read_text() == text
     assert "| all | 25.0 | 62.5 | 50.0, 75.0 | +37.5 (+25.0 to +50.0) |" in text
     assert "| gcd | 25.0 | 62.5 |" in text
+    assert "| mean of the tasks | 37.5 | 56.2 | 50.0, 62.5 | +18.8 (+12.5 to +25.0) |" in text
     assert "75.0% of 40 held-out pairs" in text
     assert "grpo-1 1.5" in text
     assert "| 1 \\| 1 is | 1 ✗ | 1 ✓ |" in text and "| 3 \\| 1 is | 3 ✗ | 3 ✗ |" in text
