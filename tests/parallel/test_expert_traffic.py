@@ -172,4 +172,5 @@ def test_a_training_step_compiles_for_a_pod(tpus):
         "gmm": 2,  # down, and the gradient of what gate and up read
         "hidden_gradient": 1,
         "tgmm": 2,
+        "combine": 2,  # results, and the gradient of what experts read
     }
