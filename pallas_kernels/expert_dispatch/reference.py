@@ -61,9 +61,8 @@ def combine(y_PD: Array, row_NK: Array, kept_NK: Array) -> Array:
     y_ND = jnp.zeros((row_NK.shape[0], y_PD.shape[1]), jnp.float32)
     for k in range(row_NK.shape[1]):
         rows_ND = y_PD.at[row_NK[:, k]].get(mode="promise_in_bounds").astype(jnp.float32)
-        y_ND += jnp.where(
-            kept_NK[:, k, None], rows_ND, 0
-        )  # a row that none keeps may be NaN: chosen away, not multiplied
+        # A row that no pair keeps may be NaN: chosen away, not multiplied.
+        y_ND += jnp.where(kept_NK[:, k, None], rows_ND, 0)
     return y_ND.astype(y_PD.dtype)
 
 

@@ -26,10 +26,8 @@ def _busiest(places, extents):
         line = sorted({place[dim] for place in places})
         across = len(places) // len(line)  # lines of this dimension, each with its own links
         links = across * (2 if len(line) == extent and extent > 2 else 1)
-        found += [
-            sum(p[dim] < line[i] for p in places) * sum(p[dim] >= line[i] for p in places) / links
-            for i in [len(line) // 2]
-        ]
+        low = sum(place[dim] < line[len(line) // 2] for place in places)
+        found.append(low * (len(places) - low) / links)
     return max(found)
 
 
