@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -103,3 +104,14 @@ def test_inner_products_depend_on_the_distance_only():
         z = (np.asarray(q)[0::2] + 1j * np.asarray(q)[1::2]) * np.conj(np.asarray(k)[0::2] + 1j * np.asarray(k)[1::2])
         expected = (z * np.exp(1j * distance * yarn_by_counting(YARN, 64))).sum().real
         np.testing.assert_allclose(products, expected, atol=5e-5)
+
+
+def test_heads_last_turn_alike(monkeypatch):
+    """What TPUs compute, parted columns and heads last, against the plain form."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x_BTX, w_XHR = jax.random.normal(keys[0], (2, 5, 6)), jax.random.normal(keys[1], (6, 3, 8))
+    angles = jax.random.normal(keys[2], (2, 5, 4))
+    arguments = x_BTX, w_XHR, (jnp.cos(angles), jnp.sin(angles))
+    plain = rope.rotated(*arguments)
+    monkeypatch.setattr(rope, "platform", lambda: "tpu")
+    np.testing.assert_allclose(rope.rotated(*arguments), plain, atol=1e-5)
