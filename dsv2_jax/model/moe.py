@@ -42,9 +42,12 @@ def mixture(
     def experts(x_ND: Array, experts_NK: Array, gates_NK: Array) -> Array:
         weights = p["w_gate_EDF"], p["w_up_EDF"], p["w_down_EFD"]
         if kernels == "xla":
-            if mesh.expert > 1:  # products of whole blocks read rows that nobody sent
-                x_ND = jnp.where((experts_NK < own).any(axis=1, keepdims=True), x_ND, 0)
-            return grouped_swiglu(x_ND, experts_NK, gates_NK, *weights)
+            if mesh.expert == 1:
+                return grouped_swiglu(x_ND, experts_NK, gates_NK, *weights)
+            # Products of whole blocks read rows that nobody sent, of x here and of the gradient on the way back.
+            sent_N1 = (experts_NK < own).any(axis=1, keepdims=True)
+            y_ND = grouped_swiglu(jnp.where(sent_N1, x_ND, 0), experts_NK, gates_NK, *weights)
+            return jnp.where(sent_N1, y_ND, 0)
         rows = expert.most_pairs(moe, mesh, b, t, dropping=dropping)
         return expert_dispatch.grouped_swiglu(x_ND, experts_NK, gates_NK, *weights, rows=rows, implementation="pallas")
 
