@@ -11,13 +11,17 @@ class Layout:
     """What a slice asks for; everything else is the preset's."""
 
     mesh: Mesh
-    sequences: int  # of a step, in one micro-batch
+    sequences: int  # of a step
     remat: str
+    micro_size: int = 0  # sequences of a micro-batch; 0: all
 
 
 LAYOUTS = {
     ("v2_lite", "v5p:2x2x4"): Layout(mesh=Mesh(fsdp=4, expert=4), sequences=64, remat="attention"),
     ("v2", "v5p:4x8x8"): Layout(mesh=Mesh(fsdp=32, expert=8), sequences=1024, remat="full"),
+    ("v2_long", "v5p:8x8x8"): Layout(
+        mesh=Mesh(fsdp=8, expert=8, context=8), sequences=576, remat="full", micro_size=192
+    ),
     ("dense_67b", "v5p:4x8x8"): Layout(mesh=Mesh(fsdp=256), sequences=1024, remat="attention"),
 }
 
@@ -31,6 +35,8 @@ def on_topology(name: str, topology: str) -> Config:
     return dataclasses.replace(
         config,
         mesh=layout.mesh,
-        batch=dataclasses.replace(config.batch, size=layout.sequences, micro_size=0, ramp_from=0, ramp_tokens=0),
+        batch=dataclasses.replace(
+            config.batch, size=layout.sequences, micro_size=layout.micro_size, ramp_from=0, ramp_tokens=0
+        ),
         compute=dataclasses.replace(config.compute, remat=layout.remat),
     )

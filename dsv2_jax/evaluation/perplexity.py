@@ -62,7 +62,7 @@ def sums(
     for batch in batches:
         one = {name: leaf[None] for name, leaf in batch.items()}
         one = feed(one) if feed else one
-        figures = jax.device_get(_sums(params, one, config=config, mesh=mesh, loss=loss))
+        figures = jax.device_get(sums_of_batch(params, one, config=config, mesh=mesh, loss=loss))
         figures = {name: np.asarray(x, np.float64) for name, x in figures.items()}
         if "load_LE" in figures:
             figures["load_LE"] = figures["load_LE"] * figures["tokens"]
@@ -73,9 +73,10 @@ def sums(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh", "loss"))
-def _sums(
+def sums_of_batch(
     params: Any, batch: dict[str, jax.Array], *, config: Config, mesh: jax.sharding.Mesh | None, loss: Loss
 ) -> dict[str, jax.Array]:
+    """The metrics of `loss` over one batch, whose leaves are [1, B, T], laid over the mesh as in a training step."""
     config = config if mesh else dataclasses.replace(config, mesh=SINGLE)
 
     def one_batch(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:

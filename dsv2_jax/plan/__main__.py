@@ -34,6 +34,7 @@ class Plan(Config):
     json: Path | None = None  # the figures, for a program
     hlo: Path | None = None  # the compiled, scheduled program, compressed by gzip
     html: Path | None = None  # a page with pictures
+    forward: bool = False  # plan the forward pass of a batch, as of evaluation or a prefill, instead of a step
     search: bool = False  # try meshes and remat policies, compile the most promising, rank them
 
 
@@ -71,7 +72,7 @@ def main() -> int:
         print(search.show(results))
         _write(plan.json, [dataclasses.asdict(result) for result in results])
         return 0
-    result, text = planned(config, topology, say)
+    result, text = planned(config, topology, say, plan.forward)
     print(report.show(result))
     _write(plan.json, dataclasses.asdict(result))
     if plan.html:
@@ -83,7 +84,7 @@ def main() -> int:
         m = result.memory
         cli.fail(
             f"{name} does not fit {topology.name}: a device needs {m.peak / 2**30:.2f} GiB and has "
-            f"{m.size / 2**30:.2f}; " + remedies(config, topology, lambda c, t: planned(c, t, say)[0])
+            f"{m.size / 2**30:.2f}; " + remedies(config, topology, lambda c, t: planned(c, t, say, plan.forward)[0])
         )
     return 0
 
@@ -102,10 +103,12 @@ def _write(path: Path | None, figures: Any) -> None:
         path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
-def planned(config: Config, topology: Topology, say: Callable[[str], None]) -> tuple[Estimate, str]:
-    """The estimate of a config's step on a topology, and its HLO."""
-    program, text = compiled(config, topology, say)
-    return estimate(laid_out(config, topology), topology, program, text, say), text
+def planned(
+    config: Config, topology: Topology, say: Callable[[str], None], forward: bool = False
+) -> tuple[Estimate, str]:
+    """The estimate of a config's step on a topology, or of its forward pass, and the program's HLO."""
+    program, text = compiled(config, topology, say, forward)
+    return estimate(laid_out(config, topology, forward), topology, program, text, say, forward), text
 
 
 def _progress() -> Callable[[str], None]:

@@ -1,4 +1,4 @@
-"""Compiles a step for a topology in a quiet process of its own, or finds it compiled already."""
+"""Compiles a step, or a forward pass, for a topology in a quiet process of its own, or finds it compiled already."""
 
 import dataclasses
 import gzip
@@ -22,7 +22,14 @@ from pallas_kernels.chips import CHIPS, Chip
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
 # What a compiled step depends on; the rest of plan/ only reads it.
-_CODE = ("dsv2_jax/config.py", "dsv2_jax/model", "dsv2_jax/parallel", "dsv2_jax/training", "dsv2_jax/plan/program.py")
+_CODE = (
+    "dsv2_jax/config.py",
+    "dsv2_jax/evaluation/perplexity.py",
+    "dsv2_jax/model",
+    "dsv2_jax/parallel",
+    "dsv2_jax/training",
+    "dsv2_jax/plan/program.py",
+)
 _QUIET = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -73,16 +80,21 @@ class Topology:
         return self.chips * self.chip.devices
 
 
-def laid_out(config: Config, topology: Topology) -> Config:
-    """The config with its mesh resolved, and without what no step depends on. Raises ValueError if it does not fit."""
+def laid_out(config: Config, topology: Topology, forward: bool = False) -> Config:
+    """The config with its mesh resolved, and without what no step depends on. Raises ValueError if it does not fit.
+
+    forward: for a forward pass, which takes the batch at once and drops nothing.
+    """
+    batch = dataclasses.replace(config.batch, micro_size=0) if forward else config.batch
     mesh = config.mesh.resolve(topology.devices * config.mesh.slices)
     sharding.check_model(config.model, mesh)
-    sharding.check_batch(config.batch.micro_size or config.batch.size, config.batch.length, config.model, mesh)
+    sharding.check_batch(batch.micro_size or batch.size, batch.length, config.model, mesh, dropping=not forward)
     compute = config.compute
     if compute.dtype == "auto":  # what it is on a TPU
         compute = dataclasses.replace(compute, dtype="bfloat16")
     return dataclasses.replace(
         config,
+        batch=batch,
         compute=compute,
         mesh=mesh,
         workdir=Path(),
@@ -93,22 +105,26 @@ def laid_out(config: Config, topology: Topology) -> Config:
     )
 
 
-def compiled(config: Config, topology: Topology, say: Callable[[str], None]) -> tuple[Program, str]:
+def compiled(
+    config: Config, topology: Topology, say: Callable[[str], None], forward: bool = False
+) -> tuple[Program, str]:
     """The program of a config's step on the topology, and its HLO ("" where it does not fit the chips' HBM).
 
-    say: is told what goes on. The result is kept in the folder of compiled programs, under a name made of the config,
-    the topology, the source of the step, the compiler's options and its version. Raises ValueError if the config or the
-    topology cannot be, and RuntimeError with the compiler's own words for anything else.
+    say: is told what goes on. forward: only the forward pass. The result is kept in the folder of compiled programs,
+    under a name made of the config, the topology, the source of the step, the compiler's options and its version.
+    Raises ValueError if the config or the topology cannot be, and RuntimeError with the compiler's own words for
+    anything else.
     """
-    config = laid_out(config, topology)
+    config = laid_out(config, topology, forward)
     check(importlib.util.find_spec("libtpu") is not None, "no libtpu to compile with: pip install libtpu")
-    folder = _folder(config, topology)
+    folder = _folder(config, topology, forward)
     if not (folder / PROGRAM).exists():
         folder.mkdir(parents=True, exist_ok=True)
         request = {
             "config": json.loads(to_json(config)),
             "topology": topology.name,
             "slices": config.mesh.slices,
+            "forward": forward,
         }
         (folder / REQUEST).write_text(json.dumps(request))
         _run(folder, topology, say)
@@ -144,10 +160,11 @@ def _run(folder: Path, topology: Topology, say: Callable[[str], None]) -> None:
         raise RuntimeError(f"the compiler for {topology.name} failed: {reason}; see {folder / 'stderr.txt'}")
 
 
-def _folder(config: Config, topology: Topology) -> Path:
+def _folder(config: Config, topology: Topology, forward: bool) -> Path:
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or Path.home() / ".cache" / "dsv2_jax"
     digest = hashlib.sha256()
-    for part in (to_json(config), topology.name, json.dumps(xla.OPTIONS), *map(importlib.metadata.version, _TOOLS)):
+    tools = map(importlib.metadata.version, _TOOLS)
+    for part in (to_json(config), topology.name, str(forward), json.dumps(xla.OPTIONS), *tools):
         digest.update(part.encode() + b"\0")
     for path in sources(*_CODE, "pallas_kernels"):
         digest.update(path.read_bytes() + b"\0")

@@ -66,11 +66,12 @@ class Time:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A step of a config on a topology."""
+    """A step of a config on a topology, or its forward pass alone."""
 
     topology: str
     chips: int
     devices: int
+    forward: bool
     mesh: dict[str, int]
     remat: str
     sequences: int
@@ -105,11 +106,16 @@ def model_flops(model: Model, length: int) -> float:
 
 
 def estimate(
-    config: Config, topology: Topology, program: Program, text: str, say: Callable[[str], None] = lambda _: None
+    config: Config,
+    topology: Topology,
+    program: Program,
+    text: str,
+    say: Callable[[str], None] = lambda _: None,
+    forward: bool = False,
 ) -> Estimate:
     """Reads a compiled program. config: as `compile.laid_out` gives it. text: its HLO, "" where it does not fit.
 
-    say: is told which kernels are being priced.
+    say: is told which kernels are being priced. forward: the program is a forward pass.
     """
     chip, batch = topology.chip, config.batch
     slices = config.mesh.slices
@@ -118,12 +124,13 @@ def estimate(
         "topology": topology.name,
         "chips": topology.chips * slices,
         "devices": topology.devices * slices,
+        "forward": forward,
         "mesh": config.mesh.sizes(),
         "remat": config.compute.remat,
         "sequences": batch.size,
         "micro_batches": batch.size // (batch.micro_size or batch.size),
         "length": batch.length,
-        "dropping": bool(config.model.moe_layers and config.model.moe.capacity_factor),
+        "dropping": bool(config.model.moe_layers and config.model.moe.capacity_factor and not forward),
         "fits": program.fits,
         "memory": Memory(
             size=program.limit or chip.hbm_size,
@@ -134,7 +141,7 @@ def estimate(
             gradients=program.gradients,
             activations=program.used - known - program.gradients,
         ),
-        "flops_per_token": model_flops(config.model, batch.length),
+        "flops_per_token": model_flops(config.model, batch.length) / (3 if forward else 1),
         "compile_seconds": program.seconds,
         "compile_bytes": program.host_bytes,
     }

@@ -1,7 +1,7 @@
-"""The training step of a config, compiled for TPUs that are not there; run as a process, it writes what it learnt.
+"""The training step of a config, or its forward pass, compiled for TPUs that are not there.
 
-`python -m dsv2_jax.plan.program FOLDER` reads FOLDER/request.json and leaves program.json and, if the program fits the
-chips, hlo.txt.gz: the optimised and scheduled program of one device.
+`python -m dsv2_jax.plan.program FOLDER`, a process of its own, reads FOLDER/request.json and leaves program.json and,
+if the program fits the chips, hlo.txt.gz: the optimised and scheduled program of one device.
 """
 
 import dataclasses
@@ -22,10 +22,12 @@ import numpy as np
 
 from dsv2_jax import config as settings
 from dsv2_jax.config import Config
+from dsv2_jax.evaluation.perplexity import sums_of_batch
 from dsv2_jax.model import transformer
 from dsv2_jax.parallel import mesh as device_mesh
 from dsv2_jax.parallel import sharding, xla
 from dsv2_jax.plan import network
+from dsv2_jax.training.loss import loss
 from dsv2_jax.training.step import create, state_specs, train_step
 
 REQUEST, PROGRAM, HLO = "request.json", "program.json", "hlo.txt.gz"
@@ -35,7 +37,7 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """What the compiler said of a step on one device. Bytes of HBM; where it does not fit, `used` and `limit` alone."""
+    """What the compiler said of a program on one device. Bytes of HBM; if it does not fit, `used` and `limit` alone."""
 
     fits: bool
     used: int  # the peak, arguments included
@@ -74,10 +76,11 @@ def shard_bytes(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def compile_step(config: Config, devices: list[Any]) -> tuple[Program, str]:
+def compile_step(config: Config, devices: list[Any], forward: bool = False) -> tuple[Program, str]:
     """Compiles a step for these devices, whose number is that of `config.mesh`: (the program, its HLO, "" if too big).
 
-    Raises ValueError if the config cannot be laid over the devices.
+    forward: the forward pass of a batch instead, as evaluation runs it and a prefill would: nothing is dropped. Raises
+    ValueError if the config cannot be laid over the devices.
     """
     start = time.monotonic()
     mesh = device_mesh.make(config.mesh, devices)
@@ -85,11 +88,19 @@ def compile_step(config: Config, devices: list[Any]) -> tuple[Program, str]:
         mesh = jax.sharding.Mesh(np.array(devices).reshape((1,) * len(settings.AXES)), settings.AXES)
     state, batch = arguments(config, mesh)
     used, limit, hlo = 0, 0, ""
-    lowered = train_step.lower(state, batch, 1e-3, config=config, mesh=mesh)
+    if forward:
+        state = state._replace(optimizer=())
+        lowered = sums_of_batch.lower(state.params, batch, config=config, mesh=mesh, loss=loss)
+    else:
+        lowered = train_step.lower(state, batch, 1e-3, config=config, mesh=mesh)
     print("compiling", flush=True)
     with tempfile.TemporaryDirectory() as dumps:
         # jaxlib cannot print programs whose collectives the SparseCore runs; the compiler can.
-        dump = {"xla_dump_to": dumps, "xla_dump_hlo_as_text": True, "xla_dump_hlo_module_re": ".*train_step.*"}
+        dump = {
+            "xla_dump_to": dumps,
+            "xla_dump_hlo_as_text": True,
+            "xla_dump_hlo_module_re": ".*(train_step|sums_of_batch).*",
+        }
         try:
             memory = lowered.compile(xla.OPTIONS | dump).memory_analysis()
             assert memory is not None
@@ -139,7 +150,7 @@ def main(folder: Path) -> None:
         platform="tpu", topology_name=request["topology"], num_slices=request["slices"]
     ).devices
     print("tracing", flush=True)
-    program, hlo = compile_step(config, list(devices))
+    program, hlo = compile_step(config, list(devices), request["forward"])
     if hlo:
         with gzip.open(folder / HLO, "wt", compresslevel=3) as file:
             file.write(hlo)

@@ -35,22 +35,22 @@ def _memory(e: Estimate) -> list[str]:
 
 def _time(e: Estimate) -> list[str]:
     assert e.time is not None
-    t = e.time
+    t, (what, products) = e.time, ("forward pass", 2) if e.forward else ("step", 6)
 
     def row(name: str, seconds: float, rest: str = "") -> str:
         return f"  {name:38}{seconds * 1e3:12,.1f} ms {seconds / t.step:6.1%}  {rest}".rstrip()
 
     lines = [
         "",
-        "time of a step, estimated from the compiler's schedule and never measured",
-        row("step", t.step, f"{e.tokens_per_second_per_chip:,.0f} tokens/s per chip, {e.mfu:.1%} MFU"),
+        f"time of a {what}, estimated from the compiler's schedule and never measured",
+        row(what, t.step, f"{e.tokens_per_second_per_chip:,.0f} tokens/s per chip, {e.mfu:.1%} MFU"),
         row("XLA's operations", t.xla),
         row("the same without an estimate, roughly", t.unpriced),
         row("Pallas kernels", t.kernels),
         row("waiting for other devices", t.exposed),
         row("waiting for copies into VMEM", t.copies),
         row("XLA + kernels at the MXU's peak", t.at_peak, "without the rest: for comparison with others"),
-        f"  MFU counts {e.flops_per_token / 1e9:.2f} GFLOP a token: 6 per activated parameter, and causal attention",
+        f"  MFU counts {e.flops_per_token / 1e9:.2f} GFLOP a token: {products} per active parameter, and attention's",
         "",
         f"traffic of a device, {e.wire / _GIB:.2f} GiB on the wire"
         f"{'over':>12}{'times':>9}{'GiB':>10}{'busy ms':>11}{'exposed ms':>12}",

@@ -150,3 +150,19 @@ def test_the_command_plans_a_preset(tmp_path):
         sum(figures["time"][part] for part in ("xla", "unpriced", "kernels", "exposed", "copies"))
     )
     assert {x["kind"] for x in figures["traffic"]} >= {"all-gather"}
+
+
+@pytest.mark.tpu
+def test_of_other_positions_only_the_latent_travels(tmp_path):
+    """A forward pass whose positions are spread over four chips: 16 + 8 numbers a token and layer are gathered."""
+    flags = ["tiny", "--forward", "--topology", "v5p:2x2x1", "--batch.size", "2", "--batch.length", "1024"]
+    flags += ["--mesh.fsdp", "1", "--mesh.context", "4", "--mesh.shard", "optimizer", "--compute.kernels", "xla"]
+    command = [sys.executable, "-m", "dsv2_jax.plan", *flags, "--json", str(tmp_path / "plan.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "time of a forward pass" in done.stdout
+    figures = json.loads((tmp_path / "plan.json").read_text())
+    wire = {x["kind"]: x["wire"] for x in figures["traffic"]}
+    tokens, segments = 2 * 1024, 4  # bytes of a token's segment, which all need for the mask
+    assert wire.pop("all-gather") == 3 / 4 * tokens * (3 * (16 + 8) * 2 + segments)
+    assert sum(wire.values()) < 10_000  # sums of the figures of an evaluation
+    assert figures["memory"]["optimizer"] == figures["memory"]["gradients"] == 0
