@@ -1,7 +1,8 @@
 """What the Pallas kernels of a program cost: the compiler estimates none of them, `pallas_kernels.cost` does.
 
-A kernel is priced once, alone, at the sizes of the model: its share of the MXU's peak there is taken for all its calls.
-Routed experts work on as many rows as a balanced router sends, however large the buffers are.
+A kernel is priced once, alone, at the sizes of the model, attention at 4096 tokens at most: its share of the
+MXU's peak there is taken for all its calls. Routed experts work on as many rows as a balanced router sends, however
+large the buffers are.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from pallas_kernels.ops import OPS
 
 _ATTENTION = "latent_forward_backward"
 _LANES = 128  # of a vector register
+_TOKENS = 4096  # that attention is priced at, at most: longer backward passes run in a loop, priced as one turn of it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,7 +117,7 @@ class Prices:
                 nope=a.qk_nope_head_dim if mla else a.qk_rope_head_dim,
                 rope=a.qk_rope_head_dim if mla else 0,
                 value=a.v_head_dim,
-                tokens=config.batch.length,
+                tokens=min(config.batch.length, _TOKENS),
             )
         return shapes.ExpertDispatch(
             tokens=self._rows // moe.num_experts_per_tok,
