@@ -19,10 +19,10 @@ from dsv2_jax.plan.compile import Topology, compiled, laid_out
 from dsv2_jax.plan.estimate import Estimate, estimate
 from dsv2_jax.plan.remedies import remedies
 
-_USAGE = f"""usage: python -m dsv2_jax.plan PRESET --topology CHIP:XxYxZ [--search] [--json FILE] [--hlo FILE.gz]
-       [--html FILE] [--section.field VALUE ...]
+_USAGE = f"""usage: python -m dsv2_jax.plan PRESET --topology CHIP:XxYxZ [--forward] [--search] [--json FILE]
+       [--hlo FILE.gz] [--html FILE] [--section.field VALUE ...]
        python -m dsv2_jax.plan claims [--topology CHIP:XxYxZ] [--json FILE]
-Compiles the training step of a preset for TPUs that are not here, and says whether it fits and how long it takes.
+Compiles a preset's training step, or its forward pass, for TPUs that are not here; says if it fits and what it takes.
 presets: {", ".join(PRESETS)}; every flag of train.py may follow"""
 
 
