@@ -1,13 +1,14 @@
 """What the Pallas kernels of a program cost: the compiler estimates none of them, `pallas_kernels.cost` does.
 
 A kernel is priced once, alone, at the sizes of the model, attention at 4096 tokens at most: its share of the
-MXU's peak there is taken for all its calls. Routed experts work on as many rows as a balanced router sends, however
-large the buffers are.
+MXU's peak there is taken for all its calls. Routed experts, and what adds up their results, work on as many rows as
+a balanced router sends, however large the buffers are.
 """
 
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -70,11 +71,19 @@ class Prices:
         operands = [dims for dtype, dims in arrays if dtype in ("bf16", "f32")]  # integers steer
         kernel = _kernel(instruction, operands)
         if kernel is None:
+            if "combine" in instruction.name:  # reads the rows that a router sends, and writes all tokens
+                read = sum(2 * math.prod(dims) for dims in operands)
+                share = self._share(operands)
+                flops, moved = flops * share, moved - (1 - share) * read
             return instruction.name, flops, max(flops / self._peak, moved / (self._chip.hbm * self._chip.cores))
         if kernel.startswith("expert"):
-            rows = next(dims[0] for dims in operands if len(dims) == 2)
-            flops *= min(1.0, self._rows / rows)
+            flops *= self._share(operands)
         return kernel, flops, flops / (self._peak * self._efficiency(kernel))
+
+    def _share(self, operands: list[tuple[int, ...]]) -> float:
+        """Of a buffer's rows those that a balanced router fills."""
+        rows = next(dims[0] for dims in operands if len(dims) == 2)
+        return min(1.0, self._rows / rows)
 
     @property
     def _rows(self) -> int:
