@@ -13,7 +13,7 @@ import jax
 
 from configs import PRESETS, layouts
 from dsv2_jax import cli
-from dsv2_jax.config import Config
+from dsv2_jax.config import Config, check
 from dsv2_jax.plan import claims, page, report, search
 from dsv2_jax.plan.compile import Topology, compiled, laid_out
 from dsv2_jax.plan.estimate import Estimate, estimate
@@ -68,6 +68,7 @@ def main() -> int:
     topology = Topology(plan.topology)
     config = Config(**{field.name: getattr(plan, field.name) for field in dataclasses.fields(Config)})
     if plan.search:
+        check(not plan.forward, "--search compares training steps: leave out --forward")
         results = search.search(config, topology, lambda c, t: planned(c, t, say)[0])
         print(search.show(results))
         _write(plan.json, [dataclasses.asdict(result) for result in results])
