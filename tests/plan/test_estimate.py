@@ -1,7 +1,9 @@
 """Figures of a plan against known ones, what is proposed when a step does not fit, and mistakes on the command line."""
 
 import dataclasses
+import functools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -142,7 +144,8 @@ def test_the_command_plans_a_preset(tmp_path):
     flags += ["--model.moe.budget_sequences", "2", "--compute.kernels", "xla"]  # no kernel is priced at such widths
     files = ["--json", str(tmp_path / "plan.json"), "--hlo", str(tmp_path / "hlo.gz")]
     command = [sys.executable, "-m", "dsv2_jax.plan", *flags, *files]
-    first, second = (subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True) for _ in range(2))
+    run = functools.partial(subprocess.run, command, cwd=ROOT, capture_output=True, text=True, check=True)
+    first, second = (run(env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path)}) for _ in range(2))
     assert "compiling" in first.stderr and "compiling" not in second.stderr
     assert first.stdout == second.stdout
     figures = json.loads((tmp_path / "plan.json").read_text())
