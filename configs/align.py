@@ -63,17 +63,17 @@ def nano_sft() -> Config:
 
 
 def nano_grpo() -> Config:
-    """GRPO of nano on counting relatives and common divisors. Give --init runs/nano_sft."""
+    """GRPO of nano on counting relatives and on equations. Give --init runs/nano_sft."""
     return Config(
         workdir=Path("runs/nano_grpo"),
         tokens=0,
         model=models.nano(),
-        data=Data(form="prompts", tasks=("aiw", "gcd")),
+        data=Data(form="prompts", tasks=("aiw", "simple_equations")),
         batch=Batch(size=128, length=64),
-        optimizer=Optimizer(peak_lr=4e-4, warmup_steps=5, decay_at=(), weight_decay=0.0),
+        optimizer=Optimizer(peak_lr=4e-4, warmup_steps=5, decay_at=(0.7,), weight_decay=0.0),
         compute=Compute(remat="none", loss_chunk=512),
-        cadence=Cadence(log=1, evaluate=16, save=32),
-        grpo=Grpo(group=8, prompts=64, passes=1, steps=160, max_new=6, beta=0.001, evaluate_prompts=512),
+        cadence=Cadence(log=1, evaluate=32, save=32),
+        grpo=Grpo(group=8, prompts=64, passes=1, steps=96, max_new=6, beta=0.001, evaluate_prompts=512),
     )
 
 

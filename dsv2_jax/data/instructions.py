@@ -19,17 +19,24 @@ import reasoning_gym
 from dsv2_jax.config import check
 
 TASKS: dict[str, dict[str, Any]] = {
-    "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
-    "gcd": {"min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 99},
+    "chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},
+    "simple_equations": {
+        "min_terms": 2,
+        "max_terms": 2,
+        "min_value": 1,
+        "max_value": 9,
+        "operators_weights": [0.5, 0.5, 0.0],
+    },
     "aiw": {"max_entities": 9},
-    "spell_backward": {"min_word_len": 3, "max_word_len": 5},
-    "letter_counting": {"min_words": 2, "max_words": 4},
+    "family_relationships": {},
+    "leg_counting": {"min_animals": 1, "max_animals": 2, "min_instances": 1, "max_instances": 3},
 }
 NEXT_LINE = "next_line"  # of the built-in corpus: no task with a verifier, but conversations are made of it too
-_DRAWN = 6000  # questions of a task
+_DRAWN = 10_000  # questions of a task
+_TAUGHT = 3000  # of them in conversations and preferences: the others are left to GRPO
 _TURNS = (1, 1, 2, 3)  # questions of a conversation, in turn
 _SEED = 1
-_HELD_OUT = 16  # one question of so many
+_HELD_OUT = 8  # one question of so many
 _LINE = (20, 80)  # characters of a line that is asked about, and of its answer
 _GAP = 40  # lines of a document between two questions about it
 
@@ -50,11 +57,11 @@ class Question(NamedTuple):
 
 
 def held_out(asked: str) -> bool:
-    """Whether this question is kept for evaluation: by a hash of its words in any order, one of 16.
+    """Whether this question is kept for evaluation: by a hash of its words in any order, one of 8.
 
-    So 3 + 4 and 4 + 3 are on one side.
+    So 3 + 4 and 4 + 3 are on one side. Letters that stand alone do not count: they are names of variables.
     """
-    words = " ".join(sorted(re.findall(r"\w+", asked)))
+    words = " ".join(sorted(re.findall(r"\d+|\w{2,}", asked)))
     return hashlib.blake2b(words.encode(), digest_size=8).digest()[0] % _HELD_OUT == 0
 
 
@@ -87,7 +94,7 @@ def make(form: str, tasks: Sequence[str], texts: Iterable[str]) -> Iterator[Made
     """Every document of a form (`data.form`). texts: of the corpus, for `NEXT_LINE`."""
     for task in tasks:
         if form == "conversations":
-            yield from conversations(task, next_lines(texts) if task == NEXT_LINE else drawn(task))
+            yield from conversations(task, next_lines(texts) if task == NEXT_LINE else drawn(task)[:_TAUGHT])
         else:
             yield from (prompts if form == "prompts" else preferences)(task)
 
@@ -119,8 +126,8 @@ def prompts(task: str) -> Iterator[Made]:
 
 
 def preferences(task: str) -> Iterator[Made]:
-    """A preference for every question of `prompts`: its own answer before that of another question of the task."""
-    items = list(prompts(task))
+    """A preference for every question of conversations: its own answer before that of another question of the task."""
+    items = list(itertools.islice(prompts(task), _TAUGHT))
     for number, (name, item, kept) in enumerate(items):
         others = (items[(number + ahead) % len(items)].value["answer"] for ahead in range(1, len(items)))
         wrong = next((answer for answer in others if answer != item["answer"]), None)
