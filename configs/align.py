@@ -69,11 +69,11 @@ def nano_grpo() -> Config:
         tokens=0,
         model=models.nano(),
         data=Data(form="prompts", tasks=("aiw", "simple_equations")),
-        batch=Batch(size=128, length=64),
+        batch=Batch(size=128, length=80),
         optimizer=Optimizer(peak_lr=4e-4, warmup_steps=5, decay_at=(0.7,), weight_decay=0.0),
         compute=Compute(remat="none", loss_chunk=512),
         cadence=Cadence(log=1, evaluate=32, save=32),
-        grpo=Grpo(group=8, prompts=64, passes=1, steps=96, max_new=6, beta=0.001, evaluate_prompts=512),
+        grpo=Grpo(group=8, prompts=64, passes=1, steps=96, max_new=6, beta=0.001, evaluate_prompts=1024),
     )
 
 

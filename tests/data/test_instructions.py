@@ -1,14 +1,16 @@
 """The built-in questions: what one form of the data is evaluated on, no form learns; lines of the corpus as answers."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import sympy
 
 from dsv2_jax.config import Data
 from dsv2_jax.data import corpora, instructions
 
-TASKS = ("gcd", "chain_sum")
+TASKS = ("simple_equations", "chain_sum")
 
 
 def asked(form, value):
@@ -36,17 +38,23 @@ def test_nothing_is_learnt_that_anything_is_evaluated_on(splits):
     evaluated = {q for (_, split), those in splits.items() if split == "held_out" for q in those}
     assert learnt and evaluated and not learnt & evaluated
     every = len(learnt | evaluated)
-    assert len(evaluated) / every == pytest.approx(1 / 16, rel=0.25)
+    assert len(evaluated) / every == pytest.approx(1 / 8, rel=0.25)
 
 
 def test_questions_of_evaluation_stand_once_and_answers_are_right(splits):
     for (_, split), those in splits.items():
         assert split == "train" or len(those) == len(set(those))
-    assert set(splits["preferences", "held_out"]) == set(splits["prompts", "held_out"])
-    for made in instructions.make("conversations", ["gcd"], ()):
+    assert set(splits["preferences", "held_out"]) <= set(splits["prompts", "held_out"])
+    for made in instructions.make("conversations", ["simple_equations"], ()):
         question, answer = made.value[0]["content"], made.value[1]["content"]
-        a, b = (int(n) for n in question.split(":")[1].split(".")[0].split(","))
-        assert int(answer) == next(d for d in range(min(a, b), 0, -1) if a % d == b % d == 0)
+        left, right = question.rpartition(":")[2].split("=")
+        assert sympy.sympify(re.sub(r"[a-z]", f"({answer})", left)) == int(right), question
+
+
+def test_an_equation_with_another_variable_is_the_same_question():
+    asked = "Find the value of {} in the equation: {}*{} + 5 = 61"
+    splits = [instructions.held_out(asked.format(x, n, x)) for n in (2, 4, 8) for x in "xyz"]
+    assert splits[0:3] == splits[0:1] * 3 and splits[3:6] == splits[3:4] * 3 and splits[6:9] == splits[6:7] * 3
 
 
 def test_lines_follow_each_other_in_what_pretraining_learns(tmp_path):
