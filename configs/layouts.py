@@ -1,9 +1,10 @@
-"""How presets are laid over TPU slices: mesh, batch and remat, each compiled and read by `python -m dsv2_jax.plan`."""
+"""How presets are laid over TPU slices, for training and for generation, as `python -m dsv2_jax.plan` reads them."""
 
 import dataclasses
 
 from configs import PRESETS
 from dsv2_jax.config import Config, Mesh
+from dsv2_jax.inference.engine import Capacity
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,8 +27,27 @@ LAYOUTS = {
 }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Serving:
+    """How an engine is laid over a slice."""
+
+    mesh: Mesh
+    capacity: Capacity
+
+
+# Attention works on each device's own sequences where its cache is small, as MLA's is; GQA's is split by heads.
+SERVING = {
+    ("v2", "v5p:2x2x2"): Serving(
+        mesh=Mesh(fsdp=1, expert=8), capacity=Capacity(rows=256, length=4096, page=256, weights="float8", cache="int6")
+    ),
+    ("dense_67b", "v5p:2x2x2"): Serving(
+        mesh=Mesh(fsdp=1, tensor=8), capacity=Capacity(rows=256, length=4096, page=256, weights="float8")
+    ),
+}
+
+
 def on_topology(name: str, topology: str) -> Config:
-    """The preset `name` as it is laid over the topology, or as it is where none is listed."""
+    """The preset `name` as its training is laid over the topology, or as it is where no layout is listed."""
     config = PRESETS[name]()
     layout = LAYOUTS.get((name, topology))
     if layout is None:

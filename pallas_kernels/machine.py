@@ -158,7 +158,8 @@ class _Machine:
             address, read = self._read(place), self._read(value)
             return lambda: (address(), read()), lambda v: self.smem.__setitem__(*v)
         if i.op.startswith("sbr"):
-            target = self.program.regions[i.text.rsplit("region", 1)[1]]
+            # A region that no bundle begins is the program's end: a core that has no part of the grid goes there.
+            target = self.program.regions.get(i.text.rsplit("region", 1)[1], len(self.program.bundles))
             return lambda: target, lambda v: setattr(self, "next", v)
         return None
 

@@ -91,10 +91,7 @@ class Engine:
         self.setup = programs.Setup(
             model=model, compute=compute or Compute(), form=c.cache, weights=c.weights, devices=mesh, routes=routes
         )
-        check(
-            self.setup.mesh.size("pipeline", "context") == 1,
-            "generation runs on the axes data, fsdp, expert and tensor; mesh.pipeline and mesh.context must be 1",
-        )
+        programs.check_mesh(self.setup.mesh)
         self._block = paged.block(model, c.cache)
         self._lanes = [Scheduler(c.pages, c.page, c.rows, c.chunk, self._block) for _ in range(self.setup.lanes)]
         self._layers = programs.empty(self.setup, c.pages, c.page)
@@ -280,21 +277,8 @@ class Engine:
     def _blank(self, n: int, chunk: int) -> tuple[programs.Call, np.ndarray]:
         """The arrays of a step in which all is padding."""
         lanes, pages = len(self._lanes), -(-self.capacity.length // self.capacity.page)
-
-        def zeros(*shape: int) -> np.ndarray:
-            return np.zeros((lanes, *shape), np.int32)
-
-        call = programs.Call(
-            tokens_ZT=zeros(n + chunk),
-            real_ZT=zeros(n + chunk),
-            times_ZT=zeros(n + chunk),
-            page_ZT=zeros(n + chunk),
-            table_ZNP=zeros(n, pages),
-            blocks_ZM=zeros(chunk // self._block),
-            used_Z=zeros(),
-            last_ZN=zeros(n),
-        )
-        return call, zeros(chunk)
+        call = programs.blank(lanes, n, chunk, chunk // self._block, pages)
+        return call, np.zeros((lanes, chunk), np.int32)
 
     def _draw(self, plans: list[list[Part]], rows_ZND: jax.Array) -> programs.Drawn | None:
         """New tokens of the sequences whose last token this step computed, if there are any."""

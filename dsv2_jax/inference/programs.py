@@ -25,7 +25,7 @@ from dsv2_jax.model.layers import cast, compute_dtype
 from dsv2_jax.model.matmul import Quantized, dot
 from dsv2_jax.parallel import collectives, mesh, sharding
 
-_LANES = PartitionSpec(mesh.BATCH)
+LANES = PartitionSpec(mesh.BATCH)  # of arrays with a leading axis of lanes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +50,14 @@ class Setup:
         return self.mesh.size(*mesh.BATCH)
 
 
+def check_mesh(sizes: config.Mesh) -> None:
+    """Raises ValueError for a mesh that generation does not run on."""
+    config.check(
+        sizes.size("pipeline", "context") == 1,
+        "generation runs on the axes data, fsdp, expert and tensor; mesh.pipeline and mesh.context must be 1",
+    )
+
+
 class Call(NamedTuple):
     """One forward pass, int32, Z lanes. The first N of T tokens are one of each sequence, the rest a chunk: Plan.
 
@@ -64,6 +72,24 @@ class Call(NamedTuple):
     blocks_ZM: np.ndarray
     used_Z: np.ndarray
     last_ZN: np.ndarray
+
+
+def blank(lanes: int, rows: int, chunk: int, blocks: int, pages: int) -> Call:
+    """A call that is all padding: `rows` sequences of up to `pages` pages, and `chunk` tokens in `blocks` blocks."""
+
+    def zeros(*shape: int) -> np.ndarray:
+        return np.zeros((lanes, *shape), np.int32)
+
+    return Call(
+        tokens_ZT=zeros(rows + chunk),
+        real_ZT=zeros(rows + chunk),
+        times_ZT=zeros(rows + chunk),
+        page_ZT=zeros(rows + chunk),
+        table_ZNP=zeros(rows, pages),
+        blocks_ZM=zeros(blocks),
+        used_Z=zeros(),
+        last_ZN=zeros(rows),
+    )
 
 
 class Drawn(NamedTuple):
@@ -91,31 +117,50 @@ def _prepare(setup: Setup) -> Any:
 
     An array at a time, two processes may begin the transfers in unlike orders, and wait for each other for ever.
     """
+    specs = _param_specs(_prepared_shapes(setup), setup)
+    return jax.jit(functools.partial(_prepared, setup=setup), out_shardings=sharding.on(setup.devices, specs))
 
-    def prepared(params: Any) -> Any:
-        unstacked = transformer.unstack(params)
-        if setup.weights != "compute":
-            unstacked = quantize.quantize(unstacked, setup.weights)
-        return cast(unstacked, compute_dtype(setup.compute))
 
+def _prepared(params: Any, setup: Setup) -> Any:
+    unstacked = transformer.unstack(params)
+    if setup.weights != "compute":
+        unstacked = quantize.quantize(unstacked, setup.weights)
+    return cast(unstacked, compute_dtype(setup.compute))
+
+
+def _prepared_shapes(setup: Setup) -> Any:
     stacked = {
         part: {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in named.items()}
         for part, named in parameters.tree(setup.model).items()
     }
-    specs = _param_specs(jax.eval_shape(prepared, stacked), setup)
-    return jax.jit(prepared, out_shardings=sharding.on(setup.devices, specs))
+    return jax.eval_shape(functools.partial(_prepared, setup=setup), stacked)
 
 
 def empty(setup: Setup, pages: int, slots: int) -> tuple[paged.Layer, ...]:
     """Every lane's cache, on its devices."""
 
+    specs = _cache_specs(setup)
+    # Said to be where they are: programs would be compiled anew for arrays of which that is not known.
+    return jax.jit(_empty(setup, pages, slots), out_shardings=sharding.on(setup.devices, specs))()
+
+
+def _empty(setup: Setup, pages: int, slots: int) -> Any:
     def make() -> tuple[paged.Layer, ...]:
         layers = paged.empty(setup.model, setup.mesh, pages, slots, setup.form, compute_dtype(setup.compute))
         return jax.tree.map(lambda x: x[None], layers)
 
-    specs = _cache_specs(setup)
-    # Said to be where they are: programs would be compiled anew for arrays of which that is not known.
-    return jax.jit(_spread(make, setup, (), specs), out_shardings=sharding.on(setup.devices, specs))()
+    return _spread(make, setup, (), _cache_specs(setup))
+
+
+def described(setup: Setup, pages: int, slots: int) -> tuple[Any, tuple[paged.Layer, ...]]:
+    """What `prepare` and `empty` return, as shapes with their shardings: devices that are not there do."""
+
+    def placed(shapes: Any, specs: Any) -> Any:
+        on = sharding.on(setup.devices, specs)
+        return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, on)
+
+    prepared, layers = _prepared_shapes(setup), jax.eval_shape(_empty(setup, pages, slots))
+    return placed(prepared, _param_specs(prepared, setup)), placed(layers, _cache_specs(setup))
 
 
 def _cache_specs(setup: Setup) -> Any:
@@ -123,7 +168,7 @@ def _cache_specs(setup: Setup) -> Any:
 
     def spec(path: tuple, leaf: jax.ShapeDtypeStruct) -> PartitionSpec:
         by_head = path[-1].key.startswith(("key", "value"))
-        return PartitionSpec(mesh.BATCH, None, None, "tensor") if by_head and leaf.ndim > 2 else _LANES
+        return PartitionSpec(mesh.BATCH, None, None, "tensor") if by_head and leaf.ndim > 2 else LANES
 
     return jax.tree_util.tree_map_with_path(spec, one)
 
@@ -167,8 +212,8 @@ def forward(
         return jax.tree.map(lambda x: x[None], results)
 
     cache = _cache_specs(setup)
-    specs = (_param_specs(prepared, setup), cache, _LANES)
-    return _spread(lane, setup, specs, (_LANES, _LANES, cache, _LANES))(prepared, layers, call)
+    specs = (_param_specs(prepared, setup), cache, LANES)
+    return _spread(lane, setup, specs, (LANES, LANES, cache, LANES))(prepared, layers, call)
 
 
 @functools.partial(jax.jit, static_argnames=("setup", "top"))
@@ -184,8 +229,8 @@ def draw(head: Any, hidden_ZND: Array, rows: Rows, adjust: Adjust | None, *, set
         logprob_N = (jnp.take_along_axis(logits_NW, token_N[:, None], axis=-1) - sum_N1)[:, 0]
         return jax.tree.map(lambda x: x[None], Drawn(token_N, logprob_N, tops_NK, values_NK - sum_N1))
 
-    specs = (_head_specs(head, setup), _LANES, _LANES, _LANES)
-    return _spread(lane, setup, specs, _LANES)(head, hidden_ZND, rows, adjust)
+    specs = (_head_specs(head, setup), LANES, LANES, LANES)
+    return _spread(lane, setup, specs, LANES)(head, hidden_ZND, rows, adjust)
 
 
 @functools.partial(jax.jit, static_argnames="setup")
@@ -198,8 +243,8 @@ def score(head: Any, hidden_ZCD: Array, targets_ZC: Array, *, setup: Setup) -> t
         logprob_C = own_C - jax.nn.logsumexp(logits_CW, axis=-1)
         return logprob_C[None], (jnp.argmax(logits_CW, axis=-1) == targets_1C[0])[None]
 
-    specs = (_head_specs(head, setup), _LANES, _LANES)
-    return _spread(lane, setup, specs, (_LANES, _LANES))(head, hidden_ZCD, targets_ZC)
+    specs = (_head_specs(head, setup), LANES, LANES)
+    return _spread(lane, setup, specs, (LANES, LANES))(head, hidden_ZCD, targets_ZC)
 
 
 @functools.partial(jax.jit, static_argnames="setup")
@@ -209,7 +254,7 @@ def logits(head: Any, hidden_ZCD: Array, *, setup: Setup) -> Array:
     def lane(head: Any, hidden_1CD: Array) -> Array:
         return _logits(head, hidden_1CD, setup)[None]
 
-    return _spread(lane, setup, (_head_specs(head, setup), _LANES), _LANES)(head, hidden_ZCD)
+    return _spread(lane, setup, (_head_specs(head, setup), LANES), LANES)(head, hidden_ZCD)
 
 
 def _head_specs(head: Any, setup: Setup) -> Any:

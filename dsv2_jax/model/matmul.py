@@ -55,9 +55,9 @@ def dot(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
 
 
 def to_bits(x: Array) -> Array:
-    """bfloat16 as its bits, any other dtype as it is. XLA on CPU has no bfloat16 but in products: it widens a whole
-    buffer to update or gather some rows of it. Bits it moves as they are."""
-    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+    """On CPU bfloat16 as its bits, any other dtype as it is. XLA has no bfloat16 there but in products: it widens a
+    whole buffer to update or gather some rows of it. Bits it moves as they are. On TPU it would copy them."""
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 and platform() == "cpu" else x
 
 
 def from_bits(x: Array) -> Array:

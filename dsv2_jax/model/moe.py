@@ -23,12 +23,13 @@ def mixture(
     mesh: Mesh = SINGLE,
     kernels: Kernels = "xla",
     experts_BTK: Array | None = None,
+    layer: int = 0,
 ) -> tuple[Array, dict[str, Array]]:
     """The MoE layer's FFN without its residual: (result [B, T, D] in x's dtype, statistics).
 
     valid_BT bool: padding goes to no expert. exempt_B bool: sequences that are never dropped; None is evaluation, where
     nothing is dropped. Statistics: those of `router.balance`, `dropped` (share of the valid pairs), which add up over
-    the devices, and `experts_BTK`. experts_BTK: see `router.route`.
+    the devices, and `experts_BTK`. experts_BTK: see `router.route`; layer: see `expert.dispatch`.
     """
     routing = router.route(x_BTD, p["w_router_DE"], moe, experts_BTK)
     valid_BT1 = valid_BT[..., None]
@@ -65,6 +66,7 @@ def mixture(
         mesh,
         expert.most_rows(moe, mesh, b, t, dropping=dropping),
         beside,
+        layer,
     )
     y_BTD = y_ND.reshape(x_BTD.shape)
     if shared is not None:

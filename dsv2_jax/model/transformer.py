@@ -47,6 +47,7 @@ class Layer(nn.Module):
     sparse: bool
     mesh: Mesh = SINGLE
     kernels: Kernels = "xla"
+    index: int = 0  # among the layers of its kind, where they are unrolled
 
     @nn.compact
     def __call__(
@@ -71,7 +72,7 @@ class Layer(nn.Module):
             if self.sparse:
                 valid_BT = where.segments_BT > 0
                 y_BTD, statistics = mixture(
-                    p, u_BTD, valid_BT, exempt_B, self.model.moe, self.mesh, self.kernels, experts_BTK
+                    p, u_BTD, valid_BT, exempt_B, self.model.moe, self.mesh, self.kernels, experts_BTK, self.index
                 )
             else:
                 y_BTD, statistics = swiglu(u_BTD, p["w_gate_DI"], p["w_up_DI"], p["w_down_ID"]), {}
@@ -231,7 +232,7 @@ class Transformer(nn.Module):
         if policy is not None and cache is None:
             call = nn.remat(call, policy=policy)
         for index, (kind, i) in enumerate(names):
-            layer = Layer(self.model, kind == "moe", self.mesh, kernels(self.compute), name=f"{kind}_{i}")
+            layer = Layer(self.model, kind == "moe", self.mesh, kernels(self.compute), i, name=f"{kind}_{i}")
             before = cache.layers[index] if cache is not None else None
             given = experts_LBTK[i] if kind == "moe" and experts_LBTK is not None else None
             x_BTD, (after, figures) = call(layer, x_BTD, before, given)

@@ -86,11 +86,12 @@ def dispatch(
     mesh: Mesh,
     rows: int,
     beside: tuple[Work, Work] | None = None,
+    layer: int = 0,
 ) -> tuple[Array, Array | None]:
     """`experts` applied where each expert lives: (y_ND of this device's tokens, the result of `beside`).
 
     Of the work `beside`, the first part runs while rows travel out; the second takes its result as one more argument,
-    the first one, and runs while rows come back.
+    the first one, and runs while rows come back. `layer` tells one call in a program from another.
 
     experts_NK int32: ids over all devices, E where a pair is dropped. gates_NK float32. `experts` gets rows from all
     devices with ids among its own E / X experts, E / X for none; rows that have none at all hold anything, NaN too, and
@@ -115,14 +116,14 @@ def dispatch(
     notes_SK = exchange(notes_PK, plan.sizes_XX, rows)
     # XLA is told to schedule the work between the start of a transfer and its end. Left alone it puts it behind, for it
     # does not know how long a ragged transfer takes. The barriers keep out of a group what needs its results.
-    with set_xla_metadata(_scheduling_group_id="0"):
+    with set_xla_metadata(_scheduling_group_id=str(2 * layer)):
         arrived = exchange(rows_PCL, plan.sizes_XX, rows), _run(out)
     x_SCL, meanwhile = lax.optimization_barrier(arrived)
     x_SD = _relaid(x_SCL, (rows, x_ND.shape[1]))
     gates_SK, ids_SK = jnp.split(notes_SK, 2, axis=1)
     came_S1 = jnp.arange(rows)[:, None] < plan.sizes_XX[:, lax.axis_index(AXIS)].sum()
     y_SD = experts(x_SD, jnp.where(came_S1, ids_SK, own).astype(jnp.int32), gates_SK)
-    with set_xla_metadata(_scheduling_group_id="1"):
+    with set_xla_metadata(_scheduling_group_id=str(2 * layer + 1)):
         arrived = exchange(_relaid(y_SD, x_SCL.shape), plan.sizes_XX.T, len(rows_PCL)), _run(back, meanwhile)
     back_PCL, meanwhile = lax.optimization_barrier(arrived)
     return merge(back_PCL, plan).reshape(x_ND.shape), meanwhile

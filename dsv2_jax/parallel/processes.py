@@ -28,6 +28,10 @@ def joined(processes: Processes) -> Iterator[None]:
         jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT)
     else:
         jax.distributed.initialize(coordinator, processes.count, processes.index, heartbeat_timeout_seconds=_HEARTBEAT)
+    if jax.default_backend() == "cpu":
+        # Only the first process keeps programs, so it alone would find them. It would come to the first transfer while
+        # the others compile, and Gloo waits half a minute for them.
+        jax.config.update("jax_enable_compilation_cache", False)
     try:
         yield
     except jax.errors.JaxRuntimeError as error:

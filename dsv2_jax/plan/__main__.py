@@ -14,27 +14,33 @@ import jax
 from configs import PRESETS, layouts
 from dsv2_jax import cli
 from dsv2_jax.config import Config, check
-from dsv2_jax.plan import claims, page, report, search
+from dsv2_jax.inference.engine import Capacity
+from dsv2_jax.plan import claims, largest, page, report, search
 from dsv2_jax.plan.compile import Topology, compiled, laid_out
 from dsv2_jax.plan.estimate import Estimate, estimate
+from dsv2_jax.plan.program import Work
 from dsv2_jax.plan.remedies import remedies
 
-_USAGE = f"""usage: python -m dsv2_jax.plan PRESET --topology CHIP:XxYxZ [--forward] [--search] [--json FILE]
+_USAGE = f"""usage: python -m dsv2_jax.plan PRESET --topology CHIP:XxYxZ [--forward | --decode | --search] [--json FILE]
        [--hlo FILE.gz] [--html FILE] [--section.field VALUE ...]
-       python -m dsv2_jax.plan claims [--topology CHIP:XxYxZ] [--json FILE]
-Compiles a preset's training step, or its forward pass, for TPUs that are not here; says if it fits and what it takes.
+       python -m dsv2_jax.plan claims [--topology CHIP:XxYxZ] [--serving CHIP:XxYxZ] [--json FILE]
+Compiles a preset's training step for TPUs that are not here, or its forward pass, or a decode step of its engine; says
+if it fits and what it takes.
 presets: {", ".join(PRESETS)}; every flag of train.py may follow"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan(Config):
-    """A training run, and the TPUs to plan it for."""
+    """A training run or an engine, and the TPUs to plan it for."""
 
     topology: str = ""  # CHIP:XxYxZ, such as v5p:4x8x8 or v6e:16x16; of each slice, if there are several
     json: Path | None = None  # the figures, for a program
     hlo: Path | None = None  # the compiled, scheduled program, compressed by gzip
     html: Path | None = None  # a page with pictures
     forward: bool = False  # plan the forward pass of a batch, as of evaluation or a prefill, instead of a step
+    decode: bool = False  # plan a decode step of the engine: all its rows full, each `capacity.length` tokens long
+    capacity: Capacity = dataclasses.field(default_factory=Capacity)  # of the engine, for --decode
+    largest: bool = False  # with --decode: as many rows as fit, found by compiling
     search: bool = False  # try meshes and remat policies, compile the most promising, rank them
 
 
@@ -43,6 +49,7 @@ class Claims:
     """The paper's claims beside this code base."""
 
     topology: str = "v5p:4x8x8"  # that training is compiled for
+    serving: str = "v5p:2x2x2"  # that generation is compiled for
     compile: bool = True  # --no-compile: only what can be counted at once
     json: Path | None = None  # the table, for a program
 
@@ -57,8 +64,8 @@ def main() -> int:
     say = _progress()
     if name == "claims":
         options = cli.parse(Claims, flags, prog="python -m dsv2_jax.plan claims")
-        compiles = (lambda c, t: planned(c, t, say)[0]) if options.compile else None
-        rows = claims.claims(Topology(options.topology), compiles)
+        compiles = (lambda c, t, work: planned(c, t, say, work)[0]) if options.compile else None
+        rows = claims.claims(Topology(options.topology), Topology(options.serving), compiles)
         print(claims.show(rows))
         _write(options.json, [dataclasses.asdict(row) for row in rows])
         return 0
@@ -67,13 +74,18 @@ def main() -> int:
     plan = _parsed(name, flags)
     topology = Topology(plan.topology)
     config = Config(**{field.name: getattr(plan, field.name) for field in dataclasses.fields(Config)})
+    work = _work(plan)
     if plan.search:
-        check(not plan.forward, "--search compares training steps: leave out --forward")
+        check(work == "step", "--search compares training steps: leave out --forward and --decode")
         results = search.search(config, topology, lambda c, t: planned(c, t, say)[0])
         print(search.show(results))
         _write(plan.json, [dataclasses.asdict(result) for result in results])
         return 0
-    result, text = planned(config, topology, say, plan.forward)
+    if plan.largest:
+        check(isinstance(work, Capacity), "--largest is for a decode step: add --decode")
+        assert isinstance(work, Capacity)
+        work, _ = largest.largest(config, topology, work, lambda c, t, w: planned(c, t, say, w)[0])
+    result, text = planned(config, topology, say, work)
     print(report.show(result))
     _write(plan.json, dataclasses.asdict(result))
     if plan.html:
@@ -85,7 +97,7 @@ def main() -> int:
         m = result.memory
         cli.fail(
             f"{name} does not fit {topology.name}: a device needs {m.peak / 2**30:.2f} GiB and has "
-            f"{m.size / 2**30:.2f}; " + remedies(config, topology, lambda c, t: planned(c, t, say, plan.forward)[0])
+            f"{m.size / 2**30:.2f}; " + remedies(config, topology, lambda c, t, w: planned(c, t, say, w)[0], work)
         )
     return 0
 
@@ -93,10 +105,21 @@ def main() -> int:
 def _parsed(name: str, flags: list[str]) -> Plan:
     """The flags over the preset, in its layout for the topology if one is listed."""
     prog = f"python -m dsv2_jax.plan {name}"
-    wanted = cli.parse(Plan(**vars(PRESETS[name]())), flags, prog=prog).topology
-    if not wanted:
+    wanted = cli.parse(Plan(**vars(PRESETS[name]())), flags, prog=prog)
+    if not wanted.topology:
         cli.fail("--topology is missing: CHIP:XxYxZ, such as v5p:4x8x8")
-    return cli.parse(Plan(**vars(layouts.on_topology(name, wanted))), flags, prog=prog)
+    config, capacity = layouts.on_topology(name, wanted.topology), Capacity()
+    serving = layouts.SERVING.get((name, wanted.topology))
+    if wanted.decode and serving is not None:
+        config, capacity = dataclasses.replace(config, mesh=serving.mesh), serving.capacity
+    return cli.parse(Plan(**vars(config), capacity=capacity), flags, prog=prog)
+
+
+def _work(plan: Plan) -> Work:
+    check(not (plan.forward and plan.decode), "--forward and --decode plan different programs: leave one out")
+    if plan.decode:
+        return plan.capacity.resolve(plan.model)
+    return "forward" if plan.forward else "step"
 
 
 def _write(path: Path | None, figures: Any) -> None:
@@ -105,11 +128,11 @@ def _write(path: Path | None, figures: Any) -> None:
 
 
 def planned(
-    config: Config, topology: Topology, say: Callable[[str], None], forward: bool = False
+    config: Config, topology: Topology, say: Callable[[str], None], work: Work = "step"
 ) -> tuple[Estimate, str]:
-    """The estimate of a config's step on a topology, or of its forward pass, and the program's HLO."""
-    program, text = compiled(config, topology, say, forward)
-    return estimate(laid_out(config, topology, forward), topology, program, text, say, forward), text
+    """The estimate of a config's work on a topology, and the program's HLO."""
+    program, text = compiled(config, topology, say, work)
+    return estimate(laid_out(config, topology, work), topology, program, text, say, work), text
 
 
 def _progress() -> Callable[[str], None]:

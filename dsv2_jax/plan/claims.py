@@ -1,4 +1,4 @@
-"""The paper's headline claims beside this code base: parameters, caches, the cost of training."""
+"""The paper's headline claims beside this code base: parameters, caches, the cost of training and of generation."""
 
 import dataclasses
 import math
@@ -12,9 +12,13 @@ from dsv2_jax.config import Attention, Config, Model, Moe
 from dsv2_jax.model import cache, transformer
 from dsv2_jax.plan.compile import Topology
 from dsv2_jax.plan.estimate import Estimate
+from dsv2_jax.plan.largest import largest
+from dsv2_jax.plan.program import Work
 
 _BITS, _DENSE_BITS = 6, 16  # of a cached number: the paper's quantised cache (3.2.3), and the dense model's
 _SLOTS = 8
+
+Plan = Callable[[Config, Topology, Work], Estimate]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,9 +54,12 @@ def activated(model: Model) -> int:
     return parameters(dataclasses.replace(model, moe=moe)) + router - embedding
 
 
-def claims(topology: Topology, plan: Callable[[Config, Topology], Estimate] | None) -> list[Claim]:
-    """The table. plan: compiles a config's step and reads it; None: what needs that is pending."""
-    return [*_sizes(), *_caches(), _training(topology, plan), _generation()]
+def claims(topology: Topology, serving: Topology, plan: Plan | None) -> list[Claim]:
+    """The table, training on `topology` and generation on `serving`.
+
+    plan: compiles a config's work and reads it; None: what needs that is pending.
+    """
+    return [*_sizes(), *_caches(), _training(topology, plan), _generation(serving, plan)]
 
 
 def _sizes() -> list[Claim]:
@@ -109,12 +116,12 @@ def _mha(layers: int, heads: int) -> Model:
     return Model(num_hidden_layers=layers, attention=attention, moe=Moe(n_routed_experts=0))
 
 
-def _training(topology: Topology, plan: Callable[[Config, Topology], Estimate] | None) -> Claim:
+def _training(topology: Topology, plan: Plan | None) -> Claim:
     ours = "pending"
     if plan is not None:
         hours = {}
         for name in ("v2", "dense_67b"):
-            e = plan(layouts.on_topology(name, topology.name), topology)
+            e = plan(layouts.on_topology(name, topology.name), topology, "step")
             hours[name] = 1e12 / e.tokens_per_second_per_chip / 3600 if e.time else math.inf
         saved = 1 - hours["v2"] / hours["dense_67b"]
         ours = f"{hours['v2'] / 1e3:.1f}K against {hours['dense_67b'] / 1e3:.1f}K: {-saved:.1%}"
@@ -126,13 +133,24 @@ def _training(topology: Topology, plan: Callable[[Config, Topology], Estimate] |
     )
 
 
-def _generation() -> Claim:
-    return Claim(
-        what="generation throughput, V2 against the dense 67B",
-        paper="5.76 times",
-        ours="pending",
-        how="largest batch that fits and estimated decode step, once the serving engine is there",
-    )
+def _generation(topology: Topology, plan: Plan | None) -> Claim:
+    ours, how = "pending", f"the most sequences that fit {topology.name}, and estimated decode steps of the engine"
+    if plan is not None:
+        found = {name: _serving(name, topology, plan) for name in ("v2", "dense_67b")}
+        rates = {name: e.tokens_per_second_per_chip for name, e in found.items()}
+        ours = f"{rates['v2']:,.0f} against {rates['dense_67b']:,.0f} tokens/s a chip: "
+        ours += f"{rates['v2'] / rates['dense_67b']:.2f} times"
+        told = [
+            f"{e.sequences:,} of {e.length:,} tokens in {1e3 * e.time.step:.1f} ms" for e in found.values() if e.time
+        ]
+        how += f", {told[0]} against {told[1]}; weights and caches as in configs/layouts.py"
+    return Claim(what="generation throughput, V2 against the dense 67B", paper="5.76 times", ours=ours, how=how)
+
+
+def _serving(name: str, topology: Topology, plan: Plan) -> Estimate:
+    layout = layouts.SERVING[name, topology.name]
+    config = dataclasses.replace(layouts.on_topology(name, topology.name), mesh=layout.mesh)
+    return largest(config, topology, layout.capacity, plan)[1]
 
 
 def show(rows: list[Claim]) -> str:

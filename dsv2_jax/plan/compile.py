@@ -1,4 +1,4 @@
-"""Compiles a step, or a forward pass, for a topology in a quiet process of its own, or finds it compiled already."""
+"""Compiles a program for a topology in a quiet process of its own, or finds it compiled already."""
 
 import dataclasses
 import gzip
@@ -15,9 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dsv2_jax import cli
-from dsv2_jax.config import Cadence, Config, Data, Processes, check, to_json
+from dsv2_jax.config import Batch, Cadence, Config, Data, Processes, check, to_json
+from dsv2_jax.inference import programs
+from dsv2_jax.inference.engine import Capacity
 from dsv2_jax.parallel import sharding, xla
-from dsv2_jax.plan.program import HLO, PROGRAM, REQUEST, Program
+from dsv2_jax.parallel.mesh import BATCH
+from dsv2_jax.plan.program import HLO, PROGRAM, REQUEST, Program, Work
 from pallas_kernels.chips import CHIPS, Chip
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
@@ -25,9 +28,11 @@ _ROOT = Path(__file__).resolve().parent.parent.parent
 _CODE = (
     "dsv2_jax/config.py",
     "dsv2_jax/evaluation/perplexity.py",
+    "dsv2_jax/inference",
     "dsv2_jax/model",
     "dsv2_jax/parallel",
     "dsv2_jax/training",
+    "dsv2_jax/plan/decode.py",
     "dsv2_jax/plan/program.py",
 )
 _QUIET = {
@@ -80,21 +85,29 @@ class Topology:
         return self.chips * self.chip.devices
 
 
-def laid_out(config: Config, topology: Topology, forward: bool = False) -> Config:
+def laid_out(config: Config, topology: Topology, work: Work = "step") -> Config:
     """The config with its mesh resolved, and without what no step depends on. Raises ValueError if it does not fit.
 
-    forward: for a forward pass, which takes the batch at once and drops nothing.
+    A forward pass takes the batch at once and drops nothing. The batch of a decode step is its sequences.
     """
-    batch = dataclasses.replace(config.batch, micro_size=0) if forward else config.batch
     mesh = config.mesh.resolve(topology.devices * config.mesh.slices)
     sharding.check_model(config.model, mesh)
-    sharding.check_batch(batch.micro_size or batch.size, batch.length, config.model, mesh, dropping=not forward)
+    batch, tokens = config.batch, config.tokens
+    if isinstance(work, Capacity):
+        programs.check_mesh(mesh)
+        batch = Batch(size=work.rows * mesh.size(*BATCH), length=work.length)
+        tokens = batch.size * batch.length
+    else:
+        batch = dataclasses.replace(batch, micro_size=0) if work == "forward" else batch
+        dropping = work == "step"
+        sharding.check_batch(batch.micro_size or batch.size, batch.length, config.model, mesh, dropping=dropping)
     compute = config.compute
     if compute.dtype == "auto":  # what it is on a TPU
         compute = dataclasses.replace(compute, dtype="bfloat16")
     return dataclasses.replace(
         config,
         batch=batch,
+        tokens=tokens,
         compute=compute,
         mesh=mesh,
         workdir=Path(),
@@ -106,25 +119,25 @@ def laid_out(config: Config, topology: Topology, forward: bool = False) -> Confi
 
 
 def compiled(
-    config: Config, topology: Topology, say: Callable[[str], None], forward: bool = False
+    config: Config, topology: Topology, say: Callable[[str], None], work: Work = "step"
 ) -> tuple[Program, str]:
     """The program of a config's step on the topology, and its HLO ("" where it does not fit the chips' HBM).
 
-    say: is told what goes on. forward: only the forward pass. The result is kept in the folder of compiled programs,
-    under a name made of the config, the topology, the source of the step, the compiler's options and its version.
+    say: is told what goes on. work: a forward pass or a decode step instead. The result is kept in the folder of
+    compiled programs, named after the config, the topology, the source of the step, the compiler's options and version.
     Raises ValueError if the config or the topology cannot be, and RuntimeError with the compiler's own words for
     anything else.
     """
-    config = laid_out(config, topology, forward)
+    config = laid_out(config, topology, work)
     check(importlib.util.find_spec("libtpu") is not None, "no libtpu to compile with: pip install libtpu")
-    folder = _folder(config, topology, forward)
+    folder = _folder(config, topology, work)
     if not (folder / PROGRAM).exists():
         folder.mkdir(parents=True, exist_ok=True)
         request = {
             "config": json.loads(to_json(config)),
             "topology": topology.name,
             "slices": config.mesh.slices,
-            "forward": forward,
+            "work": work if isinstance(work, str) else dataclasses.asdict(work),
         }
         (folder / REQUEST).write_text(json.dumps(request))
         _run(folder, topology, say)
@@ -160,11 +173,11 @@ def _run(folder: Path, topology: Topology, say: Callable[[str], None]) -> None:
         raise RuntimeError(f"the compiler for {topology.name} failed: {reason}; see {folder / 'stderr.txt'}")
 
 
-def _folder(config: Config, topology: Topology, forward: bool) -> Path:
+def _folder(config: Config, topology: Topology, work: Work) -> Path:
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or Path.home() / ".cache" / "dsv2_jax"
     digest = hashlib.sha256()
     tools = map(importlib.metadata.version, _TOOLS)
-    for part in (to_json(config), topology.name, str(forward), json.dumps(xla.OPTIONS), *tools):
+    for part in (to_json(config), topology.name, repr(work), json.dumps(xla.OPTIONS), *tools):
         digest.update(part.encode() + b"\0")
     for path in sources(*_CODE, "pallas_kernels"):
         digest.update(path.read_bytes() + b"\0")

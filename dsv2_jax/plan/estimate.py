@@ -1,16 +1,18 @@
-"""What a compiled step costs: memory, time, traffic and its dearest operations, as figures for people and programs."""
+"""What a compiled program costs: memory, time, traffic, its dearest operations, for people and for programs."""
 
 import dataclasses
 import re
 from collections.abc import Callable
 
 from dsv2_jax.config import Config, Model
+from dsv2_jax.inference.engine import Capacity
 from dsv2_jax.model import parameters
+from dsv2_jax.parallel.mesh import BATCH
 from dsv2_jax.plan import hlo, timeline
 from dsv2_jax.plan.compile import Topology
 from dsv2_jax.plan.kernels import Call, Prices
 from dsv2_jax.plan.network import Torus
-from dsv2_jax.plan.program import Program
+from dsv2_jax.plan.program import Program, Work
 
 _DEAREST = 10
 
@@ -24,6 +26,7 @@ class Memory:
     parameters: int
     optimizer: int
     batch: int
+    cache: int  # of generation
     gradients: int
     activations: int  # and all else that is temporary
 
@@ -66,17 +69,18 @@ class Time:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A step of a config on a topology, or its forward pass alone."""
+    """A step of a config on a topology, its forward pass alone, or a decode step of its engine."""
 
     topology: str
     chips: int
     devices: int
-    forward: bool
+    work: str  # step, forward or decode
     mesh: dict[str, int]
     remat: str
     sequences: int
     micro_batches: int
-    length: int
+    length: int  # of a sequence; in a decode step, the tokens it has
+    weights: str  # of generation: int8, float8, or as they are computed with
     dropping: bool
     fits: bool
     memory: Memory
@@ -94,15 +98,17 @@ class Estimate:
     compile_bytes: int
 
 
-def model_flops(model: Model, length: int) -> float:
+def model_flops(model: Model, length: int, work: str = "step") -> float:
     """FLOPs of a token in training: 6 for every activated parameter, and causal attention's products, 3 times forward.
 
     The convention of the figures that others publish: parameters as `parameters.count_activated` has them (no
-    embedding), half of the score matrix, nothing for what is recomputed.
+    embedding), half of the score matrix, nothing for what is recomputed. A forward pass has a third of them. A token
+    that is decoded sees all `length` tokens, and the products counted are those of heads that have their keys.
     """
     a = model.attention
     attention = model.num_hidden_layers * a.num_attention_heads * (a.qk_head_dim + a.v_head_dim) * length
-    return 6.0 * parameters.count_activated(model) + 3.0 * attention
+    forward = 2.0 * parameters.count_activated(model) + attention * (2 if work == "decode" else 1)
+    return 3 * forward if work == "step" else forward
 
 
 def estimate(
@@ -111,26 +117,29 @@ def estimate(
     program: Program,
     text: str,
     say: Callable[[str], None] = lambda _: None,
-    forward: bool = False,
+    work: Work = "step",
 ) -> Estimate:
     """Reads a compiled program. config: as `compile.laid_out` gives it. text: its HLO, "" where it does not fit.
 
-    say: is told which kernels are being priced. forward: the program is a forward pass.
+    say: is told which kernels are being priced. work: what the program does.
     """
-    chip, batch = topology.chip, config.batch
-    slices = config.mesh.slices
-    known = program.parameters + program.optimizer + program.batch
-    common = {
+    chip, batch, mesh = topology.chip, config.batch, config.mesh
+    slices, rows = mesh.slices, batch.micro_size or batch.size
+    name = work if isinstance(work, str) else "decode"
+    known = program.parameters + program.optimizer + program.batch + program.cache
+    flops_per_token = model_flops(config.model, batch.length, name)
+    common: dict = {
         "topology": topology.name,
         "chips": topology.chips * slices,
         "devices": topology.devices * slices,
-        "forward": forward,
-        "mesh": config.mesh.sizes(),
+        "work": name,
+        "mesh": mesh.sizes(),
         "remat": config.compute.remat,
         "sequences": batch.size,
-        "micro_batches": batch.size // (batch.micro_size or batch.size),
+        "micro_batches": batch.size // rows,
         "length": batch.length,
-        "dropping": bool(config.model.moe_layers and config.model.moe.capacity_factor and not forward),
+        "weights": work.weights if isinstance(work, Capacity) else "compute",
+        "dropping": bool(config.model.moe_layers and config.model.moe.capacity_factor and work == "step"),
         "fits": program.fits,
         "memory": Memory(
             size=program.limit or chip.hbm_size,
@@ -138,10 +147,11 @@ def estimate(
             parameters=program.parameters,
             optimizer=program.optimizer,
             batch=program.batch,
+            cache=program.cache,
             gradients=program.gradients,
             activations=program.used - known - program.gradients,
         ),
-        "flops_per_token": model_flops(config.model, batch.length) / (3 if forward else 1),
+        "flops_per_token": flops_per_token,
         "compile_seconds": program.seconds,
         "compile_bytes": program.host_bytes,
     }
@@ -149,21 +159,30 @@ def estimate(
         return Estimate(**common)
     module = hlo.parse(text)
     torus = Torus(chip, program.coords)
-    prices = Prices(config, topology.kind, say)
-    played = timeline.play(module, torus, prices.seconds)
+    own = rows // mesh.size(*BATCH)  # sequences of a device
+    if isinstance(work, Capacity):
+        prices = Prices(config, topology.kind, say, own)
+        # Only loops over pages depend on data there: charged what a kernel takes that reads each page once.
+        pages = program.cache / config.model.num_hidden_layers / (chip.hbm * chip.cores)
+        # And its conditions ask what rows are drawn by: all are greedy, which is the cheapest.
+        played = timeline.play(module, torus, prices.seconds, unsolved_seconds=pages, cheapest=True)
+        doubt, tokens = f"takes its pages' time in HBM, {pages * 1e3:.3f} ms", batch.size
+    else:
+        prices = Prices(config, topology.kind, say, own * batch.length // mesh.context)
+        played = timeline.play(module, torus, prices.seconds)
+        doubt, tokens = "counted once", batch.size * batch.length
     time = _time(module, played, prices)
-    tokens = batch.size * batch.length
     return Estimate(
         **common,
         time=time,
         tokens_per_second_per_chip=tokens / time.step / common["chips"],
-        mfu=common["flops_per_token"] * tokens / (time.step * common["devices"] * chip.peak * chip.cores),
+        mfu=flops_per_token * tokens / (time.step * common["devices"] * chip.peak * chip.cores),
         wire=sum(use.wire for use in played.uses.values()),
         traffic=_traffic(module, played, torus),
         dearest=_dearest(module, played),
         kernels=tuple(prices.calls(played)),
         loops=_layers(config.model, played),
-        doubts=tuple(f"the turns of loop {name} depend on data: counted once" for name in played.unsolved),
+        doubts=tuple(f"the turns of loop {name} depend on data: {doubt}" for name in played.unsolved),
     )
 
 

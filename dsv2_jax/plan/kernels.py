@@ -1,8 +1,8 @@
 """What the Pallas kernels of a program cost: the compiler estimates none of them, `pallas_kernels.cost` does.
 
-A kernel is priced once, alone, at the sizes of the model, attention at 4096 tokens at most: its share of the
-MXU's peak there is taken for all its calls. Routed experts, and what adds up their results, work on as many rows as
-a balanced router sends, however large the buffers are.
+A kernel is priced once, alone, at the sizes of the model, attention at 4096 tokens at most, decoding at sequences of
+the config's length: its share of the MXU's peak there is taken for all its calls. Routed experts, and what adds up
+their results, work on as many rows as a balanced router sends, however large the buffers are.
 """
 
 import dataclasses
@@ -15,15 +15,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dsv2_jax.config import Config
-from dsv2_jax.parallel.mesh import BATCH
 from dsv2_jax.plan import hlo, timeline
 from dsv2_jax.plan.compile import sources
 from pallas_kernels import cost, shapes
 from pallas_kernels.chips import CHIPS, Chip
 from pallas_kernels.ops import OPS
 
-_ATTENTION = "latent_forward_backward"
+_ATTENTION, _DECODE = "latent_forward_backward", "latent_decode"
 _LANES = 128  # of a vector register
+_SEQUENCES = 32  # that a decode step is priced at
+_PAGE = 256
 _TOKENS = 4096  # that attention is priced at, at most: longer backward passes run in a loop, priced as one turn of it
 
 
@@ -44,10 +45,10 @@ class Call:
 
 
 class Prices:
-    """Seconds of the kernel calls of a config's step on a chip. say: is told what is being priced."""
+    """Seconds of a program's kernel calls on a chip. say: is told what is priced. tokens: of a device at a time."""
 
-    def __init__(self, config: Config, chip: str, say: Callable[[str], None]) -> None:
-        self._config, self._name, self._say = config, chip, say
+    def __init__(self, config: Config, chip: str, say: Callable[[str], None], tokens: int) -> None:
+        self._config, self._name, self._say, self._tokens = config, chip, say, tokens
         self._calls: dict[tuple[str, str], tuple[str, float, float]] = {}  # kernel, its useful FLOPs and seconds
 
     @property
@@ -69,15 +70,22 @@ class Prices:
         flops, moved = declared(instruction)
         arrays = [array for name in instruction.operands for array in hlo.arrays(where.by_name[name].shape)]
         operands = [dims for dtype, dims in arrays if dtype in ("bf16", "f32")]  # integers steer
+        if "latent_decode_blocks" in instruction.name:  # of prompts; a decode step has none
+            return "latent_decode_blocks", 0.0, 0.0
         kernel = _kernel(instruction, operands)
         if kernel is None:
             if "combine" in instruction.name:  # reads the rows that a router sends, and writes all tokens
                 read = sum(2 * math.prod(dims) for dims in operands)
                 share = self._share(operands)
                 flops, moved = flops * share, moved - (1 - share) * read
-            return instruction.name, flops, max(flops / self._peak, moved / (self._chip.hbm * self._chip.cores))
+            seconds = max(flops / self._peak, moved / (self._chip.hbm * self._chip.cores))
+            return instruction.name.split(".")[0], flops, seconds
         if kernel.startswith("expert"):
             flops *= self._share(operands)
+        if kernel == _DECODE:
+            shape = self._shape(kernel)
+            assert isinstance(shape, shapes.LatentDecode)
+            flops = OPS[kernel].flops(shape) * self._tokens / shape.sequences
         return kernel, flops, flops / (self._peak * self._efficiency(kernel))
 
     def _share(self, operands: list[tuple[int, ...]]) -> float:
@@ -88,13 +96,11 @@ class Prices:
     @property
     def _rows(self) -> int:
         """(token, expert) pairs of a device and layer if all experts are chosen alike."""
-        batch, mesh = self._config.batch, self._config.mesh
-        sequences = (batch.micro_size or batch.size) // mesh.size(*BATCH)
-        return sequences * batch.length // mesh.context * self._config.model.moe.num_experts_per_tok
+        return self._tokens * self._config.model.moe.num_experts_per_tok
 
     def _efficiency(self, kernel: str) -> float:
         """Share of the peak, priced once for these sizes and this code and kept with the compiled programs."""
-        op = _ATTENTION if kernel.startswith("latent") else kernel
+        op = _ATTENTION if kernel in ("latent_forward", "latent_backward") else kernel
         shape = self._shape(op)
         digest = hashlib.sha256(repr((op, self._name, shape)).encode())
         for path in sources("pallas_kernels"):
@@ -104,7 +110,7 @@ class Prices:
         if not kept.exists():
             self._say(f"pricing {op} for {self._name}")
             kept.parent.mkdir(parents=True, exist_ok=True)
-            fn, args = OPS[op].build(shape, self._name, None)
+            fn, args = OPS[op].build(shape, self._name, OPS[op].blocks(self._name, shape))
             priced = cost.cost(fn, args, self._name, flops=OPS[op].flops(shape), bytes=OPS[op].bytes(shape))
             kept.write_text(json.dumps({k.name: k.us for k in priced.kernels}))
         us = json.loads(kept.read_text())
@@ -115,9 +121,18 @@ class Prices:
         (own,) = (time for name, time in us.items() if kernel.rpartition("_")[2] in name)
         return flops / own * 1e6 / self._peak
 
-    def _shape(self, op: str) -> shapes.LatentAttention | shapes.ExpertDispatch:
-        """The sizes of the config's model, of one sequence or of one device's experts."""
+    def _shape(self, op: str) -> shapes.LatentAttention | shapes.LatentDecode | shapes.ExpertDispatch:
+        """The sizes of the config's model, of one sequence, some that are decoded, or one device's experts."""
         config, a, moe = self._config, self._config.model.attention, self._config.model.moe
+        if op == _DECODE:
+            return shapes.LatentDecode(
+                heads=a.num_attention_heads // config.mesh.tensor,
+                latent=a.kv_lora_rank,
+                rope=a.qk_rope_head_dim,
+                sequences=_SEQUENCES,
+                length=config.batch.length,
+                page=_PAGE,
+            )
         if op == _ATTENTION:
             heads, mla = a.num_attention_heads // config.mesh.tensor, a.kind == "mla"
             return shapes.LatentAttention(
@@ -171,6 +186,8 @@ def declared(instruction: hlo.Instruction) -> tuple[float, float]:
 def _kernel(instruction: hlo.Instruction, operands: list[tuple[int, ...]]) -> str | None:
     """The op of `pallas_kernels.ops` that a call is one of, `latent_forward` or `latent_backward`, or None."""
     name = instruction.name
+    if _DECODE in name:
+        return _DECODE
     for kernel in ("forward", "backward"):
         if f"latent_attention_{kernel}" in name:
             return f"latent_{kernel}"

@@ -43,11 +43,11 @@ def _rectangle(x: float, y: float, width: float, height: float, colour: str, tit
 def _memory(e: Estimate) -> str:
     m, x, body = e.memory, 0.0, ""
     scale = _WIDTH / max(m.size, m.peak)
-    for i, name in enumerate(("parameters", "optimizer", "gradients", "batch", "activations")):
+    for i, name in enumerate(("parameters", "optimizer", "gradients", "batch", "cache", "activations")):
         size = getattr(m, name)
         body += _rectangle(x, 0, size * scale, 30, _COLOURS[i], f"{name}: {size / _GIB:.2f} GiB")
-        body += f'<rect x="{i * 190}" y="42" width="10" height="10" fill="{_COLOURS[i]}"/>'
-        body += f'<text x="{i * 190 + 14}" y="51">{name} {size / _GIB:.2f} GiB</text>'
+        body += f'<rect x="{i * 160}" y="42" width="10" height="10" fill="{_COLOURS[i]}"/>'
+        body += f'<text x="{i * 160 + 14}" y="51">{name} {size / _GIB:.2f} GiB</text>'
         x += size * scale
     body += (
         f'<line x1="{m.size * scale:.1f}" x2="{m.size * scale:.1f}" y1="0" y2="34" stroke="black" stroke-width="2"/>'

@@ -1,4 +1,4 @@
-"""The training step of a config, or its forward pass, compiled for TPUs that are not there.
+"""The training step of a config, its forward pass or a decode step, compiled for TPUs that are not there.
 
 `python -m dsv2_jax.plan.program FOLDER`, a process of its own, reads FOLDER/request.json and leaves program.json and,
 if the program fits the chips, hlo.txt.gz: the optimised and scheduled program of one device.
@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,15 +23,17 @@ import numpy as np
 from dsv2_jax import config as settings
 from dsv2_jax.config import Config
 from dsv2_jax.evaluation.perplexity import sums_of_batch
+from dsv2_jax.inference.engine import Capacity
 from dsv2_jax.model import transformer
 from dsv2_jax.parallel import mesh as device_mesh
 from dsv2_jax.parallel import sharding, xla
-from dsv2_jax.plan import network
+from dsv2_jax.plan import decode, network
 from dsv2_jax.training.loss import loss
 from dsv2_jax.training.step import create, state_specs, train_step
 
 REQUEST, PROGRAM, HLO = "request.json", "program.json", "hlo.txt.gz"
 _BATCH = ("tokens_BT", "targets_BT", "positions_BT", "segments_BT", "bytes_BT", "weights_BT")
+Work = Literal["step", "forward"] | Capacity  # training, a forward pass, or a decode step of an engine of that size
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -45,6 +47,7 @@ class Program:
     parameters: int
     optimizer: int
     batch: int
+    cache: int  # of generation
     gradients: int  # float32, as large as one moment; they are temporary
     coords: tuple[tuple[int, ...], ...]  # (slice, x, y, z, core) of each device, in the order of the program's devices
     seconds: float
@@ -76,30 +79,37 @@ def shard_bytes(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def compile_step(config: Config, devices: list[Any], forward: bool = False) -> tuple[Program, str]:
+def compile_step(config: Config, devices: list[Any], work: Work = "step") -> tuple[Program, str]:
     """Compiles a step for these devices, whose number is that of `config.mesh`: (the program, its HLO, "" if too big).
 
-    forward: the forward pass of a batch instead, as evaluation runs it and a prefill would: nothing is dropped. Raises
-    ValueError if the config cannot be laid over the devices.
+    work: the forward pass of a batch instead, as evaluation runs it and a prefill would: nothing is dropped; or a
+    decode step, of a capacity that is resolved. Raises ValueError if the config cannot be laid over the devices.
     """
     start = time.monotonic()
     mesh = device_mesh.make(config.mesh, devices)
     if mesh is None:  # shardings, not the default device, say that it is a TPU
         mesh = jax.sharding.Mesh(np.array(devices).reshape((1,) * len(settings.AXES)), settings.AXES)
-    state, batch = arguments(config, mesh)
-    used, limit, hlo = 0, 0, ""
-    if forward:
-        state = state._replace(optimizer=())
-        lowered = sums_of_batch.lower(state.params, batch, config=config, mesh=mesh, loss=loss)
+    cache, optimizer = (), ()
+    if isinstance(work, Capacity):
+        setup = decode.setup_of(config, work, mesh)
+        params, cache, *batch = decode.arguments(setup, work)
+        lowered = decode.decode_step.lower(params, cache, *batch, setup=setup)
     else:
-        lowered = train_step.lower(state, batch, 1e-3, config=config, mesh=mesh)
+        state, batch = arguments(config, mesh)
+        params = state.params
+        if work == "forward":
+            lowered = sums_of_batch.lower(params, batch, config=config, mesh=mesh, loss=loss)
+        else:
+            optimizer = state.optimizer
+            lowered = train_step.lower(state, batch, 1e-3, config=config, mesh=mesh)
+    used, limit, hlo = 0, 0, ""
     print("compiling", flush=True)
     with tempfile.TemporaryDirectory() as dumps:
         # jaxlib cannot print programs whose collectives the SparseCore runs; the compiler can.
         dump = {
             "xla_dump_to": dumps,
             "xla_dump_hlo_as_text": True,
-            "xla_dump_hlo_module_re": ".*(train_step|sums_of_batch).*",
+            "xla_dump_hlo_module_re": ".*(train_step|sums_of_batch|decode_step).*",
         }
         try:
             memory = lowered.compile(xla.OPTIONS | dump).memory_analysis()
@@ -115,10 +125,11 @@ def compile_step(config: Config, devices: list[Any], forward: bool = False) -> t
         fits=bool(hlo),
         used=used,
         limit=limit,
-        parameters=shard_bytes(state.params),
-        optimizer=shard_bytes(state.optimizer),
+        parameters=shard_bytes(params),
+        optimizer=shard_bytes(optimizer),
         batch=shard_bytes(batch),
-        gradients=shard_bytes(state.optimizer) // 2,
+        cache=shard_bytes(cache),
+        gradients=shard_bytes(optimizer) // 2,
         coords=tuple(network.place(device) for device in mesh.devices.flat),
         seconds=time.monotonic() - start,
         host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -150,7 +161,9 @@ def main(folder: Path) -> None:
         platform="tpu", topology_name=request["topology"], num_slices=request["slices"]
     ).devices
     print("tracing", flush=True)
-    program, hlo = compile_step(config, list(devices), request["forward"])
+    asked = request["work"]
+    work: Work = asked if asked in ("step", "forward") else Capacity(**asked)
+    program, hlo = compile_step(config, list(devices), work)
     if hlo:
         with gzip.open(folder / HLO, "wt", compresslevel=3) as file:
             file.write(hlo)

@@ -3,14 +3,18 @@
 from dsv2_jax.plan.estimate import Estimate
 
 _GIB = 2**30
+_WHAT = {"step": "step", "forward": "forward pass", "decode": "decode step"}
 
 
 def show(e: Estimate) -> str:
     """The estimate in lines of text."""
     mesh = " x ".join(f"{axis} {n}" for axis, n in e.mesh.items() if n > 1) or "one device"
+    how = f"{e.micro_batches} micro-batch{'es' * (e.micro_batches > 1)}, remat {e.remat}, "
+    how += "dropping" if e.dropping else "dropless"
+    if e.work == "decode":
+        how = f"a cache of {e.memory.cache / _GIB:.2f} GiB a device, a token more for each; weights {e.weights}"
     lines = [
-        f"{e.topology}: {e.chips} chips, mesh {mesh}; {e.sequences} sequences of {e.length} in {e.micro_batches} "
-        f"micro-batch{'es' * (e.micro_batches > 1)}, remat {e.remat}, {'dropping' if e.dropping else 'dropless'}",
+        f"{e.topology}: {e.chips} chips, mesh {mesh}; {e.sequences} sequences of {e.length} in {how}",
         "",
         *_memory(e),
         *(_time(e) if e.time else ["", "does not fit"]),
@@ -23,10 +27,10 @@ def show(e: Estimate) -> str:
 
 def _memory(e: Estimate) -> list[str]:
     m = e.memory
-    parts = ("parameters", "optimizer", "gradients", "batch", "activations")
+    parts = ("parameters", "optimizer", "gradients", "batch", "cache", "activations")
     if not e.fits:
         return [f"HBM of a device   needs {m.peak / _GIB:.2f} GiB, has {m.size / _GIB:.2f}: does not fit"]
-    told = ", ".join(f"{name} {getattr(m, name) / _GIB:.2f}" for name in parts)
+    told = ", ".join(f"{name} {getattr(m, name) / _GIB:.2f}" for name in parts if getattr(m, name))
     return [
         f"HBM of a device   peak {m.peak / _GIB:.2f} GiB of {m.size / _GIB:.0f}, {m.peak / m.size:.0%}",
         f"                  {told}",
@@ -35,7 +39,7 @@ def _memory(e: Estimate) -> list[str]:
 
 def _time(e: Estimate) -> list[str]:
     assert e.time is not None
-    t, (what, products) = e.time, ("forward pass", 2) if e.forward else ("step", 6)
+    t, what, products = e.time, _WHAT[e.work], 6 if e.work == "step" else 2
 
     def row(name: str, seconds: float, rest: str = "") -> str:
         return f"  {name:38}{seconds * 1e3:12,.1f} ms {seconds / t.step:6.1%}  {rest}".rstrip()

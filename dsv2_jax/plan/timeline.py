@@ -69,12 +69,23 @@ class Timeline:
     seconds: float
     uses: Mapping[tuple[str, str], Use]  # by computation and instruction
     loops: tuple[Loop, ...]
-    unsolved: tuple[str, ...]  # loops whose turns depend on data, counted once
+    unsolved: tuple[str, ...]  # loops whose turns depend on data
 
 
-def play(module: Module, torus: Torus, kernel_seconds: KernelSeconds) -> Timeline:
-    """Plays a whole program. kernel_seconds: of one call of a Pallas kernel, given with the computation around it."""
-    player = _Player(module, torus, kernel_seconds)
+def play(
+    module: Module,
+    torus: Torus,
+    kernel_seconds: KernelSeconds,
+    *,
+    unsolved_seconds: float | None = None,
+    cheapest: bool = False,
+) -> Timeline:
+    """Plays a whole program. kernel_seconds: of one call of a Pallas kernel, given with the computation around it.
+
+    unsolved_seconds: of a loop whose turns depend on data; without it, such a loop is played once. cheapest: take the
+    cheapest branch of a condition, not the dearest.
+    """
+    player = _Player(module, torus, kernel_seconds, unsolved_seconds, cheapest)
     uses = player.run(module.computations[module.entry], {})
     return Timeline(player.now, uses, tuple(player.loops), tuple(dict.fromkeys(player.trips.unsolved)))
 
@@ -103,8 +114,16 @@ def _tiled(shape: list[int], dims: list[int], order: list[int]) -> Groups:
 
 
 class _Player:
-    def __init__(self, module: Module, torus: Torus, kernel_seconds: KernelSeconds) -> None:
+    def __init__(
+        self,
+        module: Module,
+        torus: Torus,
+        kernel_seconds: KernelSeconds,
+        unsolved_seconds: float | None,
+        cheapest: bool,
+    ) -> None:
         self._module, self._torus, self._kernel_seconds = module, torus, kernel_seconds
+        self._unsolved_seconds, self._cheapest = unsolved_seconds, cheapest
         self.trips = Trips(module)
         self.now = 0.0
         self.loops: list[Loop] = []
@@ -134,6 +153,8 @@ class _Player:
 
     def _loop(self, loop: Instruction, where: Computation, known: Mapping[int, int]) -> dict[tuple[str, str], Use]:
         turns, fixed = self.trips.count(loop, where, known)
+        if self._unsolved_seconds is not None and loop.name in self.trips.unsolved:
+            return {(where.name, loop.name): self._core(loop, self._unsolved_seconds)}
         body = self._module.computations[loop.attribute("body") or ""]
         uses: dict[tuple[str, str], Use] = {}
         around, start = self._events, self.now
@@ -171,7 +192,7 @@ class _Player:
             self.now, self._ends = before[0], dict(before[2])
             self._free = collections.defaultdict(float, before[1])
             uses = self.run(self._module.computations[name], {})
-            if best is None or self.now > best[0]:
+            if best is None or (self.now < best[0]) == self._cheapest:
                 best = self.now, uses, dict(self._free), dict(self._ends)
         assert best is not None
         self.now, uses, free, self._ends = best

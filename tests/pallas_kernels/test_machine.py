@@ -51,6 +51,13 @@ def test_trips_and_copies() -> None:
     assert trace.doubts == ()
 
 
+def test_a_region_that_nothing_begins_is_the_end() -> None:
+    """A branch at the top to it skips the loop: nothing is copied."""
+    skip = "   0x2   :  { %9 = sbr.rel target = $region9 }\n" + "".join(f"   0x2{c}   :  {{}}\n" for c in "abc")
+    trace = _execute(LOOP.replace("   0x2   :  {", skip + "   0x2d   :  {"), _0=3)
+    assert trace.copies == {} and trace.doubts == ()
+
+
 def test_general_copy() -> None:
     """A copy by descriptor counts under the direction that its comment gives."""
     operands = "[#allocation2], 100, %s2_s1, [#allocation4], [#allocation5], [#allocation6], %s9_s9, 0"

@@ -12,9 +12,11 @@ import pytest
 
 from configs import PRESETS, models
 from dsv2_jax.config import Compute, Mesh
+from dsv2_jax.inference.engine import Capacity
 from dsv2_jax.plan import report
 from dsv2_jax.plan.compile import Topology, laid_out
 from dsv2_jax.plan.estimate import estimate, model_flops
+from dsv2_jax.plan.largest import largest
 from dsv2_jax.plan.program import Program, _as_calls, _exhausted
 from dsv2_jax.plan.remedies import larger, remedies
 
@@ -39,6 +41,9 @@ def test_flops_by_hand():
     model = dataclasses.replace(tiny, num_hidden_layers=2, attention=attention)
     longer = model_flops(model, 16) - model_flops(model, 8)
     assert longer == 3 * 2 * (2 * 2 * (4 + 2) * 16 / 2 - 2 * 2 * (4 + 2) * 8 / 2)
+    assert model_flops(model, 16, "forward") == model_flops(model, 16) / 3
+    # A token that is decoded sees all 16, not half of them.
+    assert model_flops(model, 16, "decode") - model_flops(model, 16, "forward") == 2 * 2 * 2 * (4 + 2) * 16 / 2
 
 
 def program(used, fits=True, limit=0):
@@ -48,6 +53,7 @@ def program(used, fits=True, limit=0):
         limit=limit,
         parameters=4,
         optimizer=8,
+        cache=0,
         batch=1,
         gradients=4,
         coords=((0, 0, 0, 0, 0),),
@@ -66,7 +72,7 @@ def config(**compute):
 def test_a_step_that_does_not_fit_says_what_would():
     topology, tried = Topology("v5p:2x2x1"), []
 
-    def plan(changed, chips):
+    def plan(changed, chips, _):
         tried.append((changed.compute.remat, changed.batch.micro_size, chips.name))
         here = laid_out(changed, chips)
         fits = changed.batch.micro_size == 4
@@ -83,7 +89,7 @@ def test_a_step_that_does_not_fit_says_what_would():
 def test_more_chips_are_the_last_thing_tried():
     names = []
 
-    def plan(changed, chips):
+    def plan(changed, chips, _):
         names.append(chips.name)
         return estimate(laid_out(changed, chips), chips, program(2**38, fits=False, limit=95 * 2**30), "")
 
@@ -91,6 +97,49 @@ def test_more_chips_are_the_last_thing_tried():
     assert names == ["v5p:2x2x1", "v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4"]
     assert told.startswith("nothing that was tried fits")
     assert larger(Topology("v6e:8x16")).name == "v6e:16x16"
+
+
+def test_fewer_sequences_are_tried_where_an_engine_does_not_fit():
+    topology, asked = Topology("v5p:2x2x1"), Capacity(rows=40, length=24, page=8).resolve(config().model)
+
+    def plan(changed, chips, work):
+        here = laid_out(changed, chips, work)
+        assert here.batch.size == work.rows * 4
+        found = program(90) if work.rows <= 10 else program(2**38, fits=False, limit=95 * 2**30)
+        return estimate(here, chips, found, "", work=work)
+
+    told = remedies(config(), topology, plan, asked)
+    assert told.startswith("it fits with --capacity.rows 10:")
+    assert "--capacity.rows 20, 256.00 GiB" in told
+
+
+def test_the_most_sequences_that_fit_are_found_by_compiling():
+    """A device holds 10 GiB of parameters, 1/16 GiB for each row and one more for every 256: 95 GiB are 1,280 rows.
+
+    What is only needed by many rows makes a first guess by proportion too high.
+    """
+    tried = []
+
+    def plan(changed, chips, work):
+        tried.append(work.rows)
+        cache, extra = work.rows * 2**30 // 16, work.rows // 256 * 2**30
+        used = 10 * 2**30 + cache + extra
+        fits, limit = used <= 95 * 2**30, 95 * 2**30
+        known = {"parameters": 10 * 2**30, "cache": cache, "optimizer": 0, "gradients": 0, "batch": 0}
+        found = dataclasses.replace(program(used, fits=fits, limit=limit), **known)
+        return estimate(laid_out(changed, chips, work), chips, found, "", work=work)
+
+    capacity, e = largest(config(), Topology("v5p:2x2x1"), Capacity(rows=64, length=24, page=8), plan)
+    assert capacity.rows == e.sequences // 4 == 1280
+    assert e.memory.cache == 80 * 2**30 and e.weights == "compute"
+    assert max(tried) > 1280 and len(tried) <= 4
+
+    def never(changed, chips, work):
+        found = program(2**38, fits=False, limit=95 * 2**30)
+        return estimate(laid_out(changed, chips, work), chips, found, "", work=work)
+
+    with pytest.raises(ValueError, match="leave no room for 8 sequences of 24 tokens"):
+        largest(config(), Topology("v5p:2x2x1"), Capacity(rows=8, length=24, page=8), never)
 
 
 def test_what_does_not_fit_is_reported_without_a_time():
@@ -125,6 +174,12 @@ def test_calls_on_the_sparse_core_are_written_as_calls():
         (["tiny", "--topology", "v5p:4x4"], "a topology of v5p has 3 dimensions"),
         (["tiny", "--topology", "v5p:2x2x1", "--mesh.fsdp", "3"], "cannot be laid over 4 devices"),
         (["tiny", "--topology", "v5p:2x2x1", "--search", "--forward"], "--search compares training steps"),
+        (
+            ["tiny", "--topology", "v5p:2x2x1", "--forward", "--decode"],
+            "--forward and --decode plan different programs",
+        ),
+        (["tiny", "--topology", "v5p:2x2x1", "--largest"], "--largest is for a decode step: add --decode"),
+        (["tiny", "--topology", "v5p:2x2x1", "--decode", "--mesh.context", "4", "--mesh.fsdp", "1"], "generation runs"),
         (["tiny", "--topology", "v5p:2x2x1", "--toplogy", "x"], "unknown flag --toplogy; did you mean --topology?"),
     ],
 )
@@ -154,6 +209,24 @@ def test_the_command_plans_a_preset(tmp_path):
         sum(figures["time"][part] for part in ("xla", "unpriced", "kernels", "exposed", "copies"))
     )
     assert {x["kind"] for x in figures["traffic"]} >= {"all-gather"}
+
+
+@pytest.mark.tpu
+def test_a_decode_step_of_the_engine_is_planned(tmp_path):
+    """Its cache is the latent of every slot, twice over for bfloat16, and attention runs in the kernel."""
+    flags = ["nano", "--decode", "--topology", "v5p:2x2x1", "--mesh.fsdp", "4", "--capacity.rows", "8"]
+    flags += ["--capacity.length", "512", "--capacity.page", "128"]
+    command = [sys.executable, "-m", "dsv2_jax.plan", *flags, "--json", str(tmp_path / "plan.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "time of a decode step" in done.stdout
+    figures = json.loads((tmp_path / "plan.json").read_text())
+    model = models.nano()
+    pages = 8 * 512 // 128 + 1  # and the page for padding
+    assert figures["memory"]["cache"] == 2 * pages * 128 * model.cache_elements
+    assert figures["sequences"] == 4 * 8
+    calls = {x["name"]: x["count"] for x in figures["kernels"]}
+    assert calls["latent_decode"] == model.num_hidden_layers
+    assert figures["tokens_per_second_per_chip"] == pytest.approx(8 / figures["time"]["step"])
 
 
 @pytest.mark.tpu

@@ -29,5 +29,5 @@ def test_adding_up_a_tokens_rows_costs_the_rows_that_a_router_sends():
     chip = CHIPS["v5p"]
     by_bandwidth = ((moved - out) / 8 + out) / (chip.hbm * chip.cores)
     assert flops / 8 / (chip.peak * chip.cores) < by_bandwidth
-    seconds = Prices(config, "v5p", lambda _: None).seconds(main.by_name["combine.1"], main)
+    seconds = Prices(config, "v5p", lambda _: None, tokens=4 * 4096).seconds(main.by_name["combine.1"], main)
     assert seconds == pytest.approx(by_bandwidth)

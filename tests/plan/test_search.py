@@ -24,6 +24,7 @@ def planned(config, topology, step=1.0, fits=True):
         limit=0,
         parameters=2**30,
         optimizer=2**31,
+        cache=0,
         batch=0,
         gradients=2**30,
         coords=(),

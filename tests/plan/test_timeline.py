@@ -181,13 +181,17 @@ def test_a_loop_that_depends_on_data_is_counted_once_and_told():
     played = microseconds(text)
     assert played.seconds == pytest.approx(10e-6)
     assert played.unsolved == ("w",)
+    charged = play(hlo.parse(text), ROW, lambda *_: 0.0, unsolved_seconds=70e-6)
+    assert charged.seconds == pytest.approx(70e-6) and charged.unsolved == ("w",)
 
 
-def test_the_dearest_branch_of_a_condition_is_taken():
+def test_the_dearest_branch_of_a_condition_is_taken_or_the_cheapest():
     head, end = "(z: f32[1]) -> f32[1] {\n  %p = f32[1]{0} parameter(0)\n", "\n  ROOT %r = f32[1]{0} bitcast(%x)\n}\n"
     more = f"\n%cheap {head}{work('x', 3)}{end}\n%dear {head}{work('x', 30)}{end}"
     body = "  %s = s32[] constant(0)\n  %c = f32[1]{0} conditional(%s, %p, %p), branch_computations={%cheap, %dear}"
-    assert microseconds(program(body, more, "%c")).seconds == pytest.approx(30e-6)
+    text = program(body, more, "%c")
+    assert microseconds(text).seconds == pytest.approx(30e-6)
+    assert play(hlo.parse(text), ROW, lambda *_: 0.0, cheapest=True).seconds == pytest.approx(3e-6)
 
 
 def test_a_kernel_takes_what_it_is_said_to_take():
