@@ -108,6 +108,7 @@ def prepare(params: Any, setup: Setup) -> Any:
     """
     if {"dense", "moe"} & params.keys():
         return _prepare(setup)(params)
+    params = _with_embedding_cast(params, setup)
     return jax.device_put(params, sharding.on(setup.devices, _param_specs(params, setup)))
 
 
@@ -122,10 +123,16 @@ def _prepare(setup: Setup) -> Any:
 
 
 def _prepared(params: Any, setup: Setup) -> Any:
-    unstacked = transformer.unstack(params)
+    unstacked = _with_embedding_cast(transformer.unstack(params), setup)
     if setup.weights != "compute":
         unstacked = quantize.quantize(unstacked, setup.weights)
     return cast(unstacked, compute_dtype(setup.compute))
+
+
+def _with_embedding_cast(unstacked: Any, setup: Setup) -> Any:
+    """Its rows are cast when they are read: cast before, they are the same, and the table takes half the memory."""
+    dtype = compute_dtype(setup.compute)
+    return unstacked | {"embed": jax.tree.map(lambda w_WD: w_WD.astype(dtype), unstacked["embed"])}
 
 
 def _prepared_shapes(setup: Setup) -> Any:

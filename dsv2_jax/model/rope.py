@@ -82,9 +82,10 @@ def rotated(x_BTX: Array, w_XHR: Weight, phases_BTR: tuple[Array, Array]) -> Arr
     """`rotate` of `project(x, w)`, [B, T, H, R] in x's dtype.
 
     On TPU heads come last until the pairs are turned: R numbers fill half a vector register, and pairs that lie side by
-    side would be parted by a matrix product. There the weights' columns are parted instead.
+    side would be parted by a matrix product. There the weights' columns are parted instead, unless the tokens are fewer
+    than the rows of the weights, as in generation.
     """
-    if platform() == "cpu":
+    if platform() == "cpu" or math.prod(x_BTX.shape[:-1]) < w_XHR.shape[0]:
         return rotate(project(x_BTX, w_XHR), phases_BTR)
     w_XRH = jax.tree.map(lambda w: jnp.concatenate([w[..., 0::2], w[..., 1::2]], axis=-1).swapaxes(1, 2), w_XHR)
     first, second = jnp.split(project(x_BTX, w_XRH), 2, axis=2)
