@@ -72,8 +72,8 @@ def nano_grpo() -> Config:
         batch=Batch(size=128, length=80),
         optimizer=Optimizer(peak_lr=4e-4, warmup_steps=5, decay_at=(0.7,), weight_decay=0.0),
         compute=Compute(remat="none", loss_chunk=512),
-        cadence=Cadence(log=1, evaluate=40, save=40),
-        grpo=Grpo(group=8, prompts=64, passes=1, steps=80, max_new=6, beta=0.001, evaluate_prompts=1024),
+        cadence=Cadence(log=1, evaluate=48, save=32),
+        grpo=Grpo(group=8, prompts=64, passes=1, steps=96, max_new=6, beta=0.001, evaluate_prompts=1024),
     )
 
 
