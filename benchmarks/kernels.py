@@ -30,6 +30,11 @@ Best public: the fastest kernel of jax (splash attention, megablox) and tokamax 
 way; empty where none was priced. A branch that hangs on data is taken as not taken, and named under doubts: in the
 flash kernel it is the second pass over scores too large for the first. Rows that are not here have yet to be priced.
 
+`v2_decode` and `v2_decode_full` are a step of generation on one of 8 devices, each with 20 experts: 384 and 2,560
+(token, expert) pairs. `_int8` and `_float8` read weights of 8 bits with a scale for each output channel: int8 becomes
+bfloat16 in vector registers, float8_e4m3fn in the MXU (Mosaic pushes it as float8_e4m3b11fnuz, whose bits mean a 16th,
+and multiplies the sums by 16).
+
 | op | shape | chip | estimate, us | roofline, us | bound | efficiency | best public, us | VMEM, MiB | doubts |
 |---|---|---|---|---|---|---|---|---|---|
 """

@@ -14,6 +14,7 @@ from pallas_kernels.chips import CHIPS
 from pallas_kernels.expert_dispatch import kernels
 from pallas_kernels.expert_dispatch.tiles import Tiles
 from pallas_kernels.latent_attention import decode_kernel, flash
+from pallas_kernels.quantized import Quantized
 
 _BF16 = 2  # bytes
 
@@ -100,8 +101,13 @@ def _sizes(shape: shapes.ExpertDispatch) -> np.ndarray:
     return np.random.default_rng(0).multinomial(shape.rows, np.full(shape.experts, 1 / shape.experts)).astype(np.int32)
 
 
-def _experts(call: Callable[..., Any], rows: str, weights: int, transposed: bool = False) -> Callable:
-    """`build` of a grouped kernel: call(rows, weights, sizes, tiles). rows: a letter each, D or F wide, or G gates."""
+def _experts(
+    call: Callable[..., Any], rows: str, weights: int, transposed: bool = False, stored: Any = jnp.bfloat16
+) -> Callable:
+    """`build` of a grouped kernel: call(rows, weights, sizes, tiles). rows: a letter each, D or F wide, or G gates.
+
+    stored: the weights' dtype; of 8 bits they are quantized.
+    """
 
     def build(s: shapes.ExpertDispatch, _: str, tiles: Any) -> tuple[Callable, tuple]:
         widths = {"D": (s.hidden,), "F": (s.width,), "G": ()}
@@ -111,19 +117,33 @@ def _experts(call: Callable[..., Any], rows: str, weights: int, transposed: bool
             return call(args[: len(rows)], args[len(rows) : -1], args[-1], tiles)
 
         operands = [jax.ShapeDtypeStruct((s.rows, *widths[x]), jnp.float32 if x == "G" else jnp.bfloat16) for x in rows]
-        return run, (*operands, *[_bf16(*dims)] * weights, _sizes(s))
+        weight: Any = jax.ShapeDtypeStruct(dims, stored)
+        if jnp.dtype(stored).itemsize == 1:
+            weight = Quantized(weight, jax.ShapeDtypeStruct((s.experts, 1, dims[2]), jnp.float32))  # pyright: ignore
+        return run, (*operands, *[weight] * weights, _sizes(s))
 
     return build
 
 
-def _expert_op(build: Callable, products: int, hidden: int, width: int) -> Op:
-    """An op of `products` grouped products that moves so many arrays of rows of both widths, and as many weights."""
+def _expert_op(
+    build: Callable,
+    products: int,
+    hidden: int,
+    width: int,
+    stored: Any = jnp.bfloat16,
+    sizes: Mapping[str, shapes.ExpertDispatch] = shapes.EXPERT_DISPATCH,
+) -> Op:
+    """An op of `products` grouped products that moves so many arrays of rows of both widths, and as many weights.
+
+    Scales are left out of the bytes: they are less than a two-hundredth of their weights.
+    """
+    weight = products * jnp.dtype(stored).itemsize
     return Op(
-        shapes=shapes.EXPERT_DISPATCH,
+        shapes=sizes,
         build=build,
         flops=lambda s: 2 * products * s.rows * s.hidden * s.width,
         bytes=lambda s: (
-            _BF16 * (s.rows * (hidden * s.hidden + width * s.width) + products * s.experts * s.hidden * s.width)
+            _BF16 * s.rows * (hidden * s.hidden + width * s.width) + weight * s.experts * s.hidden * s.width
         ),
         key=lambda s: (s.experts, s.hidden, s.width),
         blocks=lambda *_: None,  # those that the kernels find for themselves
@@ -135,6 +155,22 @@ def _expert_candidates(_: shapes.ExpertDispatch) -> Iterable[Any]:
     for rows, step, chunk, blocks in itertools.product((256, 512, 1024), (64, 128, 256), (128, 256, 512), (1, 2)):
         if step <= rows:
             yield Tiles(rows=rows, step=step, chunk=chunk, blocks=blocks)
+
+
+def _generation_ops() -> dict[str, Op]:
+    """The two kernels of a forward pass: of a decode step too, and then on weights in 8 bits as well."""
+    found = {}
+    for suffix, stored in {"": jnp.bfloat16, "_int8": jnp.int8, "_float8": jnp.float8_e4m3fn}.items():
+        gate_up = _experts(
+            lambda x, w, n, tiles: kernels.gate_up(x[0], w[0], w[1], x[1], n, tiles=tiles), "DG", 2, stored=stored
+        )
+        down = _experts(
+            lambda x, w, n, tiles: kernels.gmm(x[0], w[0], n, tiles=tiles), "F", 1, transposed=True, stored=stored
+        )
+        sizes = shapes.EXPERT_DECODE if suffix else shapes.EXPERT_DISPATCH | shapes.EXPERT_DECODE
+        for name, build, products in (("expert_gate_up", gate_up, 2), ("expert_down", down, 1)):
+            found[name + suffix] = _expert_op(build, products, hidden=1, width=1, stored=stored, sizes=sizes)
+    return found
 
 
 _EXPERT_OPS = {
@@ -153,12 +189,7 @@ _EXPERT_OPS = {
         hidden=1,
         width=1,
     ),
-    "expert_gate_up": _expert_op(
-        _experts(lambda x, w, n, tiles: kernels.gate_up(x[0], w[0], w[1], x[1], n, tiles=tiles), "DG", 2),
-        products=2,
-        hidden=1,
-        width=1,
-    ),
+    **_generation_ops(),
     "expert_hidden_gradient": _expert_op(
         _experts(
             lambda x, w, n, tiles: kernels.hidden_gradient(x[0], w[0], x[1], x[2], x[3], n, tiles=tiles),

@@ -60,3 +60,9 @@ EXPERT_DISPATCH = {
     "v2_lite": ExpertDispatch(tokens=32_768, active=6, rows=196_608, experts=64, hidden=2048, width=1408),
     "nano": ExpertDispatch(tokens=2048, active=4, rows=8192, experts=16, hidden=256, width=128),
 }
+
+EXPERT_DECODE = {
+    # one token of each of 64 sequences a device, and of some 430: 160 experts over 8 devices, 3 devices a token
+    "v2_decode": ExpertDispatch(tokens=192, active=6, rows=384, experts=20, hidden=5120, width=1536),
+    "v2_decode_full": ExpertDispatch(tokens=1280, active=6, rows=2560, experts=20, hidden=5120, width=1536),
+}

@@ -22,8 +22,9 @@ from dsv2_jax.inference.sampling import Adjust, Rows, sample
 from dsv2_jax.model import paged, parameters, transformer
 from dsv2_jax.model.formats import Format
 from dsv2_jax.model.layers import cast, compute_dtype
-from dsv2_jax.model.matmul import Quantized, dot
+from dsv2_jax.model.matmul import dot
 from dsv2_jax.parallel import collectives, mesh, sharding
+from pallas_kernels.quantized import Quantized
 
 LANES = PartitionSpec(mesh.BATCH)  # of arrays with a leading axis of lanes
 

@@ -9,7 +9,7 @@ from jax import Array
 
 from dsv2_jax.model import parameters
 from dsv2_jax.model.layers import KEPT_FLOAT32
-from dsv2_jax.model.matmul import Quantized
+from pallas_kernels.quantized import Quantized
 
 Weights = Literal["compute", "int8", "float8"]
 

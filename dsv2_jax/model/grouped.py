@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from dsv2_jax.model import streams
-from dsv2_jax.model.matmul import Quantized, Weight, dot, from_bits, to_bits, weight_gradient, whole
+from dsv2_jax.model.matmul import dot, from_bits, to_bits, weight_gradient, whole
+from pallas_kernels.quantized import Quantized, Weight
 
 _BLOCKS = (512, 128)  # rows of a block: large ones first, then small ones for the rest of a group
 _FEW_ROWS = 4  # of a block when pairs are few; a power of two times this when they are more

@@ -9,8 +9,9 @@ from jax import Array
 
 from dsv2_jax.config import Compute, Model
 from dsv2_jax.model import parameters
-from dsv2_jax.model.matmul import Quantized, Weight, project
+from dsv2_jax.model.matmul import project
 from dsv2_jax.parallel.mesh import platform
+from pallas_kernels.quantized import Quantized, Weight
 
 # The gate is float32 (section 2.2), and so is a reward model's score; embedding rows are cast when read.
 KEPT_FLOAT32 = ("norm", "w_router", "w_embed", "w_score")

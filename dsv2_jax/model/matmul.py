@@ -5,30 +5,15 @@ Operands keep their dtype, sums are float32, results come back in the activation
 
 import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from dsv2_jax.parallel.mesh import platform
+from pallas_kernels.quantized import Quantized, Weight
 
 _TRANSPOSED_ROWS = 1024
-
-
-class Quantized(NamedTuple):
-    """A weight in fewer bits: values (int8 or float8) times scale, float32, which is 1 wide where values share it."""
-
-    values: Array
-    scale: Array
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """That of the weight."""
-        return self.values.shape
-
-
-Weight = Array | Quantized
 
 
 def whole(w: Weight, dtype: jnp.dtype) -> Array:

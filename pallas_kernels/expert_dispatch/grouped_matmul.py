@@ -11,11 +11,12 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.expert_dispatch.row_pipeline import Tile, over_rows
 from pallas_kernels.expert_dispatch.tiles import LANES, Tiles
+from pallas_kernels.quantized import Weight
 
 
 def gmm(
     lhs_PD: Array,
-    rhs_EDF: Array,
+    rhs_EDF: Weight,
     group_sizes_E: Array,
     transpose_rhs: bool = False,
     *,
@@ -23,14 +24,15 @@ def gmm(
 ) -> Array:
     """lhs[p] @ rhs[e] for each row p of group e: [P, F] in lhs's dtype, sums in float32.
 
-    transpose_rhs: rhs is [E, F, D]. Rows behind the sum of the group sizes are not read, and undefined in the result.
+    rhs quantized: scales [E, 1, F], which multiply the sums; its values become lhs's dtype in VMEM. transpose_rhs: rhs
+    is [E, F, D], and not quantized. Rows behind the sum of the group sizes are not read, and undefined in the result.
     """
     return gmm_sum((lhs_PD,), (rhs_EDF,), group_sizes_E, transpose_rhs, tiles=tiles)
 
 
 def gmm_sum(
     lhs: Sequence[Array],
-    rhs: Sequence[Array],
+    rhs: Sequence[Weight],
     group_sizes_E: Array,
     transpose_rhs: bool = False,
     *,
@@ -44,10 +46,10 @@ def gmm_sum(
 
         def columns(at: slice | pl.Slice, _: int) -> None:
             xs, ws = [x[...] for x in tile.rows], [w[at] if transpose_rhs else w[:, at] for w in tile.weights]
-            if result.dtype == jnp.bfloat16:
+            if result.dtype == jnp.bfloat16 and not tile.scales:
                 # One product, so that depths that are odd multiples of 128 still fill an MXU of 256 rows.
                 xs, ws = [jnp.concatenate(xs, axis=1)], [jnp.concatenate(ws, axis=2 - axis)]
-            products = [dot(x, w, (1, 2 - axis)) for x, w in zip(xs, ws, strict=True)]
+            products = tile.scaled([dot(x, w, (1, 2 - axis)) for x, w in zip(xs, ws, strict=True)], at)
             result[:, at] = sum(products[1:], start=products[0]).astype(result.dtype)
 
         over_columns(result.shape[1], tile.chunk, columns)
@@ -70,9 +72,12 @@ def gmm_sum(
 def dot(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
     """Matrix product over a's and b's named dimension in float32; float32 operands are not rounded.
 
-    Those are multiplied LANES deep at a time: one long chain of float32 sums would round twice as much.
+    A b in 8 bits loses nothing: float8 beside bfloat16 is widened by the MXU itself, all else becomes a's dtype here.
+    Float32 operands are multiplied LANES deep at a time: one long chain of float32 sums would round twice as much.
     """
     dims = (((contract[0],), (contract[1],)), ((), ()))
+    if a.dtype == jnp.float32 or b.dtype == jnp.int8:
+        b = b.astype(a.dtype)
     if a.dtype != jnp.float32:
         return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
     parts = [

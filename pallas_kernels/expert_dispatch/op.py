@@ -15,6 +15,7 @@ from jax import Array
 
 from pallas_kernels.expert_dispatch import kernels, reference
 from pallas_kernels.expert_dispatch.tiles import ALIGN, LANES
+from pallas_kernels.quantized import Quantized, Weight
 
 Implementation = Literal["pallas", "xla"]
 
@@ -51,9 +52,9 @@ def grouped_swiglu(
     x_ND: Array,
     experts_NK: Array,
     gates_NK: Array,
-    w_gate_EDF: Array,
-    w_up_EDF: Array,
-    w_down_EFD: Array,
+    w_gate_EDF: Weight,
+    w_up_EDF: Weight,
+    w_down_EFD: Weight,
     *,
     rows: int | None = None,
     implementation: Implementation,
@@ -64,20 +65,28 @@ def grouped_swiglu(
     An expert id of E drops its pair: no cost, no contribution, a zero gradient for its gate. rows: a static bound on
     the number of kept pairs, where it is known to be below N K; pairs beyond it, those of the last experts, would be
     dropped. The kernels take widths that are multiples of 128, so others are padded, at the price of a copy of the
-    weights. Raises ValueError for an implementation that is not known.
+    weights.
+
+    All three weights may be `Quantized`, with scales [E, 1, F], [E, 1, F] and [E, 1, D] (section 3.2.3): they are read
+    in 8 bits, and the scales multiply the float32 sums. That has no gradient. Raises ValueError for an implementation
+    that is not known, and for the gradient with quantized weights.
     """
     if implementation not in ("pallas", "xla"):
         raise ValueError(f'no implementation {implementation!r}: there are "pallas" and "xla"')
     depth, rows = x_ND.shape[1], experts_NK.size if rows is None else min(rows, experts_NK.size)
     if implementation == "pallas":
-        x_ND, w_gate_EDF, w_up_EDF, w_down_EFD = map(_pad, (x_ND, w_gate_EDF, w_up_EDF, w_down_EFD))
+        x_ND = _pad(x_ND, 1)
+        w_gate_EDF, w_up_EDF, w_down_EFD = (
+            Quantized(_pad(w.values, 1), _pad(w.scale, 2)) if isinstance(w, Quantized) else _pad(w, 1)
+            for w in (w_gate_EDF, w_up_EDF, w_down_EFD)
+        )
     y_ND: Any = _swiglu(implementation, rows, x_ND, experts_NK, gates_NK, w_gate_EDF, w_up_EDF, w_down_EFD)
     return y_ND[:, :depth]
 
 
-def _pad(x: Array) -> Array:
-    """x with zeros up to multiples of LANES behind its widths: the last dimension, of weights the last two."""
-    widths = [(0, 0 if i == 0 else -n % LANES) for i, n in enumerate(x.shape)]
+def _pad(x: Array, first: int) -> Array:
+    """x with zeros up to multiples of LANES behind its dimensions from the `first` on."""
+    widths = [(0, 0 if i < first else -n % LANES) for i, n in enumerate(x.shape)]
     return jnp.pad(x, widths) if any(n for _, n in widths) else x
 
 
@@ -88,9 +97,9 @@ def _swiglu(
     x_ND: Array,
     experts_NK: Array,
     gates_NK: Array,
-    w_gate_EDF: Array,
-    w_up_EDF: Array,
-    w_down_EFD: Array,
+    w_gate_EDF: Weight,
+    w_up_EDF: Weight,
+    w_down_EFD: Weight,
 ) -> Array:
     ops, order = _ops(implementation), sort(experts_NK, w_gate_EDF.shape[0], rows)
     x_PD, gates_P = _take(x_ND, order.token_P), _take(gates_NK.reshape(-1), order.pair_P)
@@ -104,10 +113,12 @@ def _forward(
     x_ND: Array,
     experts_NK: Array,
     gates_NK: Array,
-    w_gate_EDF: Array,
-    w_up_EDF: Array,
-    w_down_EFD: Array,
+    w_gate_EDF: Weight,
+    w_up_EDF: Weight,
+    w_down_EFD: Weight,
 ) -> tuple[Array, tuple]:
+    if any(isinstance(w, Quantized) for w in (w_gate_EDF, w_up_EDF, w_down_EFD)):
+        raise ValueError("quantized weights are for generation: grouped_swiglu has no gradient with them")
     ops, order = _ops(implementation), sort(experts_NK, w_gate_EDF.shape[0], rows)
     x_PD, gates_P = _take(x_ND, order.token_P), _take(gates_NK.reshape(-1), order.pair_P)
     hidden_PF, gate_PF, up_PF = ops.gate_up(x_PD, w_gate_EDF, w_up_EDF, gates_P, order.sizes_E, keep=True)

@@ -6,13 +6,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels.quantized import Quantized, Weight
 
-def gmm(lhs_PD: Array, rhs_EDF: Array, group_sizes_E: Array, transpose_rhs: bool = False) -> Array:
+
+def gmm(lhs_PD: Array, rhs_EDF: Weight, group_sizes_E: Array, transpose_rhs: bool = False) -> Array:
     """See grouped_matmul.gmm."""
     return gmm_sum((lhs_PD,), (rhs_EDF,), group_sizes_E, transpose_rhs)
 
 
-def gmm_sum(lhs: Sequence[Array], rhs: Sequence[Array], group_sizes_E: Array, transpose_rhs: bool = False) -> Array:
+def gmm_sum(lhs: Sequence[Array], rhs: Sequence[Weight], group_sizes_E: Array, transpose_rhs: bool = False) -> Array:
     """See grouped_matmul.gmm_sum."""
     products = [_ragged(x, w, group_sizes_E, 2 if transpose_rhs else 1) for x, w in zip(lhs, rhs, strict=True)]
     return sum(products[1:], start=products[0]).astype(lhs[0].dtype)
@@ -32,7 +34,7 @@ def tgmm_each(lhs_PD: Array, rhs: Sequence[Array], group_sizes_E: Array) -> list
 
 
 def gate_up(
-    x_PD: Array, w_gate_EDF: Array, w_up_EDF: Array, gates_P: Array, group_sizes_E: Array, keep: bool = False
+    x_PD: Array, w_gate_EDF: Weight, w_up_EDF: Weight, gates_P: Array, group_sizes_E: Array, keep: bool = False
 ) -> list[Array]:
     """See swiglu.gate_up."""
     gate_PF, up_PF = (_ragged(x_PD, w, group_sizes_E, 1) for w in (w_gate_EDF, w_up_EDF))
@@ -66,8 +68,11 @@ def combine(y_PD: Array, row_NK: Array, kept_NK: Array) -> Array:
     return y_ND.astype(y_PD.dtype)
 
 
-def _ragged(x_PD: Array, w_E: Array, group_sizes_E: Array, contract: int) -> Array:
+def _ragged(x_PD: Array, w_E: Weight, group_sizes_E: Array, contract: int) -> Array:
     """Each row with its group's matrix, over dimension `contract` of w [E, *, *]: float32."""
+    if isinstance(w_E, Quantized):
+        scale_PF = jnp.repeat(w_E.scale[:, 0], group_sizes_E, axis=0, total_repeat_length=x_PD.shape[0])
+        return _ragged(x_PD, w_E.values.astype(x_PD.dtype), group_sizes_E, contract) * scale_PF
     dims = lax.RaggedDotDimensionNumbers((((1,), (contract,)), ((), ())), [0], [0])
     return lax.ragged_dot_general(
         x_PD, w_E, group_sizes_E, dims, precision=_precision(x_PD), preferred_element_type=jnp.float32

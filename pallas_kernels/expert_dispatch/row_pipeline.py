@@ -27,6 +27,7 @@ from pallas_kernels.expert_dispatch.tiles import (
     fit,
     lay_out,
 )
+from pallas_kernels.quantized import Quantized, Weight
 
 Act = Callable[[Any], None]  # start or wait
 Number = TypeVar("Number", Array, int)
@@ -71,14 +72,20 @@ class Weights(NamedTuple):
     hbm: Ref  # [E, D, F]
     vmem: Ref  # [2, D, F / C], or [2, D / C, F]
     semaphores: Ref  # [2]
+    scale: Ref | None  # [E, 1, F], all of it in VMEM, if they are quantized
+
+    @property
+    def align(self) -> int:
+        """Rows: DMAs start and end at multiples of it. A packed register of 8 bits is 32 high."""
+        return max(ALIGN, 32 // self.hbm.dtype.itemsize)
 
     def copy(self, act: Act, slot: Array, group: Array, block: Array, low: Array | int, size: int) -> None:
         """Starts or waits for one DMA: `size` rows from row `low` on of this column block."""
         _, height, width = self.vmem.shape
-        row = pl.multiple_of(jnp.int32(low) + offset(block, self.hbm.shape[1], height), ALIGN)
+        row = pl.multiple_of(jnp.int32(low) + offset(block, self.hbm.shape[1], height), self.align)
         column = offset(block, self.hbm.shape[2], width)
         far = self.hbm.at[group, pl.ds(row, size), pl.ds(column, width)]
-        near = self.vmem.at[slot, pl.ds(pl.multiple_of(jnp.int32(low), ALIGN), size)]
+        near = self.vmem.at[slot, pl.ds(pl.multiple_of(jnp.int32(low), self.align), size)]
         act(pltpu.make_async_copy(far, near, self.semaphores.at[slot]))
 
 
@@ -96,7 +103,14 @@ class Tile(NamedTuple):
     repeated: Array  # so many leading columns are in the column block before, too
     rows: list[Ref]
     weights: list[Ref]
+    scales: list[Ref]  # [1, columns] of each weight, if they are quantized: none, or as many
     results: list[Ref]
+
+    def scaled(self, products: Sequence[Array], at: slice | pl.Slice) -> Sequence[Array]:
+        """Columns `at` of the products with each weight's values, times its scales."""
+        if not self.scales:
+            return products
+        return [product * scale[:, at] for product, scale in zip(products, self.scales, strict=True)]
 
 
 Body = Callable[[Tile], None]
@@ -106,7 +120,7 @@ def over_rows(
     body: Body,
     sizes_E: Array,
     rows: Sequence[Array],
-    weights: Sequence[Array],
+    weights: Sequence[Weight],
     results: Sequence[tuple[int, jnp.dtype]],
     *,
     weight_axis: int,
@@ -118,19 +132,24 @@ def over_rows(
     """Results [P, width] of the body run on every tile.
 
     rows: arrays [P, *]; `split` says which are cut into column blocks like the results, the others come whole. weights:
-    arrays [E, *, *], cut along weight_axis. results: (width, dtype); one as wide as the weights is cut into column
-    blocks, one of LANES columns is returned with as many for every block. depth: what a product sums over. Rows behind
-    the sum of sizes_E are neither read nor written: those of the results are undefined.
+    arrays [E, *, *], cut along weight_axis; or all of them quantized, with scales [E, 1, *] along axis 2, which is then
+    the one. results: (width, dtype); one as wide as the weights is cut into column blocks, one of LANES columns is
+    returned with as many for every block. depth: what a product sums over. Rows behind the sum of sizes_E are neither
+    read nor written: those of the results are undefined.
     """
-    given, columns = rows[0].shape[0], weights[0].shape[weight_axis]
+    scales = [w.scale for w in weights if isinstance(w, Quantized)]
+    assert not scales or (len(scales) == len(weights) and weight_axis == 2)
+    values = [w.values if isinstance(w, Quantized) else w for w in weights]
+    given, columns = rows[0].shape[0], values[0].shape[weight_axis]
     pairs = round_up(given)
     if pairs != given:
         rows = [jnp.pad(a, ((0, pairs - given), (0, 0))) for a in rows]
-    tiles = tiles or _fit(pairs, columns, depth, rows, weights, results, split)
+    tiles = tiles or _fit(pairs, columns, depth, rows, values, results, split)
     width = tiles.width(columns)
-    a, b, c = len(rows), len(weights), len(results)
+    a, b, c = len(rows), len(values), len(results)
 
     def kernel(sizes_E: Ref, *refs: Ref) -> None:
+        resident, refs = refs[: len(scales)] or [None] * b, refs[len(scales) :]
         hbm, refs, fields = refs[: a + b + c], refs[a + b + c :], len(Plan._fields)
         s, refs = Plan(*refs[:fields]), refs[fields:]
         vmem, carries, semaphores = refs[: a + b + c], refs[a + b + c : -1], refs[-1]
@@ -140,14 +159,14 @@ def over_rows(
             body,
             s,
             [Rows(*x) for x in streams[:a]],
-            [Weights(*x) for x in streams[a : a + b]],
+            [Weights(*x, scale) for x, scale in zip(streams[a : a + b], resident, strict=True)],
             [Rows(*x) for x in streams[a + b :]],
             carries,
             tiles,
             columns,
         )
 
-    weight_shapes = [(width, w.shape[2]) if weight_axis == 1 else (w.shape[1], width) for w in weights]
+    weight_shapes = [(width, w.shape[2]) if weight_axis == 1 else (w.shape[1], width) for w in values]
     result_widths = [width if n == columns else n for n, _ in results]
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     shapes = [jax.ShapeDtypeStruct((pairs, n if n == columns else n * tiles.blocks), dtype) for n, dtype in results]
@@ -156,7 +175,7 @@ def over_rows(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(tiles.blocks,),
-            in_specs=[anywhere] * (a + b),
+            in_specs=[pl.BlockSpec(memory_space=pltpu.VMEM)] * len(scales) + [anywhere] * (a + b),
             out_specs=[anywhere] * c,
             scratch_shapes=[
                 *Plan.scratch(sizes_E.shape[0], pairs, tiles),
@@ -164,7 +183,7 @@ def over_rows(
                     pltpu.VMEM((2, tiles.rows, width if cut else r.shape[1]), r.dtype)
                     for r, cut in zip(rows, split, strict=True)
                 ),
-                *(pltpu.VMEM((2, *shape), w.dtype) for shape, w in zip(weight_shapes, weights, strict=True)),
+                *(pltpu.VMEM((2, *shape), w.dtype) for shape, w in zip(weight_shapes, values, strict=True)),
                 *(pltpu.VMEM((2, tiles.rows, n), r[1]) for n, r in zip(result_widths, results, strict=True)),
                 *(pltpu.VMEM((ALIGN, n), r[1]) for n, r in zip(result_widths, results, strict=True)),
                 pltpu.SemaphoreType.DMA((a + b + c, 2)),
@@ -172,9 +191,9 @@ def over_rows(
         ),
         out_shape=shapes,
         compiler_params=compiler_params(),
-        cost_estimate=work(2 * pairs * sum(w[0].size for w in weights), [*rows, *weights, *shapes]),
+        cost_estimate=work(2 * pairs * sum(w[0].size for w in values), [*scales, *rows, *values, *shapes]),
         name=name,
-    )(sizes_E, *rows, *weights)
+    )(sizes_E, *scales, *rows, *values)
     return [r[:given] for r in made] if pairs != given else made
 
 
@@ -191,7 +210,10 @@ def _fit(
     parts = sum(a.dtype.itemsize for a, cut in zip(rows, split, strict=True) if cut)
     parts += sum(jnp.dtype(dtype).itemsize for _, dtype in results)
     size = sum(w.size // (w.shape[0] * columns) * w.dtype.itemsize for w in weights)
-    return fit(pairs, columns, depth, whole=whole, split=parts, weights=size)
+    # Weights in 8 bits are for generation: groups are small, and half the bytes no longer hide the MXU's work on rows
+    # that only fill a tile.
+    step = 32 if weights[0].dtype.itemsize == 1 else 64
+    return fit(pairs, columns, depth, whole=whole, split=parts, weights=size, step=step)
 
 
 def _pipeline(
@@ -206,6 +228,7 @@ def _pipeline(
 ) -> None:
     """One column block: its tiles in turn, while the next tile's rows and the next group's weights come in."""
     block, count = pl.program_id(0), s.totals_2[0]
+    pieces = PIECES * ALIGN // max(stream.align for stream in weights)
 
     def load(i: Array, act: Act) -> None:
         for stream in rows:
@@ -222,26 +245,15 @@ def _pipeline(
 
         def piece(p: Array, _: None) -> None:
             for stream in weights:
-                size = stream.vmem.shape[1] // PIECES
+                size = stream.vmem.shape[1] // pieces
                 stream.copy(start, number % 2, s.group_J[number], block, p * size, size)
 
         lax.fori_loop(low, high, piece, None)
 
-    def multiply(i: Array) -> None:
-        slot, rest = i % 2, s.number_I[i] % 2
-        width = tiles.width(columns)
-        repeated = block * width - offset(block, columns, width)
-        for height in range(tiles.step, tiles.rows + 1, tiles.step):
-
-            @pl.when((s.count_I[i] > height - tiles.step) & (s.count_I[i] <= height))
-            def _(height: int = height) -> None:
-                operands, made = ([r.vmem.at[slot, pl.ds(0, height)] for r in x] for x in (rows, results))
-                body(Tile(height, tiles.chunk, repeated, operands, [w.vmem.at[rest] for w in weights], made))
-
     @pl.when(count > 0)
     def _() -> None:
         load(jnp.int32(0), start)
-        fetch(jnp.int32(0), jnp.int32(0), jnp.int32(PIECES))
+        fetch(jnp.int32(0), jnp.int32(0), jnp.int32(pieces))
 
     def tile(i: Array, _: None) -> None:
         number = s.number_I[i]
@@ -257,7 +269,7 @@ def _pipeline(
 
         @pl.when(number + 1 < s.totals_2[1])
         def _() -> None:
-            low, high = (divide(PIECES * (s.index_I[i] + n), s.tiles_J[number], PIECES) for n in (0, 1))
+            low, high = (divide(pieces * (s.index_I[i] + n), s.tiles_J[number], pieces) for n in (0, 1))
             fetch(number + 1, low, high)
 
         load(i, wait)
@@ -266,7 +278,7 @@ def _pipeline(
         def _() -> None:
             store(i - 2, wait)
 
-        multiply(i)
+        _multiply(body, s, i, block, rows, weights, results, tiles, columns)
         for stream, kept in zip(results, carries, strict=True):
             carry(stream.vmem.at[i % 2], kept, s.skip_I[i], s.count_I[i])
         store(i, start)
@@ -277,6 +289,34 @@ def _pipeline(
         @pl.when(count >= last)
         def _(last: int = last) -> None:
             store(count - last, wait)
+
+
+def _multiply(
+    body: Body,
+    s: Plan,
+    i: Array,
+    block: Array,
+    rows: list[Rows],
+    weights: list[Weights],
+    results: list[Rows],
+    tiles: Tiles,
+    columns: int,
+) -> None:
+    """Runs the body on tile i: it is compiled for every height, and the lowest that holds the tile runs."""
+    slot, rest = i % 2, s.number_I[i] % 2
+    width = tiles.width(columns)
+    repeated = block * width - offset(block, columns, width)
+    scales = [
+        w.scale.at[s.group_J[s.number_I[i]], :, pl.ds(offset(block, columns, width), width)]
+        for w in weights
+        if w.scale is not None
+    ]
+    for height in range(tiles.step, tiles.rows + 1, tiles.step):
+
+        @pl.when((s.count_I[i] > height - tiles.step) & (s.count_I[i] <= height))
+        def _(height: int = height) -> None:
+            operands, made = ([r.vmem.at[slot, pl.ds(0, height)] for r in x] for x in (rows, results))
+            body(Tile(height, tiles.chunk, repeated, operands, [w.vmem.at[rest] for w in weights], scales, made))
 
 
 def carry(tile: Ref, kept: Ref, skip: Array, count: Array) -> None:

@@ -11,12 +11,13 @@ from jax.experimental import pallas as pl
 from pallas_kernels.expert_dispatch.grouped_matmul import dot, over_columns
 from pallas_kernels.expert_dispatch.row_pipeline import Tile, over_rows
 from pallas_kernels.expert_dispatch.tiles import LANES, Tiles
+from pallas_kernels.quantized import Weight
 
 
 def gate_up(
     x_PD: Array,
-    w_gate_EDF: Array,
-    w_up_EDF: Array,
+    w_gate_EDF: Weight,
+    w_up_EDF: Weight,
     gates_P: Array,
     group_sizes_E: Array,
     keep: bool = False,
@@ -26,7 +27,8 @@ def gate_up(
     """[hidden_PF], hidden[p] = gates[p] * silu(x[p] @ w_gate[e]) * (x[p] @ w_up[e]) for each row p of group e.
 
     gates float32; results in x's dtype, all arithmetic in float32. keep: [hidden_PF, gate_PF, up_PF], the two products
-    as well, which `hidden_gradient` needs. Rows behind the sum of the group sizes are not read, and undefined.
+    as well, which `hidden_gradient` needs. Quantized weights: both, with scales [E, 1, F], which multiply the products.
+    Rows behind the sum of the group sizes are not read, and undefined.
     """
 
     def body(tile: Tile) -> None:
@@ -35,7 +37,7 @@ def gate_up(
         def columns(at: slice | pl.Slice, size: int) -> None:
             # One product, so that widths that are odd multiples of 128 still fill an MXU of 256 columns.
             both = dot(x[...], jnp.concatenate([w_gate[:, at], w_up[:, at]], axis=1))
-            gate, up = both[:, :size], both[:, size:]
+            gate, up = tile.scaled((both[:, :size], both[:, size:]), at)
             hidden = jax.nn.silu(gate) * up * _wide(gates[...], size)
             for result, value in zip(tile.results, (hidden, gate, up), strict=False):
                 result[:, at] = value.astype(result.dtype)

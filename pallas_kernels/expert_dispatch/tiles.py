@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 ALIGN = 16  # rows: DMAs start and end at multiples of it; the height of a packed bfloat16 register
 LANES = 128
-PIECES = 8  # a group's weights arrive in so many DMAs, spread over the tiles of the group before
+PIECES = 8  # a group's weights arrive in so many DMAs (of 8 bits, half), spread over the tiles of the group before
 MIB = 2**20
 
 Ref = Any  # what Pallas hands a kernel: memory that reads and writes like an array; it has no public type
@@ -49,17 +49,17 @@ def chip() -> pltpu.TpuInfo:
     return pltpu.get_tpu_info_for_chip(pltpu.ChipVersion.TPU_V5P, 2)
 
 
-def fit(pairs: int, columns: int, depth: int, *, whole: int, split: int, weights: int) -> Tiles:
+def fit(pairs: int, columns: int, depth: int, *, whole: int, split: int, weights: int, step: int) -> Tiles:
     """Tiles that fit the chip's VMEM: as few column blocks as its cores allow, since each reads `whole` again.
 
     pairs: rows there are. depth: what a product sums over. In bytes: whole of a row's operands that are not cut into
-    column blocks; split of what a row has for each column; weights of a column of the weights.
+    column blocks; split of what a row has for each column; weights of a column of the weights. step: see Tiles.
     """
     info = chip()
     cores = min(info.num_cores, columns // LANES)
-    for rows in (n for n in (512, 256, 128, 64) if n == 64 or n < 2 * pairs):
+    for rows in (n for n in (8 * step, 4 * step, 2 * step, step) if n == step or n < 2 * pairs):
         for blocks in range(cores, columns // LANES + 1, cores):
-            tiles = Tiles(rows=rows, step=64, chunk=LANES, blocks=blocks)
+            tiles = Tiles(rows=rows, step=step, chunk=LANES, blocks=blocks)
             width = tiles.width(columns)
             if 2 * rows * (whole + split * width) + 2 * weights * width <= info.vmem_capacity_bytes - 10 * MIB:
                 return replace(tiles, chunk=_chunk(width, depth, info))

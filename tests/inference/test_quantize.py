@@ -14,7 +14,8 @@ from dsv2_jax.inference import quantize
 from dsv2_jax.inference.engine import Capacity, Engine
 from dsv2_jax.model import formats, paged, transformer
 from dsv2_jax.model.layers import KEPT_FLOAT32
-from dsv2_jax.model.matmul import Quantized, project, whole
+from dsv2_jax.model.matmul import project, whole
+from pallas_kernels.quantized import Quantized
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "v2_tiny"
 COMPUTE = Compute(dtype="float32", remat="none")

@@ -5,13 +5,16 @@ import functools
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
 from configs import models
 from dsv2_jax.config import SINGLE, Attention, Batch, Compute, Config, Mesh, Model, Optimizer
-from dsv2_jax.model import attention, transformer
+from dsv2_jax.inference import quantize
+from dsv2_jax.model import attention, parameters, transformer
+from dsv2_jax.model.moe import mixture
 from dsv2_jax.parallel import mesh as device_mesh
 from dsv2_jax.parallel import sharding
 from dsv2_jax.parallel.feed import Feed
@@ -102,3 +105,18 @@ def test_a_step_with_kernels_is_the_step_without(name):
     ours, theirs = run(kernels="pallas"), run(kernels="xla")
     assert ours[0]["dropped"] == theirs[0]["dropped"]
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-6), ours, theirs)
+
+
+def test_experts_in_8_bits_with_kernels_are_those_without():
+    """In float32, so that the two ways to use a scale round alike."""
+    size, rng = model(), np.random.default_rng(0)
+    names = parameters.tree(size)["moe"]
+    p = {name: jnp.asarray(rng.standard_normal(shape[1:]), jnp.float32) for name, shape in names.items()}
+    p = {name: quantize.leaf(name, w, "int8") for name, w in p.items()}
+    x_BTD = jnp.asarray(rng.standard_normal((ROWS, 8, size.hidden_size)), jnp.float32)
+    valid_BT = jnp.arange(8) < jnp.array([[8], [5], [0], [8]])
+    ours, theirs = (
+        jax.jit(lambda p, x, how=how: mixture(p, x, valid_BT, None, size.moe, SINGLE, how)[0])(p, x_BTD)
+        for how in ("pallas", "xla")
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())

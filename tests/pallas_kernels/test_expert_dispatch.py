@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.expert_dispatch import grouped_swiglu, kernels, reference
 from pallas_kernels.expert_dispatch.tiles import Tiles
+from pallas_kernels.quantized import Quantized
 from pallas_kernels.shapes import EXPERT_DISPATCH
 
 E, D, F, P = 5, 128, 384, 200
@@ -114,6 +115,51 @@ def test_building_blocks(implementation, dtype):
             _close([r[rows] for r in got[name]], [r[rows] for r in twin[name]], results, dtype, (name, sizes))
 
 
+def _quantized(rng, shape, kind):
+    """A weight in 8 bits, and what it stands for in float64. Of float8 every bit pattern but NaN; in some channels only
+    subnormal numbers, which scales make as large as the others."""
+    if kind == "int8":
+        values = rng.integers(-127, 128, shape).astype(np.int8)
+    else:
+        bits = rng.integers(0, 127, shape) + 128 * rng.integers(0, 2, shape)
+        bits[..., ::5] &= 0x87
+        values = bits.astype(np.uint8).view(kind)
+    wide = values.astype(np.float64)
+    size = np.sqrt(np.mean(wide**2, axis=1, keepdims=True))
+    scale = np.float32((0.5 + rng.random(size.shape)) / (8 * size))
+    return Quantized(jnp.asarray(values), jnp.asarray(scale)), wide * scale
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("float32", "int8"), ("bfloat16", "float8_e4m3fn")])
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("implementation", OPS)
+def test_weights_in_8_bits(implementation, dtype, kind):
+    rng, dtype = np.random.default_rng(0), jnp.dtype(dtype)
+    (gate, gate_true), (up, up_true), (down, down_true) = (
+        _quantized(rng, s, kind) for s in [(E, D, F), (E, D, F), (E, F, D)]
+    )
+
+    def both(ops):
+        tiles = {"tiles": Tiles(rows=64, step=64, chunk=128, blocks=2)} if ops is kernels else {}
+
+        def run(c):
+            (hidden,) = ops.gate_up(c["x"], gate, up, c["s"], c["sizes"], **tiles)
+            return [hidden, ops.gmm(c["a"], down, c["sizes"], **tiles)]
+
+        return jax.jit(run)
+
+    run, plain = both(OPS[implementation]), both(reference)
+    for name in ("uneven", "none"):
+        case, _ = _ops_case(dtype, SIZES[name])
+        total, ids = sum(SIZES[name]), np.repeat(np.arange(E), SIZES[name])
+        x, a, s = (np.asarray(case[r], np.float64)[:total] for r in "xas")
+        g, u = (np.einsum("pd,pdf->pf", x, w[ids]) for w in (gate_true, up_true))
+        true = [g / (1 + np.exp(-g)) * u * s[:, None], np.einsum("pf,pfd->pd", a, down_true[ids])]
+        got, twin = ([r[:total] for r in f(case)] for f in (run, plain))
+        _close(got, twin, true, dtype, name)
+        assert all((_errors(b, t) < 8 * jnp.finfo(dtype).eps).all() for b, t in zip(twin, true, strict=True)), name
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("implementation", OPS)
@@ -203,19 +249,44 @@ def test_grouped_swiglu(implementation, name, dtype):
         assert (np.asarray(got[2])[experts == E] == 0).all()
 
 
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("implementation", [pytest.param("pallas", marks=pytest.mark.slow), "xla"])
+def test_grouped_swiglu_in_8_bits(implementation):
+    """Widths that are no multiples of 128, and pairs of no expert."""
+    rng, (n, k), (depth, width) = np.random.default_rng(0), (40, 2), (96, 160)
+    experts, gates = _dropping(n), rng.random((n, k)) + 0.1
+    x = jnp.asarray(_normal(rng, n, depth), jnp.bfloat16)
+    weights, wide = zip(
+        *(_quantized(rng, s, "int8") for s in [(E, depth, width), (E, depth, width), (E, width, depth)]), strict=True
+    )
+
+    def run(x, implementation):
+        routing = jnp.asarray(experts, jnp.int32), jnp.asarray(gates, jnp.float32)
+        return grouped_swiglu(x, *routing, *weights, implementation=implementation)
+
+    with jax.enable_x64(True):
+        x64, gates64, *wide64 = (jnp.asarray(np.asarray(a, np.float64)) for a in (x, np.float32(gates), *wide))
+        true = np.asarray(_dense(x64, jnp.asarray(experts), gates64, *wide64))
+    got, twin = (jax.jit(run, static_argnums=1)(x, i) for i in (implementation, "xla"))
+    assert got.dtype == x.dtype
+    _close([got], [twin], [true], x.dtype, implementation)
+    assert (_errors(twin, true) < 2 * jnp.finfo(x.dtype).eps).all()
+
+
 def test_wrong_arguments_raise():
     x, w = jnp.zeros((4, 96)), jnp.zeros((E, 96, 128))
     routing = jnp.zeros((4, 2), jnp.int32), jnp.ones((4, 2))
     with pytest.raises(ValueError, match="no implementation"):
         grouped_swiglu(x, *routing, w, w, jnp.zeros((E, 128, 96)), implementation="mosaic")
+    up, down = (Quantized(jnp.zeros(s, jnp.int8), jnp.ones((E, 1, s[2]))) for s in ((E, 96, 128), (E, 128, 96)))
+    with pytest.raises(ValueError, match="no gradient"):
+        jax.grad(lambda x: grouped_swiglu(x, *routing, up, up, down, implementation="pallas").sum())(x)
     with pytest.raises(ValueError, match="powers of two"):
         Tiles(rows=96, step=32, chunk=128)
 
 
-@pytest.mark.tpu
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
-def test_compiles_for_tpus(topology, monkeypatch):
-    """At nano's shape. V2's takes minutes a chip: `benchmarks/kernels.py` compiles and prices it."""
+def _compile(topology, monkeypatch, function, *args):
+    """Compiles for a TPU that is not here; args (shape, dtype) or trees of them. The number of kernels."""
     for name, value in {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -224,24 +295,47 @@ def test_compiles_for_tpus(topology, monkeypatch):
     }.items():
         monkeypatch.setitem(os.environ, name, value)
     device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
-    s = EXPERT_DISPATCH["nano"]
+    mesh = Mesh(np.array([device]), "x", axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        here = NamedSharding(mesh, PartitionSpec())
+        lowered = jax.jit(function).lower(
+            *jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), args)
+        )
+        # jaxlib cannot read back the text of what libtpu gives to SparseCore
+        options = ["xla_tpu_offload_gather_to_sparsecore", "xla_tpu_enable_offloading_scatter_to_sparsecore"]
+        lowered.compile(compiler_options=dict.fromkeys(options, False))
+    return lowered.as_text().count("tpu_custom_call")
 
+
+TOPOLOGIES = ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"]
+NANO = EXPERT_DISPATCH["nano"]  # V2's takes minutes a chip: `benchmarks/kernels.py` compiles and prices it
+TOKENS = jax.ShapeDtypeStruct((NANO.tokens, NANO.hidden), jnp.bfloat16)
+ROUTING = [jax.ShapeDtypeStruct((NANO.tokens, NANO.active), d) for d in (jnp.int32, jnp.float32)]
+WEIGHTS = [(NANO.experts, NANO.hidden, NANO.width)] * 2 + [(NANO.experts, NANO.width, NANO.hidden)]
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_compiles_for_tpus(topology, monkeypatch):
     def gradients(x, experts, gates, w_gate, w_up, w_down, g):
         def op(x, *rest):
-            return grouped_swiglu(x, experts, *rest, rows=s.rows, implementation="pallas")
+            return grouped_swiglu(x, experts, *rest, rows=NANO.rows, implementation="pallas")
 
         y, pull = jax.vjp(op, x, gates, w_gate, w_up, w_down)
         return y, pull(g)
 
-    mesh = Mesh(np.array([device]), "x", axis_types=(AxisType.Auto,))
-    with jax.set_mesh(mesh):
-        tokens, pairs, up = (s.tokens, s.hidden), (s.tokens, s.active), (s.experts, s.hidden, s.width)
-        shapes = [tokens, pairs, pairs, up, up, (s.experts, s.width, s.hidden), tokens]
-        dtypes = [jnp.bfloat16, jnp.int32, jnp.float32, *[jnp.bfloat16] * 4]
-        here = NamedSharding(mesh, PartitionSpec())
-        args = [jax.ShapeDtypeStruct(a, d, sharding=here) for a, d in zip(shapes, dtypes, strict=True)]
-        lowered = jax.jit(gradients).lower(*args)
-        # jaxlib cannot read back the text of what libtpu gives to SparseCore
-        options = ["xla_tpu_offload_gather_to_sparsecore", "xla_tpu_enable_offloading_scatter_to_sparsecore"]
-        lowered.compile(compiler_options=dict.fromkeys(options, False))
-    assert lowered.as_text().count("tpu_custom_call") == 8
+    weights = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in WEIGHTS]
+    assert _compile(topology, monkeypatch, gradients, TOKENS, *ROUTING, *weights, TOKENS) == 8
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("kind", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_weights_in_8_bits_compile_for_tpus(topology, kind, monkeypatch):
+    def op(*args):
+        return grouped_swiglu(*args, rows=NANO.rows, implementation="pallas")
+
+    weights = [
+        Quantized(jax.ShapeDtypeStruct(s, kind), jax.ShapeDtypeStruct((s[0], 1, s[2]), jnp.float32)) for s in WEIGHTS
+    ]
+    assert _compile(topology, monkeypatch, op, TOKENS, *ROUTING, *weights) == 3
