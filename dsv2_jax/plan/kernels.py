@@ -72,7 +72,7 @@ class Prices:
         operands = [dims for dtype, dims in arrays if dtype in ("bf16", "f32")]  # integers steer
         if "latent_decode_blocks" in instruction.name:  # of prompts; a decode step has none
             return "latent_decode_blocks", 0.0, 0.0
-        kernel = _kernel(instruction, operands)
+        kernel = _kernel(instruction, operands, {dtype for dtype, _ in arrays})
         if kernel is None:
             if "combine" in instruction.name:  # reads the rows that a router sends, and writes all tokens
                 read = sum(2 * math.prod(dims) for dims in operands)
@@ -82,7 +82,7 @@ class Prices:
             return instruction.name.split(".")[0], flops, seconds
         if kernel.startswith("expert"):
             flops *= self._share(operands)
-        if kernel == _DECODE:
+        if kernel.startswith(_DECODE):
             shape = self._shape(kernel)
             assert isinstance(shape, shapes.LatentDecode)
             flops = OPS[kernel].flops(shape) * self._tokens / shape.sequences
@@ -124,7 +124,7 @@ class Prices:
     def _shape(self, op: str) -> shapes.LatentAttention | shapes.LatentDecode | shapes.ExpertDispatch:
         """The sizes of the config's model, of one sequence, some that are decoded, or one device's experts."""
         config, a, moe = self._config, self._config.model.attention, self._config.model.moe
-        if op == _DECODE:
+        if op.startswith(_DECODE):
             return shapes.LatentDecode(
                 heads=a.num_attention_heads // config.mesh.tensor,
                 latent=a.kv_lora_rank,
@@ -183,18 +183,21 @@ def declared(instruction: hlo.Instruction) -> tuple[float, float]:
     return flops, moved
 
 
-def _kernel(instruction: hlo.Instruction, operands: list[tuple[int, ...]]) -> str | None:
+def _kernel(instruction: hlo.Instruction, operands: list[tuple[int, ...]], dtypes: set[str]) -> str | None:
     """The op of `pallas_kernels.ops` that a call is one of, `latent_forward` or `latent_backward`, or None."""
     name = instruction.name
     if _DECODE in name:
-        return _DECODE
+        return _DECODE + next((bits for dtype, bits in {"s8": "_int8", "u8": "_int6"}.items() if dtype in dtypes), "")
     for kernel in ("forward", "backward"):
         if f"latent_attention_{kernel}" in name:
             return f"latent_{kernel}"
     if "tgmm" in name:
         results = sum(len(dims) == 3 for _, dims in hlo.arrays(instruction.shape))
         return "expert_gate_up_weight_gradient" if results > 1 else "expert_up_weight_gradient"
+    bits = next((bits for dtype, bits in {"s8": "_int8", "f8e4m3fn": "_float8"}.items() if dtype in dtypes), "")
+    if "gmm" in name and bits:
+        return f"expert_down{bits}"
     if "gmm" in name:
         weights = sum(len(dims) == 3 for dims in operands)
         return "expert_gate_up_input_gradient" if weights > 1 else "expert_up"
-    return next((f"expert_{kernel}" for kernel in ("gate_up", "hidden_gradient") if kernel in name), None)
+    return next((f"expert_{kernel}{bits}" for kernel in ("gate_up", "hidden_gradient") if kernel in name), None)

@@ -4,7 +4,7 @@ import pytest
 
 from configs import layouts
 from dsv2_jax.plan import hlo
-from dsv2_jax.plan.kernels import Prices
+from dsv2_jax.plan.kernels import Prices, _kernel
 from pallas_kernels.chips import CHIPS
 
 PROGRAM = """HloModule test, is_scheduled=true
@@ -31,3 +31,33 @@ def test_adding_up_a_tokens_rows_costs_the_rows_that_a_router_sends():
     assert flops / 8 / (chip.peak * chip.cores) < by_bandwidth
     seconds = Prices(config, "v5p", lambda _: None, tokens=4 * 4096).seconds(main.by_name["combine.1"], main)
     assert seconds == pytest.approx(by_bandwidth)
+
+
+CALLED = """HloModule test, is_scheduled=true
+
+ENTRY %main (x: bf16[64,256], w: DTYPE[4,256,128], s: f32[4,1,128]) -> bf16[64,128] {
+  %x = bf16[64,256]{1,0} parameter(0)
+  %w = DTYPE[4,256,128]{2,1,0} parameter(1)
+  %s = f32[4,1,128]{2,1,0} parameter(2)
+  ROOT %NAME.1 = bf16[64,128]{1,0} custom-call(%x, %w, %s), custom_call_target="tpu_custom_call"
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "op"),
+    [
+        ("gmm", "s8", "expert_down_int8"),
+        ("gate_up", "f8e4m3fn", "expert_gate_up_float8"),
+        ("gate_up", "bf16", "expert_gate_up"),
+        ("latent_decode", "u8", "latent_decode_int6"),
+        ("latent_decode", "s8", "latent_decode_int8"),
+        ("latent_decode", "bf16", "latent_decode"),
+        ("something", "bf16", None),
+    ],
+)
+def test_a_call_is_priced_in_the_format_of_what_it_reads(name, dtype, op):
+    main = hlo.parse(CALLED.replace("DTYPE", dtype).replace("NAME", name)).computations["main"]
+    call = main.by_name[f"{name}.1"]
+    arrays = [array for operand in call.operands for array in hlo.arrays(main.by_name[operand].shape)]
+    assert _kernel(call, [dims for _, dims in arrays], {dtype for dtype, _ in arrays}) == op
