@@ -32,8 +32,8 @@ flash kernel it is the second pass over scores too large for the first. Rows tha
 
 `v2_decode` and `v2_decode_full` are a step of generation on one of 8 devices, each with 20 experts: 384 and 2,560
 (token, expert) pairs. `_int8` and `_float8` read weights of 8 bits with a scale for each output channel: int8 becomes
-bfloat16 in vector registers, float8_e4m3fn in the MXU (Mosaic pushes it as float8_e4m3b11fnuz, whose bits mean a 16th,
-and multiplies the sums by 16).
+bfloat16 in vector registers, float8_e4m3fn in the MXU, which a tpu7x does by itself; on the others Mosaic pushes it as
+float8_e4m3b11fnuz, whose bits mean a 16th, and multiplies the sums by 16.
 
 | op | shape | chip | estimate, us | roofline, us | bound | efficiency | best public, us | VMEM, MiB | doubts |
 |---|---|---|---|---|---|---|---|---|---|
