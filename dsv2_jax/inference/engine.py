@@ -95,7 +95,7 @@ class Engine:
             self.setup.mesh.size("pipeline", "context") == 1,
             "generation runs on the axes data, fsdp, expert and tensor; mesh.pipeline and mesh.context must be 1",
         )
-        self._block = paged.block(model, c.cache)
+        self._block = paged.block(model)
         self._lanes = [Scheduler(c.pages, c.page, c.rows, c.chunk, self._block) for _ in range(self.setup.lanes)]
         self._layers = programs.empty(self.setup, c.pages, c.page)
         self._routes = Routes(model, self.setup.lanes, c.pages, c.page) if routes else None

@@ -120,12 +120,8 @@ def empty(setup: Setup, pages: int, slots: int) -> tuple[paged.Layer, ...]:
 
 def _cache_specs(setup: Setup) -> Any:
     one = jax.eval_shape(lambda: paged.empty(setup.model, config.SINGLE, 2, 16, setup.form, jnp.dtype(jnp.float32)))
-
-    def spec(path: tuple, leaf: jax.ShapeDtypeStruct) -> PartitionSpec:
-        by_head = path[-1].key.startswith(("key", "value"))
-        return PartitionSpec(mesh.BATCH, None, None, "tensor") if by_head and leaf.ndim > 2 else _LANES
-
-    return jax.tree_util.tree_map_with_path(spec, one)
+    by_head = setup.model.attention.kind != "mla"
+    return jax.tree.map(lambda _: PartitionSpec(mesh.BATCH, None, None, "tensor") if by_head else _LANES, one)
 
 
 def _param_specs(prepared: Any, setup: Setup) -> Any:
