@@ -13,7 +13,7 @@ from pallas_kernels import shapes, tuning
 from pallas_kernels.chips import CHIPS
 from pallas_kernels.expert_dispatch import kernels
 from pallas_kernels.expert_dispatch.tiles import Tiles
-from pallas_kernels.latent_attention import decode_kernel, flash
+from pallas_kernels.latent_attention import decode_kernel, flash, packing
 from pallas_kernels.quantized import Quantized
 
 _BF16 = 2  # bytes
@@ -32,27 +32,33 @@ class Op:
     candidates: Callable[[Any], Iterable[Any]]  # what there is to try, smaller blocks first
 
 
-def _latent_decode(shape: shapes.LatentDecode, chip: str, blocks: Any) -> tuple[Callable, tuple]:
+def _latent_decode(shape: shapes.LatentDecode, chip: str, blocks: Any, dtype: Any) -> tuple[Callable, tuple]:
+    """A token of each sequence, over a cache kept in `dtype`."""
     n, pages = shape.sequences, -(-shape.length // shape.page)
+    packed = packing.is_packed(dtype)
 
     def run(*args: jax.Array) -> jax.Array:
-        return decode_kernel.decode(*args, scale=1.0, blocks=blocks, cores=CHIPS[chip].cores)
+        scales = args[7] if packed else None
+        cores = CHIPS[chip].cores
+        return decode_kernel.decode(*args[:7], scale=1.0, scales_L1K=scales, blocks=blocks, cores=cores)
 
-    return run, (
+    args = (
         _bf16(n, shape.heads, shape.latent),
         _bf16(n, shape.heads, shape.rope),
-        _bf16(n * pages, shape.page, shape.latent),
-        _bf16(n * pages, shape.rope, shape.page),
+        jax.ShapeDtypeStruct((n * pages, shape.page, packing.width(shape.latent, dtype)), dtype),
+        jax.ShapeDtypeStruct((n * pages, packing.width(shape.rope, dtype), shape.page), dtype),
         np.random.default_rng(0).permutation(n * pages).astype(np.int32).reshape(n, pages),
         np.full(n, shape.length, np.int32),
         np.arange(n + 1, dtype=np.int32),
     )
+    return run, (*args, jax.ShapeDtypeStruct((n * pages, 1, shape.page), jnp.uint32)) if packed else args
 
 
-def _latent_decode_bytes(shape: shapes.LatentDecode) -> float:
-    cache = shape.length * (shape.latent + shape.rope)
-    queries_and_results = shape.heads * (2 * shape.latent + shape.rope)
-    return _BF16 * shape.sequences * (cache + queries_and_results)
+def _latent_decode_bytes(shape: shapes.LatentDecode, dtype: Any) -> float:
+    scales = 4 if packing.is_packed(dtype) else 0
+    cache = shape.length * ((shape.latent + shape.rope) * packing.bits(dtype) / 8 + scales)
+    queries_and_results = _BF16 * shape.heads * (2 * shape.latent + shape.rope)
+    return shape.sequences * (cache + queries_and_results)
 
 
 def _latent_decode_candidates(shape: shapes.LatentDecode) -> Iterable[Any]:
@@ -228,17 +234,24 @@ def _flash_op(backward: bool) -> Op:
     )
 
 
+def _decode_op(dtype: Any) -> Op:
+    bits = packing.bits(dtype)
+    return Op(
+        shapes=shapes.LATENT_DECODE,
+        build=lambda s, chip, blocks: _latent_decode(s, chip, blocks, dtype),
+        flops=lambda s: 2 * s.sequences * s.heads * s.length * (2 * s.latent + s.rope),
+        bytes=lambda s: _latent_decode_bytes(s, dtype),
+        key=lambda s: (s.heads, s.page, bits),
+        blocks=lambda chip, s: tuning.latent_decode(chip, s.heads, s.page, bits),
+        candidates=_latent_decode_candidates,
+    )
+
+
 OPS: dict[str, Op] = {
     "latent_forward": _flash_op(backward=False),
     "latent_forward_backward": _flash_op(backward=True),
-    "latent_decode": Op(
-        shapes=shapes.LATENT_DECODE,
-        build=_latent_decode,
-        flops=lambda s: 2 * s.sequences * s.heads * s.length * (2 * s.latent + s.rope),
-        bytes=_latent_decode_bytes,
-        key=lambda s: (s.heads, s.page),
-        blocks=lambda chip, s: tuning.latent_decode(chip, s.heads, s.page),
-        candidates=_latent_decode_candidates,
-    ),
+    "latent_decode": _decode_op(jnp.bfloat16),
+    "latent_decode_int8": _decode_op(jnp.int8),
+    "latent_decode_int6": _decode_op(jnp.uint8),
     **_EXPERT_OPS,
 }

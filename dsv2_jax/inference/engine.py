@@ -92,7 +92,7 @@ class Engine:
             model=model, compute=compute or Compute(), form=c.cache, weights=c.weights, devices=mesh, routes=routes
         )
         programs.check_mesh(self.setup.mesh)
-        self._block = paged.block(model, c.cache)
+        self._block = paged.block(model)
         self._lanes = [Scheduler(c.pages, c.page, c.rows, c.chunk, self._block) for _ in range(self.setup.lanes)]
         self._layers = programs.empty(self.setup, c.pages, c.page)
         self._routes = Routes(model, self.setup.lanes, c.pages, c.page) if routes else None

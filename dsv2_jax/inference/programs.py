@@ -173,12 +173,8 @@ def described(setup: Setup, pages: int, slots: int) -> tuple[Any, tuple[paged.La
 
 def _cache_specs(setup: Setup) -> Any:
     one = jax.eval_shape(lambda: paged.empty(setup.model, config.SINGLE, 2, 16, setup.form, jnp.dtype(jnp.float32)))
-
-    def spec(path: tuple, leaf: jax.ShapeDtypeStruct) -> PartitionSpec:
-        by_head = path[-1].key.startswith(("key", "value"))
-        return PartitionSpec(mesh.BATCH, None, None, "tensor") if by_head and leaf.ndim > 2 else LANES
-
-    return jax.tree_util.tree_map_with_path(spec, one)
+    by_head = setup.model.attention.kind != "mla"
+    return jax.tree.map(lambda _: PartitionSpec(mesh.BATCH, None, None, "tensor") if by_head else LANES, one)
 
 
 def _param_specs(prepared: Any, setup: Setup) -> Any:

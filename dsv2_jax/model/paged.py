@@ -20,6 +20,7 @@ from dsv2_jax.model import formats, rope, streams
 from dsv2_jax.model.formats import Format
 from dsv2_jax.model.matmul import Weight, from_bits, to_bits, whole
 from dsv2_jax.parallel.mesh import platform
+from pallas_kernels.latent_attention import packing
 from pallas_kernels.latent_attention.decode import decode
 
 _BLOCK = 16  # tokens of a block of a chunk
@@ -27,7 +28,9 @@ _SPAN = 256  # slots that one turn of the loop over pages reads, about
 _MASKED = -1e30
 _FLOAT32: Any = {"preferred_element_type": jnp.float32}
 
-Layer = dict[str, Array]  # {"latent_LKC", "rope_LRK"} with MLA, {"key_LKJR", "value_LKJV"} with GQA; their "..._scale"
+# {"latent_LKC", "rope_LRK"} with MLA, {"key_LKJR", "value_LKJV"} with GQA; in fewer bits "scales_L1K" or "scales_LKJ"
+Layer = dict[str, Array]
+_SLOTS_LAST = ("rope_LRK", "scales_L1K")
 
 
 class Plan(NamedTuple):
@@ -67,39 +70,37 @@ def empty(model: Model, mesh: Mesh, pages: int, slots: int, form: Format, dtype:
     With a tensor axis, keys and values of GQA are this device's heads; the latent is whole on every device. Raises
     ValueError if the format cannot hold the model's rows.
     """
-    a, stored = model.attention, jnp.dtype(jnp.bfloat16) if form == "bfloat16" else dtype
-    if formats.is_quantized(form):
-        stored = jnp.dtype(jnp.int8 if form == "int8" else jnp.uint8)
+    a, stored = model.attention, formats.stored(form, dtype)
     if a.kind == "mla":
         sizes = {
-            "latent_LKC": (pages, slots, formats.width(a.kv_lora_rank, form)),
-            "rope_LRK": (pages, formats.width(a.qk_rope_head_dim, form), slots),
+            "latent_LKC": (pages, slots, packing.width(a.kv_lora_rank, stored)),
+            "rope_LRK": (pages, packing.width(a.qk_rope_head_dim, stored), slots),
         }
+        scales = {"scales_L1K": (pages, 1, slots)}
     else:
         heads = a.num_key_value_heads // mesh.tensor
         sizes = {
-            "key_LKJR": (pages, slots, heads, formats.width(a.qk_rope_head_dim, form)),
-            "value_LKJV": (pages, slots, heads, formats.width(a.v_head_dim, form)),
+            "key_LKJR": (pages, slots, heads, packing.width(a.qk_rope_head_dim, stored)),
+            "value_LKJV": (pages, slots, heads, packing.width(a.v_head_dim, stored)),
         }
+        scales = {"scales_LKJ": (pages, slots, heads)}
 
     def layer() -> Layer:
         arrays = {name: jnp.zeros(size, stored) for name, size in sizes.items()}
         if formats.is_quantized(form):
-            for name, size in sizes.items():
-                scales = (pages, slots, *size[2:3]) if len(size) == 4 else (pages, slots)
-                arrays[f"{name}_scale"] = jnp.zeros(scales, jnp.float16)
+            arrays |= {name: jnp.zeros(size, jnp.uint32) for name, size in scales.items()}
         return arrays
 
     return tuple(layer() for _ in range(model.num_hidden_layers))
 
 
-def block(model: Model, form: Format) -> int:
+def block(model: Model) -> int:
     """Tokens of a block of a chunk, all of one sequence: the kernel takes any rows, plain XLA rectangles."""
-    return 1 if _has_kernel(model, form) else _BLOCK
+    return 1 if _has_kernel(model) else _BLOCK
 
 
-def _has_kernel(model: Model, form: Format) -> bool:
-    return platform() == "tpu" and model.attention.kind == "mla" and not formats.is_quantized(form)
+def _has_kernel(model: Model) -> bool:
+    return platform() == "tpu" and model.attention.kind == "mla"
 
 
 def latent(
@@ -116,11 +117,11 @@ def latent(
     dtype = q_nope_BTHN.dtype
     layer = _write(layer, {"latent_LKC": latent_BTC[0], "rope_LRK": k_rope_BTR[0]}, where)
     q_THC = jnp.einsum("thn,chn->thc", q_nope_BTHN[0], whole(p["w_uk_CHN"], dtype), **_FLOAT32).astype(dtype)
-    if _has_kernel(model, where.form):
+    if _has_kernel(model):
         o_THC = _kernel(q_THC, q_rope_BTHR[0], layer, where.plan, rope.softmax_scale(model))
     else:
         heads = (q_THC[:, None], q_rope_BTHR[0][:, None])  # all heads share one key
-        o_THC = _attend(heads, model.attention.kv_lora_rank, layer, where, _read_latent, rope.softmax_scale(model))
+        o_THC = _attend(heads, model.attention.kv_lora_rank, layer, where.plan, _read_latent, rope.softmax_scale(model))
     return jnp.einsum("thc,chv->thv", o_THC, whole(p["w_uv_CHV"], dtype), **_FLOAT32).astype(dtype)[None], layer
 
 
@@ -131,23 +132,25 @@ def grouped_queries(
     layer = _write(layer, {"key_LKJR": k_BTJR[0], "value_LKJV": v_BTJV[0]}, where)
     t, h, r = q_BTHR.shape[1:]
     heads = (q_BTHR.reshape(t, k_BTJR.shape[2], h // k_BTJR.shape[2], r),)
-    o_THV = _attend(heads, model.attention.v_head_dim, layer, where, _read_grouped, rope.softmax_scale(model))
+    o_THV = _attend(heads, model.attention.v_head_dim, layer, where.plan, _read_grouped, rope.softmax_scale(model))
     return o_THV[None], layer
 
 
 def _write(layer: Layer, rows: dict[str, Array], where: Where) -> Layer:
-    """The cache with the tokens' rows [T, ...] in their slots. The rope key of MLA is held with its slots last."""
+    """The cache with the tokens' rows [T, ...] in their slots; with MLA, all but the latent is held with slots last."""
     layer, plan = dict(layer), where.plan
     if len(plan.times_T) == 1:  # XLA makes a slice's update of a single row, and copies the whole cache for it
         plan = plan._replace(times_T=jnp.pad(plan.times_T, (0, 1)), page_T=jnp.pad(plan.page_T, (0, 1)))
         rows = {name: jnp.pad(row, ((0, 1), *((0, 0),) * (row.ndim - 1))) for name, row in rows.items()}
+    if formats.is_quantized(where.form):
+        stored, scales = zip(*(formats.quantize(row, where.form) for row in rows.values()), strict=True)
+        words = packing.pair(*scales)
+        rows = dict(zip(rows, stored, strict=True))
+        rows |= {"scales_L1K": words[:, None]} if words.ndim == 1 else {"scales_LKJ": words}
     for name, row in rows.items():
-        slot_T = plan.times_T % layer[name].shape[2 if name == "rope_LRK" else 1]
-        if formats.is_quantized(where.form):
-            row, scale = formats.quantize(row, where.form)
-            layer[f"{name}_scale"] = layer[f"{name}_scale"].at[plan.page_T, slot_T].set(scale)
+        slot_T = plan.times_T % layer[name].shape[2 if name in _SLOTS_LAST else 1]
         buffer, row = to_bits(layer[name]), to_bits(row.astype(layer[name].dtype))
-        at = buffer.at[plan.page_T, :, slot_T] if name == "rope_LRK" else buffer.at[plan.page_T, slot_T]
+        at = buffer.at[plan.page_T, :, slot_T] if name in _SLOTS_LAST else buffer.at[plan.page_T, slot_T]
         layer[name] = from_bits(at.set(row))
     return layer
 
@@ -165,42 +168,44 @@ def _kernel(q_THC: Array, q_THR: Array, layer: Layer, plan: Plan, scale: float) 
     lengths = 1 + jnp.concatenate([plan.times_T[:n], last_N])
     table = jnp.concatenate([plan.table_NP, plan.table_NP])
     arrays = q_THC, q_THR, layer["latent_LKC"], layer["rope_LRK"], table, lengths, starts
-    return decode(*arrays, scale=scale, implementation="pallas")
+    return decode(*arrays, scale=scale, scales_L1K=layer.get("scales_L1K"), implementation="pallas")
 
 
-def _read_latent(layer: Layer, pages_XG: Array, where: Where) -> tuple[tuple[Array, ...], Array]:
-    c, r = (_take(layer, name, pages_XG, where) for name in ("latent_LKC", "rope_LRK"))
+def _read_latent(layer: Layer, pages_XG: Array) -> tuple[tuple[Array, ...], Array]:
+    c, r = (_take(layer[name], pages_XG) for name in ("latent_LKC", "rope_LRK"))
+    if "scales_L1K" in layer:
+        c_XGK, r_XGK = packing.scales(_take(layer["scales_L1K"], pages_XG)[:, :, 0], c.dtype)
+        c, r = packing.dequantize(c, c_XGK), packing.dequantize(r, r_XGK, axis=2)
     c_XSC = c.reshape(len(c), -1, c.shape[-1])
     r_XRS = r.swapaxes(1, 2).reshape(len(r), r.shape[2], -1)
     return (c_XSC[:, None].swapaxes(2, 3), r_XRS[:, None]), c_XSC[:, None]
 
 
-def _read_grouped(layer: Layer, pages_XG: Array, where: Where) -> tuple[tuple[Array, ...], Array]:
-    k, v = (_take(layer, name, pages_XG, where) for name in ("key_LKJR", "value_LKJV"))
+def _read_grouped(layer: Layer, pages_XG: Array) -> tuple[tuple[Array, ...], Array]:
+    k, v = (_take(layer[name], pages_XG) for name in ("key_LKJR", "value_LKJV"))
+    if "scales_LKJ" in layer:
+        k_XGKJ, v_XGKJ = packing.scales(_take(layer["scales_LKJ"], pages_XG), k.dtype)
+        k, v = packing.dequantize(k, k_XGKJ), packing.dequantize(v, v_XGKJ)
     k, v = (x.reshape(len(x), -1, *x.shape[3:]).swapaxes(1, 2) for x in (k, v))
     return (k.swapaxes(2, 3),), v
 
 
-def _take(layer: Layer, name: str, pages_XG: Array, where: Where) -> Array:
-    """Whole pages [X, G, ...] in the dtype of the activations."""
-    rows = from_bits(to_bits(layer[name]).at[pages_XG].get(mode="promise_in_bounds"))
-    if not formats.is_quantized(where.form):
-        return rows
-    scales = layer[f"{name}_scale"].at[pages_XG].get(mode="promise_in_bounds")
-    return formats.dequantize(rows, scales, where.form, axis=2 if name == "rope_LRK" else -1)
+def _take(array: Array, pages_XG: Array) -> Array:
+    """Whole pages [X, G, ...]."""
+    return from_bits(to_bits(array).at[pages_XG].get(mode="promise_in_bounds"))
 
 
-Read = Callable[[Layer, Array, Where], tuple[tuple[Array, ...], Array]]
+Read = Callable[[Layer, Array], tuple[tuple[Array, ...], Array]]
 
 
-def _attend(q_TJG: tuple[Array, ...], width: int, layer: Layer, where: Where, read: Read, scale: float) -> Array:
+def _attend(q_TJG: tuple[Array, ...], width: int, layer: Layer, plan: Plan, read: Read, scale: float) -> Array:
     """softmax(scale q k^T) v over each token's own sequence up to itself, [T, H, width] in the queries' dtype.
 
     q_TJG: parts of the queries [T, J, G, ...], whose products with the parts of the keys add up. read: keys
     [X, J, ..., S] and values [X, J, S, width] of some pages.
     """
-    plan, n = where.plan, where.plan.table_NP.shape[0]
-    some = functools.partial(_online, width=width, layer=layer, where=where, read=read, scale=scale)
+    n = plan.table_NP.shape[0]
+    some = functools.partial(_online, width=width, layer=layer, read=read, scale=scale)
     rows = jnp.arange(n, dtype=jnp.int32)
     out = [_over_blocks(some, [q[:n] for q in q_TJG], rows, jnp.int32(n), plan.times_T[:n], plan.table_NP, width)]
     if len(plan.times_T) > n:
@@ -254,7 +259,6 @@ def _online(
     *,
     width: int,
     layer: Layer,
-    where: Where,
     read: Read,
     scale: float,
 ) -> Array:
@@ -266,7 +270,7 @@ def _online(
 
     def turn(i: Array, carry: tuple) -> tuple:
         o, top, total = carry
-        keys, values = read(layer, lax.dynamic_slice_in_dim(pages_XP, i * span, span, 1), where)
+        keys, values = read(layer, lax.dynamic_slice_in_dim(pages_XP, i * span, span, 1))
         parts = zip(q_XJA, keys, strict=True)
         scores = sum(jnp.einsum("xjak,xjks->xjas", q, k.astype(dtype), **_FLOAT32) for q, k in parts)
         sees_XAS = i * slots + jnp.arange(slots) <= times_XA[..., None]
@@ -284,4 +288,4 @@ def _online(
 
 def _slots(layer: Layer) -> int:
     """Slots of a page."""
-    return next(array.shape[1] for name, array in layer.items() if name != "rope_LRK")
+    return next(array.shape[1] for name, array in layer.items() if name not in _SLOTS_LAST)

@@ -10,7 +10,7 @@ from jax import Array
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import chips, tuning
-from pallas_kernels.latent_attention import decode_kernel, reference_decode
+from pallas_kernels.latent_attention import decode_kernel, packing, reference_decode
 from pallas_kernels.latent_attention.decode_kernel import Blocks
 
 
@@ -25,6 +25,7 @@ def decode(
     *,
     scale: float,
     implementation: Literal["pallas", "xla"],
+    scales_L1K: Array | None = None,
     blocks: Blocks | None = None,
 ) -> Array:
     """softmax(scale (q_c c^T + q_r r^T)) c in float32, [T, H, C] in q's dtype: section 2.1's absorbed form.
@@ -35,35 +36,55 @@ def decode(
     them at slot lengths[n] - 1, each seeing the slots up to its own. Rows from starts[N] on are padding and give zero.
     Integers are int32, all else of one dtype. Slots and pages that are in no sequence may hold anything.
 
+    A cache in fewer bits (section 3.2.3) is int8, or 6-bit integers packed in uint8: latents [L, K, 3 C / 4] and rope
+    keys [L, 3 R / 4, K]. scales_L1K, uint32, then holds both scales of each slot; packing.py says how.
+
     blocks: how the kernel cuts the work; tuning.py's unless given. Raises ValueError for shapes, dtypes or an
-    implementation that cannot be: the kernel needs a TPU, and pages of a multiple of 128 slots.
+    implementation that cannot be: the kernel needs a TPU, pages of a multiple of 128 slots and, of 6-bit integers, a
+    rope dim of a multiple of 16.
     """
     arrays = (q_THC, q_THR, latent_LKC, rope_LRK, table_NP, lengths_N, starts_N1)
-    _check(*arrays)
+    _check(*arrays, scales_L1K)
     match implementation:
         case "xla":
-            return reference_decode.decode(*arrays, scale=scale)
+            return reference_decode.decode(*arrays, scale=scale, scales_L1K=scales_L1K)
         case "pallas":
             chip = chips.here()
             if chip is None:
                 raise ValueError('implementation="pallas" needs a TPU: take "xla" here')
-            blocks = blocks or tuning.latent_decode(chip, q_THC.shape[1], latent_LKC.shape[1])
+            bits = packing.bits(latent_LKC.dtype)
+            blocks = blocks or tuning.latent_decode(chip, q_THC.shape[1], latent_LKC.shape[1], bits)
             cores = pltpu.get_tpu_info().num_cores
-            return decode_kernel.decode(*arrays, scale=scale, blocks=blocks, cores=cores)
+            return decode_kernel.decode(*arrays, scale=scale, scales_L1K=scales_L1K, blocks=blocks, cores=cores)
         case _:
             raise ValueError(f'no implementation {implementation!r}: there are "pallas" and "xla"')
 
 
-def _check(q_c: Array, q_r: Array, latent: Array, rope: Array, table: Array, lengths: Array, starts: Array) -> None:
-    (t, h, c), (pages, k, _), (_, r, _), (n, _) = q_c.shape, latent.shape, rope.shape, table.shape
+def _check(
+    q_c: Array,
+    q_r: Array,
+    latent: Array,
+    rope: Array,
+    table: Array,
+    lengths: Array,
+    starts: Array,
+    scales: Array | None,
+) -> None:
+    (t, h, c), r, (pages, k, _), (n, _) = q_c.shape, q_r.shape[-1], latent.shape, table.shape
+    packed = packing.is_packed(latent.dtype)
+    stored = latent.dtype if packed else q_c.dtype
     expected = {
         "q_r": (q_r, (t, h, r), q_c.dtype),
-        "latent": (latent, (pages, k, c), q_c.dtype),
-        "rope": (rope, (pages, r, k), q_c.dtype),
+        "latent": (latent, (pages, k, packing.width(c, stored)), stored),
+        "rope": (rope, (pages, packing.width(r, stored), k), stored),
         "table": (table, table.shape, "int32"),
         "lengths": (lengths, (n,), "int32"),
         "starts": (starts, (n + 1,), "int32"),
     }
+    if packed != (scales is not None):
+        raise ValueError(f"a cache in {latent.dtype} {'needs' if packed else 'has no'} scales")
+    if scales is not None:
+        expected["scales"] = (scales, (pages, 1, k), "uint32")
     for name, (given, shape, dtype) in expected.items():
         if given.shape != shape or given.dtype != dtype:
             raise ValueError(f"{name} is {given.dtype}{list(given.shape)}, where {dtype}{list(shape)} fits the others")

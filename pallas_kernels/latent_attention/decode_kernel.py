@@ -2,7 +2,9 @@
 
 It walks lists of (job, chunk): a job is one token, or a block of consecutive tokens of one sequence; a chunk is
 a run of cache slots. Several lists ("streams") advance together, so that the matrix unit serves one while another's
-softmax is computed; the pages of the next chunk travel meanwhile, whichever job they belong to.
+softmax is computed; the pages of the next chunk travel meanwhile, whichever job they belong to. Pages in fewer bits
+travel as they are stored and become integers of the queries' dtype in VMEM; their scales, one for each slot, join the
+scores and the weights.
 
 T query tokens of all sequences, H heads, C latent, R rope dim, N sequences, P pages of a sequence, L pages in all, K
 slots of a page, J jobs, S streams, M rows of a job: its tokens times H.
@@ -10,7 +12,7 @@ slots of a page, J jobs, S streams, M rows of a job: its tokens times H.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +21,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.latent_attention import pages
+from pallas_kernels.latent_attention import packing, pages
 
 Ref = Any  # what Pallas hands a kernel: memory that is read and written like an array
 
@@ -61,6 +63,7 @@ class _Hbm(NamedTuple):
     q_THR: Ref
     latent_LKC: Ref
     rope_LRK: Ref
+    scales_L1K: Ref  # or None
 
 
 class _Vmem(NamedTuple):
@@ -68,8 +71,10 @@ class _Vmem(NamedTuple):
 
     q_c: Ref  # [S, 2, tokens, H, C]
     q_r: Ref  # [S, 2, tokens, H, R]
-    latent: Ref  # [S, 2, pages, K, C]
-    rope: Ref  # [S, 2, pages, R, K]
+    latent: Ref  # [S, 2, pages, K, C], as stored
+    rope: Ref  # [S, 2, pages, R, K], as stored
+    scales: Ref  # [S, 2, pages, 1, K], or None
+    whole: Ref  # [S, 4, pages * K, C / 4], or None: latents in fewer bits, in the queries' dtype and in quarters
     out: Ref  # [S, 2, tokens, H, C]
     top: Ref  # [S, M, 128] float32: each row's largest score so far, in every lane
     total: Ref  # [S, M, 128] float32: the lanes' shares of the softmax's sum
@@ -90,13 +95,19 @@ def decode(
     *,
     scale: float,
     blocks: Blocks,
+    scales_L1K: Array | None = None,
     cores: int = 1,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> Array:
-    """See decode.decode. cores: over which the jobs are spread. Raises ValueError unless K is a multiple of 128."""
+    """See decode.decode, whose ValueErrors of the kernel are raised here. cores: over which the jobs are spread."""
     if latent_LKC.shape[1] % _LANES:
         raise ValueError(f"pages of {latent_LKC.shape[1]} slots: the kernel needs a multiple of {_LANES}")
-    hbm = _Hbm(q_THC, q_THR, latent_LKC, rope_LRK)
+    if scales_L1K is not None and (q_THC.shape[2] % 4 or q_THR.shape[2] % 16):
+        raise ValueError(
+            f"latents of {q_THC.shape[2]} and rope keys of {q_THR.shape[2]} in fewer bits: the kernel needs multiples "
+            "of 4 and of 16"
+        )
+    hbm = _Hbm(q_THC, q_THR, latent_LKC, rope_LRK, scales_L1K)
     # A prefill job has rows enough to keep the matrix unit busy: half the chunk and one stream are less code to fetch.
     prefill = dataclasses.replace(blocks, pages=max(1, blocks.pages // 2), streams=1)
     o_THC = None
@@ -144,13 +155,15 @@ def _call(
 ) -> Array:
     """Runs the jobs. Rows of o_THC that belong to none of them are kept (without o_THC: are left unwritten)."""
     _, h, c = arrays.q_THC.shape
-    r, k = arrays.rope_LRK.shape[1:]
-    s, dtype = blocks.streams, arrays.latent_LKC.dtype
+    r, s, dtype, stored = arrays.q_THR.shape[2], blocks.streams, arrays.q_THC.dtype, arrays.latent_LKC.dtype
+    k, packed, page = arrays.latent_LKC.shape[1], arrays.scales_L1K is not None, (s, 2, blocks.pages)
     scratch = _Vmem(
         q_c=pltpu.VMEM((s, 2, tokens, h, c), dtype),
         q_r=pltpu.VMEM((s, 2, tokens, h, r), dtype),
-        latent=pltpu.VMEM((s, 2, blocks.pages, k, c), dtype),
-        rope=pltpu.VMEM((s, 2, blocks.pages, r, k), dtype),
+        latent=pltpu.VMEM((*page, *arrays.latent_LKC.shape[1:]), stored),
+        rope=pltpu.VMEM((*page, *arrays.rope_LRK.shape[1:]), stored),
+        scales=pltpu.VMEM((*page, 1, k), jnp.uint32) if packed else None,
+        whole=pltpu.VMEM((s, 4, blocks.pages * k, c // 4), dtype) if packed else None,
         out=pltpu.VMEM((s, 2, tokens, h, c), dtype),
         top=pltpu.VMEM((s, tokens * h, 128), jnp.float32),
         total=pltpu.VMEM((s, tokens * h, 128), jnp.float32),
@@ -166,12 +179,12 @@ def _call(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(cores,),
-            in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * (len(arrays) + len(kept)),
+            in_specs=jax.tree.map(lambda _: pl.BlockSpec(memory_space=pl.ANY), (*arrays, *kept)),
             out_specs=pl.BlockSpec(memory_space=pl.ANY),
             scratch_shapes=scratch,
         ),
         out_shape=jax.ShapeDtypeStruct(arrays.q_THC.shape, arrays.q_THC.dtype),
-        input_output_aliases={len(scalars) + len(arrays): 0} if kept else {},
+        input_output_aliases={len(scalars) + len(jax.tree.leaves(arrays)): 0} if kept else {},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",), vmem_limit_bytes=_VMEM, disable_bounds_checks=True
         ),
@@ -182,11 +195,17 @@ def _call(
 
 def _kernel(*refs: Ref, pages_of_sequence: int, scale: float) -> None:
     jobs, table = _Jobs(*refs[:6]), refs[6]
-    hbm, o_THC, vmem = _Hbm(*refs[7:11]), refs[-len(_Vmem._fields) - 1], _Vmem(*refs[-len(_Vmem._fields) :])
+    hbm, o_THC, vmem = _Hbm(*refs[7:12]), refs[-len(_Vmem._fields) - 1], _Vmem(*refs[-len(_Vmem._fields) :])
     count = vmem.sum.shape[0]
     streams = [
         _Stream(
-            pl.program_id(0) * count + s, jobs, table, pages_of_sequence, hbm, o_THC, _Vmem(*(x.at[s] for x in vmem))
+            pl.program_id(0) * count + s,
+            jobs,
+            table,
+            pages_of_sequence,
+            hbm,
+            o_THC,
+            jax.tree.map(lambda x, s=s: x.at[s], vmem),
         )
         for s in range(count)
     ]
@@ -260,14 +279,14 @@ class _Stream:
             self._each_query(job, lambda copy: copy.start())
 
     def await_pages(self, job: Array, chunk: Array, half: Array) -> None:
-        """Waits for what `fetch` started and zeroes the latents of slots that nobody filled."""
+        """Waits for what `fetch` started, and zeroes latents of slots that nobody filled where they may be NaN."""
         v = self.vmem
         filled = self._filled_pages(job, chunk)
 
         @pl.when(filled == self.pages)
         def _() -> None:  # a wait counts bytes: one for all pages will do
-            for buffer in (v.latent.at[half], v.rope.at[half]):
-                pltpu.make_async_copy(buffer, buffer, v.pages_arrived.at[half]).wait()
+            for _, buffer in self._buffers():
+                pltpu.make_async_copy(buffer.at[half], buffer.at[half], v.pages_arrived.at[half]).wait()
 
         @pl.when(filled < self.pages)
         def _() -> None:
@@ -281,6 +300,8 @@ class _Stream:
         def _() -> None:
             self._each_query(job, lambda copy: copy.wait())
 
+        if v.scales is not None:
+            return
         slots = self.jobs.visible_J[job] - chunk * self.slots
 
         @pl.when(slots < self.slots)
@@ -294,11 +315,15 @@ class _Stream:
 
     def _copies(self, number: int | Array, p: int | Array, half: Array) -> list[Any]:
         """The copies of one page of the cache to place p of a chunk."""
-        v, arrived = self.vmem, self.vmem.pages_arrived.at[half]
+        arrived = self.vmem.pages_arrived.at[half]
         return [
-            pltpu.make_async_copy(self.hbm.latent_LKC.at[number], v.latent.at[half, p], arrived),
-            pltpu.make_async_copy(self.hbm.rope_LRK.at[number], v.rope.at[half, p], arrived),
+            pltpu.make_async_copy(cache.at[number], buffer.at[half, p], arrived) for cache, buffer in self._buffers()
         ]
+
+    def _buffers(self) -> list[tuple[Ref, Ref]]:
+        """The arrays of the cache, and where their pages go."""
+        buffers = [(self.hbm.latent_LKC, self.vmem.latent), (self.hbm.rope_LRK, self.vmem.rope)]
+        return buffers if self.hbm.scales_L1K is None else [*buffers, (self.hbm.scales_L1K, self.vmem.scales)]
 
     def _each_query(self, job: Array, do: Callable[[Any], None]) -> None:
         half, first = job % 2, self.jobs.first_J[job]
@@ -327,15 +352,17 @@ class _Stream:
         """Adds a chunk to the running softmax of the job's rows."""
         v = self.vmem
         tokens, h, c = v.q_c.shape[1:]
-        latent_SC = v.latent[half].reshape(self.slots, c)
-        rope_RS = jnp.concatenate([v.rope[half, p] for p in range(self.pages)], axis=1)
-        scores_MS = _dot(v.q_c[job % 2].reshape(tokens * h, c), latent_SC, (1, 1))
-        scores_MS += _dot(v.q_r[job % 2].reshape(tokens * h, -1), rope_RS, (1, 0))
+        q_MC, q_MR = v.q_c[job % 2].reshape(tokens * h, c), v.q_r[job % 2].reshape(tokens * h, -1)
+        scores = self._scores if v.whole is None else self._scores_of_integers
+        scores_MS, latent_SC, scale_1S = scores(q_MC, q_MR, half)
         if mask:
             token_M1 = lax.broadcasted_iota(jnp.int32, (tokens * h, 1), 0) // h
-            visible_M1 = self.jobs.visible_J[job] - chunk * self.slots - (self.jobs.count_J[job] - 1 - token_M1)
+            visible = self.jobs.visible_J[job] - chunk * self.slots
             slot_1S = lax.broadcasted_iota(jnp.int32, (1, self.slots), 1)
-            scores_MS = jnp.where(slot_1S < visible_M1, scores_MS, _MASKED)
+            seen_MS = slot_1S < visible - (self.jobs.count_J[job] - 1 - token_M1)
+            scores_MS = jnp.where(seen_MS, scores_MS, _MASKED)
+            if scale_1S is not None:  # rows of padding see nothing, and weigh all alike
+                scale_1S = jnp.where(slot_1S < visible, scale_1S, 0.0)
 
         top_ML = v.top[...]
         new_ML = jnp.maximum(top_ML, jnp.max(scores_MS, axis=1, keepdims=True))
@@ -344,7 +371,34 @@ class _Stream:
         shares_ML = functools.reduce(jnp.add, jnp.split(p_MS, self.slots // _LANES, axis=1))
         v.top[...] = new_ML
         v.total[...] = v.total[...] * shrink_ML + shares_ML
-        v.sum[...] = v.sum[...] * shrink_ML[:, :1] + _dot(p_MS.astype(latent_SC.dtype), latent_SC, (1, 0))
+        weights_MS = p_MS if scale_1S is None else p_MS * scale_1S
+        v.sum[...] = v.sum[...] * shrink_ML[:, :1] + _dot(weights_MS.astype(latent_SC.dtype), latent_SC, (1, 0))
+
+    def _scores(self, q_MC: Array, q_MR: Array, half: Array) -> tuple[Array, Array, None]:
+        """A chunk's scores, its latents, and no scales for them."""
+        v = self.vmem
+        latent_SC = v.latent[half].reshape(self.slots, -1)
+        rope_RS = jnp.concatenate([v.rope[half, p] for p in range(self.pages)], axis=1)
+        scores_MS = _dot(q_MC, latent_SC, (1, 1))
+        scores_MS += _dot(q_MR, rope_RS, (1, 0))
+        return scores_MS, latent_SC, None
+
+    def _scores_of_integers(self, q_MC: Array, q_MR: Array, half: Array) -> tuple[Array, Array, Array]:
+        """The same of a cache in fewer bits: its latents are integers, with a scale for each slot."""
+        v = self.vmem
+        scores, scales = [], []
+        for p in range(self.pages):
+            c_1K, r_1K = packing.scales(v.scales[half, p], v.latent.dtype)
+            here = slice(p * self.k, (p + 1) * self.k)
+            # Through memory: a conversion's registers hold rows in another order than the matrix unit asks for.
+            for i, quarter in enumerate(_quarters(v.latent[half, p], 1)):
+                v.whole[i, here] = quarter.astype(v.whole.dtype)
+            latent_KC = jnp.concatenate([v.whole[i, here] for i in range(4)], axis=1)
+            rope_RK = jnp.concatenate([x.astype(v.whole.dtype) for x in _quarters(v.rope[half, p], 0)], axis=0)
+            scores.append(_dot(q_MC, latent_KC, (1, 1)) * c_1K + _dot(q_MR, rope_RK, (1, 0)) * r_1K)
+            scales.append(c_1K)
+        latent_SC = jnp.concatenate([v.whole[i] for i in range(4)], axis=1)
+        return jnp.concatenate(scores, axis=1), latent_SC, jnp.concatenate(scales, axis=1)
 
     def finish(self, job: Array) -> None:
         """Sends a job's result on its way and forgets the job."""
@@ -365,6 +419,13 @@ class _Stream:
         v.top[...] = jnp.full(v.top.shape, _MASKED, jnp.float32)
         v.total[...] = jnp.zeros(v.total.shape, jnp.float32)
         v.sum[...] = jnp.zeros(v.sum.shape, jnp.float32)
+
+
+def _quarters(page: Array, axis: int) -> Sequence[Array]:
+    """The quarters of a page's rows as int8. Words of four bytes, along either axis, are unpacked as bytes are."""
+    if page.dtype == jnp.int8:
+        return jnp.split(page, 4, axis=axis)
+    return [pltpu.bitcast(x, jnp.int8) for x in packing.unpack(pltpu.bitcast(page, jnp.uint32), axis)]
 
 
 def _dot(a: Array, b: Array, over: tuple[int, int]) -> Array:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.latent_attention import pages
+from pallas_kernels.latent_attention import packing, pages
 
 _MASKED = -1e30
 
@@ -19,6 +19,7 @@ def decode(
     starts_N1: Array,
     *,
     scale: float,
+    scales_L1K: Array | None,
 ) -> Array:
     """See decode.decode; products in float32 accumulation, the softmax in float32."""
     slots = table_NP.shape[1] * latent_LKC.shape[1]
@@ -26,9 +27,14 @@ def decode(
     def token(row: tuple[pages.Rows, Array, Array]) -> Array:
         (n, slot, real), q_HC, q_HR = row
         sees_S = (jnp.arange(slots) <= slot) & real
+        c_PKC, r_PRK = latent_LKC[table_NP[n]], rope_LRK[table_NP[n]]
+        if scales_L1K is not None:
+            c_PK, r_PK = packing.scales(scales_L1K[table_NP[n], 0], latent_LKC.dtype)
+            c_PKC = packing.dequantize(c_PKC, c_PK).astype(q_HC.dtype)
+            r_PRK = packing.dequantize(r_PRK, r_PK, axis=1).astype(q_HR.dtype)
         # Slots nobody wrote may hold anything, NaN included: a weight of zero would not silence that.
-        c_SC = jnp.where(sees_S[:, None], latent_LKC[table_NP[n]].reshape(slots, -1), 0)
-        r_SR = rope_LRK[table_NP[n]].swapaxes(1, 2).reshape(slots, -1)
+        c_SC = jnp.where(sees_S[:, None], c_PKC.reshape(slots, -1), 0)
+        r_SR = r_PRK.swapaxes(1, 2).reshape(slots, -1)
         scores_HS = jnp.einsum("hc,sc->hs", q_HC, c_SC, preferred_element_type=jnp.float32)
         scores_HS += jnp.einsum("hr,sr->hs", q_HR, r_SR, preferred_element_type=jnp.float32)
         p_HS = jax.nn.softmax(jnp.where(sees_S, scores_HS * scale, _MASKED), axis=-1)

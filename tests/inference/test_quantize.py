@@ -15,6 +15,7 @@ from dsv2_jax.inference.engine import Capacity, Engine
 from dsv2_jax.model import formats, paged, transformer
 from dsv2_jax.model.layers import KEPT_FLOAT32
 from dsv2_jax.model.matmul import project, whole
+from pallas_kernels.latent_attention import packing
 from pallas_kernels.quantized import Quantized
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "v2_tiny"
@@ -27,25 +28,36 @@ def test_rows_come_back_within_half_a_step(form, largest):
     rows *= np.array([1e-3, 1.0, 300.0])[:, None]
     rows[0, 0] = 0
     stored, scale = jax.jit(formats.quantize, static_argnums=1)(rows, form)
-    assert stored.shape == (5, 3, formats.width(64, form))
     assert (stored.dtype, scale.dtype) == (jnp.int8 if form == "int8" else jnp.uint8, jnp.float16)
-    back = np.asarray(formats.dequantize(stored, scale, form))
+    assert stored.shape == (5, 3, packing.width(64, stored.dtype))
+    of_bytes, _ = packing.scales(packing.pair(scale, scale), stored.dtype)
+    back = np.asarray(packing.dequantize(stored, of_bytes))
     step = np.asarray(scale, np.float64)[..., None]
     assert (np.abs(back - rows) <= 0.5001 * step).all()
     exact = np.maximum(np.abs(rows).max(-1, keepdims=True) / largest, 2.0**-14)
     assert (step >= exact * 0.9999999).all()  # nothing was clipped
     assert (step <= exact * 1.002).all()
-    turned = formats.dequantize(jnp.swapaxes(stored, 1, 2), scale, form, axis=1)
+    turned = packing.dequantize(jnp.swapaxes(stored, 1, 2), of_bytes, axis=1)
     np.testing.assert_array_equal(np.swapaxes(turned, 1, 2), back)
 
 
 def test_four_numbers_fill_three_bytes():
-    """By hand, with a scale of 1: 1, 2, 3 and -31 are 33, 34, 35 and 1 = 0b000001 above -32."""
+    """By hand, with a scale of 1: -31 is 0b100001, whose pairs of bits follow the upper six of 1, 2 and 3."""
     stored, scale = formats.quantize(jnp.array([1.0, 2.0, 3.0, -31.0]), "int6")
     assert float(scale) == 1
-    assert stored.tolist() == [33 | 1 << 6, 34, 35]
+    assert stored.tolist() == [1 << 2 | 0b10, 2 << 2 | 0b00, 3 << 2 | 0b01]
     with pytest.raises(ValueError, match="rows of 6 cannot be packed in 6 bits"):
-        formats.width(6, "int6")
+        packing.width(6, jnp.uint8)
+
+
+def test_two_scales_fill_a_word():
+    """Every normal float16 comes back as it was, and no word gives anything but numbers."""
+    scales = jnp.arange(0x0400, 0x7C00, dtype=jnp.uint16).view(jnp.float16)
+    first, second = packing.scales(packing.pair(scales, scales[::-1]), jnp.int8)
+    np.testing.assert_array_equal(first, scales.astype(jnp.float32))
+    np.testing.assert_array_equal(second, scales[::-1].astype(jnp.float32))
+    words = jnp.arange(0x10000, dtype=jnp.uint32) * 0x10001
+    assert all(np.isfinite(found).all() for found in packing.scales(words, jnp.uint8))
 
 
 @pytest.mark.parametrize(("form", "most"), [("int6", 6.5), ("int8", 8.5), ("bfloat16", 16.0)])

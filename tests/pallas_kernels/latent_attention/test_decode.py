@@ -11,7 +11,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import chips, cost, shapes
-from pallas_kernels.latent_attention import decode, decode_kernel
+from pallas_kernels.latent_attention import decode, decode_kernel, packing
 from pallas_kernels.latent_attention.decode_kernel import Blocks
 from pallas_kernels.ops import OPS
 
@@ -31,21 +31,54 @@ CASES = {
 T, N, H, P = 22, 6, 4, 4
 
 
-def _arrays(name: str, dtype) -> tuple[tuple, np.ndarray]:
-    """The op's arguments, every slot that is in no sequence NaN, and what float64 makes of them."""
+MIXED = ("page borders", "chunks beside tokens", "sequences without queries", "only padding")
+# Dtypes of queries and of the cache, and the cases: uint8 holds 6-bit integers.
+CACHES = {
+    (jnp.float32, jnp.float32): CASES,
+    (jnp.bfloat16, jnp.bfloat16): CASES,
+    (jnp.bfloat16, jnp.int8): MIXED,
+    (jnp.bfloat16, jnp.uint8): MIXED,
+}
+STORED = {"latent_decode": jnp.bfloat16, "latent_decode_int8": jnp.int8, "latent_decode_int6": jnp.uint8}
+
+
+def _rows(rng: np.random.Generator, slots: int, size: int, stored) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows as a cache keeps them, their scales, and what they stand for in float64."""
+    if not packing.is_packed(stored):
+        rows = np.asarray(rng.normal(size=(slots, size)), stored)
+        return rows, np.zeros(slots, np.float16), rows.astype(np.float64)
+    largest = 127 if stored == jnp.int8 else 31
+    whole = rng.integers(-largest, largest + 1, (slots, size))
+    scales = (rng.uniform(1, 2, slots) / largest).astype(np.float16)
+    rows = whole.astype(np.int8) if stored == jnp.int8 else np.asarray(packing.pack(jnp.asarray(whole, jnp.int32)))
+    return rows, scales, whole * scales.astype(np.float64)[:, None]
+
+
+def _cache(rng: np.random.Generator, pages: int, stored) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Latents, rope keys and words of scales that nobody has written: NaN, or whatever bits can say."""
+    sizes = (pages, K, packing.width(C, stored)), (pages, packing.width(R, stored), K)
+    words_L1K = rng.integers(0, 2**32, (pages, 1, K), np.uint32)
+    if not packing.is_packed(stored):
+        return *(np.full(size, np.nan, stored) for size in sizes), words_L1K
+    return *(rng.integers(0, 256, size, np.uint8).view(stored) for size in sizes), words_L1K
+
+
+def _arrays(name: str, dtype, stored) -> tuple[tuple, jax.Array | None, np.ndarray]:
+    """The op's arguments, garbage in every slot that is in no sequence, and what float64 makes of them."""
     rng = np.random.default_rng(0)
     sequences = CASES[name] + [(0, 0)] * (N - len(CASES[name]))
     table_NP = rng.permutation(N * P + 2)[: N * P].reshape(N, P)
-    latent_LKC = np.full((N * P + 2, K, C), np.nan)
-    rope_LRK = np.full((N * P + 2, R, K), np.nan)
+    latent_LKC, rope_LRK, words_L1K = _cache(rng, N * P + 2, stored)
     q_THC, q_THR = (np.asarray(rng.normal(size=(T, H, d)), dtype) for d in (C, R))
     o_THC = np.zeros((T, H, C))
     starts = np.cumsum([0] + [queries for _, queries in sequences])
     for (slots, queries), row, start in zip(sequences, table_NP, starts[:-1], strict=True):
-        c_SC, r_SR = (np.asarray(rng.normal(size=(slots, d)), dtype).astype(np.float64) for d in (C, R))
+        (rows_c, scales_c, c_SC), (rows_r, scales_r, r_SR) = (_rows(rng, slots, d, stored) for d in (C, R))
+        words = scales_c.view(np.uint16) | scales_r.view(np.uint16).astype(np.uint32) << 16
         for s in range(slots):
-            latent_LKC[row[s // K], s % K] = c_SC[s]
-            rope_LRK[row[s // K], :, s % K] = r_SR[s]
+            latent_LKC[row[s // K], s % K] = rows_c[s]
+            rope_LRK[row[s // K], :, s % K] = rows_r[s]
+            words_L1K[row[s // K], 0, s % K] = words[s]
         for i in range(queries):
             q_HC, q_HR = (x[start + i].astype(np.float64) for x in (q_THC, q_THR))
             seen = slots - queries + i + 1
@@ -54,8 +87,8 @@ def _arrays(name: str, dtype) -> tuple[tuple, np.ndarray]:
             o_THC[start + i] = p_HS / p_HS.sum(axis=1, keepdims=True) @ c_SC[:seen]
     lengths = np.array([slots for slots, _ in sequences])
     integers = (jnp.asarray(x, jnp.int32) for x in (table_NP, lengths, starts))
-    floats = (jnp.asarray(x, dtype) for x in (q_THC, q_THR, latent_LKC, rope_LRK))
-    return (*floats, *integers), o_THC
+    arrays = *map(jnp.asarray, (q_THC, q_THR, latent_LKC, rope_LRK)), *integers
+    return arrays, jnp.asarray(words_L1K) if packing.is_packed(stored) else None, o_THC
 
 
 @functools.cache
@@ -69,13 +102,16 @@ def _plain() -> Callable[..., jax.Array]:
     return jax.jit(functools.partial(decode.decode, scale=SCALE, implementation="xla"))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("name", CASES)
-def test_float64(name: str, dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "stored", "name"), [(*cache, name) for cache, names in CACHES.items() for name in names]
+)
+def test_float64(dtype, stored, name: str) -> None:
     """Both agree with float64, the kernel within twice the plain twin's error; poison stays where it is."""
-    arrays, o_THC = _arrays(name, dtype)
-    plain = np.abs(np.asarray(_plain()(*arrays), np.float64) - o_THC).max()
-    ours = np.abs(np.asarray(_kernel(Blocks(pages=2, streams=2, tokens=4))(*arrays), np.float64) - o_THC).max()
+    arrays, scales, o_THC = _arrays(name, dtype, stored)
+    kernel = _kernel(Blocks(pages=2, streams=1 if packing.is_packed(stored) else 2, tokens=4))
+    plain, ours = (
+        np.abs(np.asarray(run(*arrays, scales_L1K=scales), np.float64) - o_THC).max() for run in (_plain(), kernel)
+    )
     assert plain <= (2e-2 if dtype == jnp.bfloat16 else 1e-5)
     assert ours <= 2 * plain + 1e-7
 
@@ -87,22 +123,23 @@ def test_float64(name: str, dtype) -> None:
 )
 def test_blocks(blocks: Blocks, cores: int) -> None:
     """How the work is cut does not change the result."""
-    arrays, o_THC = _arrays("chunks beside tokens", jnp.float32)
+    arrays, _, o_THC = _arrays("chunks beside tokens", jnp.float32, jnp.float32)
     np.testing.assert_allclose(_kernel(blocks, cores=cores)(*arrays), o_THC, atol=2e-6)
 
 
-def test_races() -> None:
+@pytest.mark.parametrize("stored", [jnp.float32, jnp.uint8])
+def test_races(stored) -> None:
     """No copy is read before it has arrived, none overwritten while it travels; uninitialised memory reads as NaN."""
-    arrays, o_THC = _arrays("chunks beside tokens", jnp.float32)
+    arrays, scales, o_THC = _arrays("chunks beside tokens", jnp.float32, stored)
     interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-    ours = _kernel(Blocks(pages=2, streams=2, tokens=4), interpret)(*arrays)
+    ours = _kernel(Blocks(pages=2, streams=2, tokens=4), interpret)(*arrays, scales_L1K=scales)
     np.testing.assert_allclose(ours, o_THC, atol=2e-6)
     assert not interpret_pallas_call.races.races_found
 
 
 def test_mistakes() -> None:
     """Page sizes that the kernel cannot take, blocks that make no sense, a kernel without its chip."""
-    arrays, _ = _arrays("page borders", jnp.float32)
+    arrays, *_ = _arrays("page borders", jnp.float32, jnp.float32)
     small = (*arrays[:2], arrays[2][:, :64], arrays[3][:, :, :64], *arrays[4:])
     with pytest.raises(ValueError, match="pages of 64 slots: the kernel needs a multiple of 128"):
         _kernel(Blocks(pages=2, streams=1, tokens=4))(*small)
@@ -116,17 +153,38 @@ def test_mistakes() -> None:
         decode.decode(*arrays[:5], arrays[5][:4], arrays[6], scale=SCALE, implementation="xla")
 
 
+def test_mistakes_of_fewer_bits() -> None:
+    """Scales that are missing, too many or of another shape, and a rope dim that fills no words."""
+    plain, *_ = _arrays("page borders", jnp.float32, jnp.float32)
+    packed, scales, _ = _arrays("page borders", jnp.float32, jnp.uint8)
+    run = functools.partial(decode.decode, scale=SCALE, implementation="xla")
+    with pytest.raises(ValueError, match="a cache in uint8 needs scales"):
+        run(*packed)
+    with pytest.raises(ValueError, match="a cache in float32 has no scales"):
+        run(*plain, scales_L1K=scales)
+    with pytest.raises(ValueError, match=r"scales is uint32\[26, 1, 64\], where uint32\[26, 1, 128\] fits the others"):
+        run(*packed, scales_L1K=scales[:, :, :64])
+    with pytest.raises(ValueError, match=r"latent is uint8\[26, 128, 64\], where uint8\[26, 128, 96\] fits the others"):
+        run(*packed[:2], packed[2][:, :, :64], *packed[3:], scales_L1K=scales)
+    narrow = (packed[0], packed[1][:, :, :56], packed[2], packed[3][:, :42], *packed[4:])
+    with pytest.raises(ValueError, match="rope keys of 56 in fewer bits: the kernel needs multiples of 4 and of 16"):
+        _kernel(Blocks(pages=2, streams=1, tokens=4))(*narrow, scales_L1K=scales)
+
+
 @pytest.mark.tpu
 @pytest.mark.parametrize("shape", shapes.LATENT_DECODE)
 @pytest.mark.parametrize("chip", chips.CHIPS)
-def test_compiles(chip: str, shape: str, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("op", STORED)
+def test_compiles(op: str, chip: str, shape: str, request: pytest.FixtureRequest) -> None:
     """Every chip's compiler takes the kernel with its tuned blocks, within VMEM; every page is copied once."""
     if (chip, shape) == ("tpu7x", "nano"):  # open: the cost tool sees 76 copies there, and 80 on the other chips
         request.applymarker(pytest.mark.xfail(strict=True, reason="the cost tool misses the copies of two pages"))
     size = shapes.LATENT_DECODE[shape]
-    result = cost.op_cost(OPS["latent_decode"], chip, shape)
+    result = cost.op_cost(OPS[op], chip, shape)
     alone, blocks = result.kernels
-    cache = 2 * size.sequences * size.length * (-(-size.latent // 128) * 128 + size.rope) // chips.CHIPS[chip].cores
+    latent, rope = (packing.width(width, STORED[op]) for width in (size.latent, size.rope))
+    slot = jnp.dtype(STORED[op]).itemsize * (-(-latent // 128) * 128 + rope) + 4 * packing.is_packed(STORED[op])
+    cache = size.sequences * size.length * slot // chips.CHIPS[chip].cores
     assert cache < alone.copied["hbm_to_vmem"] < 1.1 * cache
     assert max(alone.vmem, blocks.vmem) < chips.CHIPS[chip].vmem
     assert result.doubts == ()
