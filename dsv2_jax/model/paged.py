@@ -160,15 +160,17 @@ def _kernel(q_THC: Array, q_THR: Array, layer: Layer, plan: Plan, scale: float) 
 
     A row that only pads is a sequence of one slot of page 0. Blocks of the chunk must be single tokens there.
     """
-    n = plan.table_NP.shape[0]
+    n, scales = plan.table_NP.shape[0], layer.get("scales_L1K")
+    run = functools.partial(decode, q_THC, q_THR, layer["latent_LKC"], layer["rope_LRK"], scale=scale)
+    if not len(plan.blocks_M):
+        return run(plan.table_NP, 1 + plan.times_T, None, scales_L1K=scales, implementation="pallas")
     own_NM = (plan.blocks_M == jnp.arange(n)[:, None]) & (jnp.arange(len(plan.blocks_M)) < plan.used)
     counts_N = jnp.sum(own_NM, axis=1, dtype=jnp.int32)
     starts = jnp.concatenate([jnp.arange(n, dtype=jnp.int32), n + jnp.cumsum(counts_N) - counts_N, n + plan.used[None]])
     last_N = jnp.max(jnp.where(own_NM, plan.times_T[n:], 0), axis=1, initial=0)
     lengths = 1 + jnp.concatenate([plan.times_T[:n], last_N])
     table = jnp.concatenate([plan.table_NP, plan.table_NP])
-    arrays = q_THC, q_THR, layer["latent_LKC"], layer["rope_LRK"], table, lengths, starts
-    return decode(*arrays, scale=scale, scales_L1K=layer.get("scales_L1K"), implementation="pallas")
+    return run(table, lengths, starts, scales_L1K=scales, implementation="pallas")
 
 
 def _read_latent(layer: Layer, pages_XG: Array) -> tuple[tuple[Array, ...], Array]:

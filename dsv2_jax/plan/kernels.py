@@ -70,8 +70,6 @@ class Prices:
         flops, moved = declared(instruction)
         arrays = [array for name in instruction.operands for array in hlo.arrays(where.by_name[name].shape)]
         operands = [dims for dtype, dims in arrays if dtype in ("bf16", "f32")]  # integers steer
-        if "latent_decode_blocks" in instruction.name:  # of prompts; a decode step has none
-            return "latent_decode_blocks", 0.0, 0.0
         kernel = _kernel(instruction, operands, {dtype for dtype, _ in arrays})
         if kernel is None:
             if "combine" in instruction.name:  # reads the rows that a router sends, and writes all tokens

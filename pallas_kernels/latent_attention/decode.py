@@ -21,7 +21,7 @@ def decode(
     rope_LRK: Array,
     table_NP: Array,
     lengths_N: Array,
-    starts_N1: Array,
+    starts_N1: Array | None,
     *,
     scale: float,
     implementation: Literal["pallas", "xla"],
@@ -34,6 +34,7 @@ def decode(
     [L, K, C] and rope keys [L, R, K], transposed so that they fill whole tiles. Sequence n has its first lengths[n]
     slots filled, in the order of its pages table[n]; its queries are rows starts[n] to starts[n + 1] - 1, the last of
     them at slot lengths[n] - 1, each seeing the slots up to its own. Rows from starts[N] on are padding and give zero.
+    Without starts every sequence has one query, and T = N: the kernel of prefill chunks is then not called at all.
     Integers are int32, all else of one dtype. Slots and pages that are in no sequence may hold anything.
 
     A cache in fewer bits (section 3.2.3) is int8, or 6-bit integers packed in uint8: latents [L, K, 3 C / 4] and rope
@@ -67,7 +68,7 @@ def _check(
     rope: Array,
     table: Array,
     lengths: Array,
-    starts: Array,
+    starts: Array | None,
     scales: Array | None,
 ) -> None:
     (t, h, c), r, (pages, k, _), (n, _) = q_c.shape, q_r.shape[-1], latent.shape, table.shape
@@ -79,8 +80,11 @@ def _check(
         "rope": (rope, (pages, packing.width(r, stored), k), stored),
         "table": (table, table.shape, "int32"),
         "lengths": (lengths, (n,), "int32"),
-        "starts": (starts, (n + 1,), "int32"),
     }
+    if starts is not None:
+        expected["starts"] = (starts, (n + 1,), "int32")
+    elif t != n:
+        raise ValueError(f"{t} queries of {n} sequences: without starts each has one")
     if packed != (scales is not None):
         raise ValueError(f"a cache in {latent.dtype} {'needs' if packed else 'has no'} scales")
     if scales is not None:

@@ -91,7 +91,7 @@ def decode(
     rope_LRK: Array,
     table_NP: Array,
     lengths_N: Array,
-    starts_N1: Array,
+    starts_N1: Array | None,
     *,
     scale: float,
     blocks: Blocks,
@@ -108,10 +108,14 @@ def decode(
             "of 4 and of 16"
         )
     hbm = _Hbm(q_THC, q_THR, latent_LKC, rope_LRK, scales_L1K)
-    # A prefill job has rows enough to keep the matrix unit busy: half the chunk and one stream are less code to fetch.
-    prefill = dataclasses.replace(blocks, pages=max(1, blocks.pages // 2), streams=1)
+    cuts = [(blocks, 1)]
+    if starts_N1 is None:
+        starts_N1 = jnp.arange(len(lengths_N) + 1, dtype=jnp.int32)
+    else:
+        # A prefill job has rows enough to keep the matrix unit busy: half the chunk and one stream are less code.
+        cuts.append((dataclasses.replace(blocks, pages=max(1, blocks.pages // 2), streams=1), blocks.tokens))
     o_THC = None
-    for cut, tokens in ((blocks, 1), (prefill, blocks.tokens)):
+    for cut, tokens in cuts:
         slots = cut.pages * latent_LKC.shape[1]
         jobs = _jobs(lengths_N, starts_N1, q_THC.shape[0], slots, cut.streams * cores, tokens)
         o_THC = _call(

@@ -16,7 +16,7 @@ def decode(
     rope_LRK: Array,
     table_NP: Array,
     lengths_N: Array,
-    starts_N1: Array,
+    starts_N1: Array | None,
     *,
     scale: float,
     scales_L1K: Array | None,
@@ -40,5 +40,6 @@ def decode(
         p_HS = jax.nn.softmax(jnp.where(sees_S, scores_HS * scale, _MASKED), axis=-1)
         return jnp.einsum("hs,sc->hc", p_HS.astype(c_SC.dtype), c_SC, preferred_element_type=jnp.float32)
 
+    starts_N1 = jnp.arange(len(lengths_N) + 1) if starts_N1 is None else starts_N1
     rows = pages.rows(lengths_N, starts_N1, q_THC.shape[0])
     return jax.lax.map(token, (rows, q_THC, q_THR)).astype(q_THC.dtype)

@@ -116,6 +116,18 @@ def test_float64(dtype, stored, name: str) -> None:
     assert ours <= 2 * plain + 1e-7
 
 
+def test_one_query_each() -> None:
+    """Without starts: one token of every sequence, and no kernel of prefill chunks."""
+    (q_THC, q_THR, *cache, _), _, o_THC = _arrays("page borders", jnp.float32, jnp.float32)
+    arrays = q_THC[:N], q_THR[:N], *cache, None
+    np.testing.assert_allclose(_plain()(*arrays), o_THC[:N], atol=2e-6)
+    kernel = _kernel(Blocks(pages=2, streams=2, tokens=4))
+    np.testing.assert_allclose(kernel(*arrays), o_THC[:N], atol=2e-6)
+    assert "latent_decode_blocks" not in str(jax.make_jaxpr(kernel)(*arrays))
+    with pytest.raises(ValueError, match="22 queries of 6 sequences: without starts each has one"):
+        _plain()(q_THC, q_THR, *cache, None)
+
+
 @pytest.mark.parametrize(
     ("blocks", "cores"),
     [(Blocks(pages=1, streams=3, tokens=2), 1), (Blocks(pages=4, streams=1, tokens=8), 2)],
