@@ -31,7 +31,7 @@ CASES = {
 T, N, H, P = 22, 6, 4, 4
 
 
-MIXED = ("page borders", "chunks beside tokens", "sequences without queries", "only padding")
+MIXED = ("page borders", "chunks beside tokens", "only padding")
 # Dtypes of queries and of the cache, and the cases: uint8 holds 6-bit integers.
 CACHES = {
     (jnp.float32, jnp.float32): CASES,
