@@ -29,6 +29,8 @@ Roofline: the longer of useful FLOPs at the peak and needed bytes at the HBM's. 
 Best public: the fastest kernel of jax (splash attention, megablox) and tokamax at the same shape, priced in the same
 way; empty where none was priced. A branch that hangs on data is taken as not taken, and named under doubts: in the
 flash kernel it is the second pass over scores too large for the first. Rows that are not here have yet to be priced.
+latent_decode_int8 and _int6 read a cache in fewer bits: at the 128 heads of V2 the matrix units set the pace, and it
+buys capacity; at the 16 of V2-Lite it buys time, until the matrix units cannot be fed the latents any faster.
 
 `v2_decode` and `v2_decode_full` are a step of generation on one of 8 devices, each with 20 experts: 384 and 2,560
 (token, expert) pairs. `_int8` and `_float8` read weights of 8 bits with a scale for each output channel: int8 becomes

@@ -10,15 +10,23 @@ LATENT_DECODE: dict[tuple[str, tuple[int, int, int]], LatentDecodeBlocks] = {
     ("v5e", (128, 256, 16)): LatentDecodeBlocks(pages=8, streams=1, tokens=4),
     ("v5e", (16, 256, 16)): LatentDecodeBlocks(pages=4, streams=1, tokens=16),
     ("v5e", (4, 128, 16)): LatentDecodeBlocks(pages=4, streams=2, tokens=16),
+    ("v5e", (4, 128, 6)): LatentDecodeBlocks(pages=4, streams=1, tokens=16),
+    ("v5e", (4, 128, 8)): LatentDecodeBlocks(pages=4, streams=2, tokens=16),
     ("v5p", (128, 256, 16)): LatentDecodeBlocks(pages=8, streams=1, tokens=4),
     ("v5p", (16, 256, 16)): LatentDecodeBlocks(pages=4, streams=2, tokens=16),
     ("v5p", (4, 128, 16)): LatentDecodeBlocks(pages=4, streams=2, tokens=16),
+    ("v5p", (4, 128, 6)): LatentDecodeBlocks(pages=4, streams=1, tokens=16),
+    ("v5p", (4, 128, 8)): LatentDecodeBlocks(pages=4, streams=2, tokens=16),
     ("v6e", (128, 256, 16)): LatentDecodeBlocks(pages=8, streams=2, tokens=4),
     ("v6e", (16, 256, 16)): LatentDecodeBlocks(pages=4, streams=2, tokens=16),
     ("v6e", (4, 128, 16)): LatentDecodeBlocks(pages=4, streams=2, tokens=16),
+    ("v6e", (4, 128, 6)): LatentDecodeBlocks(pages=4, streams=1, tokens=16),
+    ("v6e", (4, 128, 8)): LatentDecodeBlocks(pages=4, streams=1, tokens=16),
     ("tpu7x", (128, 256, 16)): LatentDecodeBlocks(pages=16, streams=1, tokens=4),
     ("tpu7x", (16, 256, 16)): LatentDecodeBlocks(pages=16, streams=1, tokens=16),
     ("tpu7x", (4, 128, 16)): LatentDecodeBlocks(pages=4, streams=2, tokens=16),
+    ("tpu7x", (4, 128, 6)): LatentDecodeBlocks(pages=4, streams=2, tokens=16),
+    ("tpu7x", (4, 128, 8)): LatentDecodeBlocks(pages=4, streams=2, tokens=16),
 }
 
 

@@ -41,8 +41,8 @@ def decode(
     keys [L, 3 R / 4, K]. scales_L1K, uint32, then holds both scales of each slot; packing.py says how.
 
     blocks: how the kernel cuts the work; tuning.py's unless given. Raises ValueError for shapes, dtypes or an
-    implementation that cannot be: the kernel needs a TPU, pages of a multiple of 128 slots and, of 6-bit integers, a
-    rope dim of a multiple of 16.
+    implementation that cannot be: the kernel needs a TPU, pages of a multiple of 128 slots and, in fewer bits, C a
+    multiple of 4 and R of 16.
     """
     arrays = (q_THC, q_THR, latent_LKC, rope_LRK, table_NP, lengths_N, starts_N1)
     _check(*arrays, scales_L1K)

@@ -31,7 +31,7 @@ CASES = {
 T, N, H, P = 22, 6, 4, 4
 
 
-MIXED = ("page borders", "chunks beside tokens", "sequences without queries", "only padding")
+MIXED = ("page borders", "chunks beside tokens", "only padding")
 # Dtypes of queries and of the cache, and the cases: uint8 holds 6-bit integers.
 CACHES = {
     (jnp.float32, jnp.float32): CASES,
@@ -189,7 +189,8 @@ def test_mistakes_of_fewer_bits() -> None:
 @pytest.mark.parametrize("op", STORED)
 def test_compiles(op: str, chip: str, shape: str, request: pytest.FixtureRequest) -> None:
     """Every chip's compiler takes the kernel with its tuned blocks, within VMEM; every page is copied once."""
-    if (chip, shape) == ("tpu7x", "nano"):  # open: the cost tool sees 76 copies there, and 80 on the other chips
+    if (op, chip, shape) == ("latent_decode", "tpu7x", "nano"):
+        # open: the cost tool sees 76 copies there, and 80 on the other chips
         request.applymarker(pytest.mark.xfail(strict=True, reason="the cost tool misses the copies of two pages"))
     size = shapes.LATENT_DECODE[shape]
     result = cost.op_cost(OPS[op], chip, shape)
