@@ -38,9 +38,9 @@ def _latent_decode(shape: shapes.LatentDecode, chip: str, blocks: Any, dtype: An
     packed = packing.is_packed(dtype)
 
     def run(*args: jax.Array) -> jax.Array:
-        scales = args[6] if packed else None
+        scales = args[7] if packed else None
         cores = CHIPS[chip].cores
-        return decode_kernel.decode(*args[:6], None, scale=1.0, scales_L1K=scales, blocks=blocks, cores=cores)
+        return decode_kernel.decode(*args[:7], scale=1.0, scales_L1K=scales, blocks=blocks, cores=cores)
 
     args = (
         _bf16(n, shape.heads, shape.latent),
@@ -49,6 +49,7 @@ def _latent_decode(shape: shapes.LatentDecode, chip: str, blocks: Any, dtype: An
         jax.ShapeDtypeStruct((n * pages, packing.width(shape.rope, dtype), shape.page), dtype),
         np.random.default_rng(0).permutation(n * pages).astype(np.int32).reshape(n, pages),
         np.full(n, shape.length, np.int32),
+        np.arange(n + 1, dtype=np.int32),
     )
     return run, (*args, jax.ShapeDtypeStruct((n * pages, 1, shape.page), jnp.uint32)) if packed else args
 
