@@ -166,7 +166,7 @@ def estimate(
         pages = program.cache / config.model.num_hidden_layers / (chip.hbm * chip.cores)
         # And its conditions ask what rows are drawn by: all are greedy, which is the cheapest.
         played = timeline.play(module, torus, prices.seconds, unsolved_seconds=pages, cheapest=True)
-        doubt, tokens = f"takes its pages' time in HBM, {pages * 1e3:.3f} ms", batch.size
+        doubt, tokens = f"each takes its pages' time in HBM, {pages * 1e3:.3f} ms", batch.size
     else:
         prices = Prices(config, topology.kind, say, own * batch.length // mesh.context)
         played = timeline.play(module, torus, prices.seconds)
@@ -182,7 +182,7 @@ def estimate(
         dearest=_dearest(module, played),
         kernels=tuple(prices.calls(played)),
         loops=_layers(config.model, played),
-        doubts=tuple(f"the turns of loop {name} depend on data: {doubt}" for name in played.unsolved),
+        doubts=(f"the turns of {', '.join(played.unsolved)} depend on data: {doubt}",) if played.unsolved else (),
     )
 
 
