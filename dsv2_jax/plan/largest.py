@@ -22,7 +22,7 @@ def largest(
     Starts with its rows; then the room that is left is filled, or what is too much taken away. plan: compiles. Raises
     ValueError if not even a few sequences fit.
     """
-    best, rows, lowest, highest = None, capacity.rows, 0, 2**31
+    best, rows, lowest, highest = None, capacity.rows, 0, 0  # highest: the fewest rows that do not fit
     for _ in range(_TRIES):
         tried = dataclasses.replace(capacity, rows=rows, pages=0).resolve(config.model)
         e = plan(config, topology, tried)
@@ -36,7 +36,8 @@ def largest(
         if e.fits and more < _CLOSE * rows:
             break
         wanted = int(rows + more) // _STEP * _STEP
-        wanted = min(wanted, highest - _STEP) if e.fits else min(wanted, rows - _STEP)
+        if highest and not lowest < wanted < highest:  # proportion errs: half way between what fits and what does not
+            wanted = (lowest + highest) // 2 // _STEP * _STEP
         if wanted <= lowest:
             break
         rows = wanted

@@ -145,7 +145,9 @@ def _as_calls(hlo: str) -> str:
 
 def _exhausted(message: str) -> tuple[int, int]:
     """(bytes used, bytes there are) of the compiler's complaint about HBM; zeros for any other error."""
-    found = re.search(r"Used ([\d.]+)([KMG]?) of ([\d.]+)([KMG]?) hbm", message)
+    size = r"([\d.]+)([KMG]?)"
+    found = re.search(f"Used {size} of {size} hbm", message)
+    found = found or re.search(rf"temporaries \({size}\) exceeds available HBM \({size}\)", message)
     if not found:
         return 0, 0
     return int(float(found[1]) * _UNITS[found[2]]), int(float(found[3]) * _UNITS[found[4]])

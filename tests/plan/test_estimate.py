@@ -154,6 +154,11 @@ def test_what_does_not_fit_is_reported_without_a_time():
 def test_the_compilers_complaint_is_understood():
     said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.25G of 15.75G hbm. Exceeded hbm capacity"
     assert _exhausted(said) == (int(17.25 * 2**30), int(15.75 * 2**30))
+    other = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (16.55G) exceeds available HBM (15.75G). HLO module: jit_decode_step."
+    )
+    assert _exhausted(other) == (int(16.55 * 2**30), int(15.75 * 2**30))
     assert _exhausted("INTERNAL: something else") == (0, 0)
 
 
