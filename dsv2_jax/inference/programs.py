@@ -146,7 +146,6 @@ def _prepared_shapes(setup: Setup) -> Any:
 
 def empty(setup: Setup, pages: int, slots: int) -> tuple[paged.Layer, ...]:
     """Every lane's cache, on its devices."""
-
     specs = _cache_specs(setup)
     # Said to be where they are: programs would be compiled anew for arrays of which that is not known.
     return jax.jit(_empty(setup, pages, slots), out_shardings=sharding.on(setup.devices, specs))()
