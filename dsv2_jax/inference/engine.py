@@ -29,6 +29,8 @@ from dsv2_jax.model import paged
 from dsv2_jax.model.formats import Format
 from dsv2_jax.parallel import processes
 
+_FEW_SCORED = 64  # tokens of a chunk, up to which scoring them multiplies by the head for these alone
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Capacity:
@@ -36,7 +38,7 @@ class Capacity:
 
     rows: int = 16  # sequences that run at a time
     length: int = 0  # tokens of the longest sequence; 0: the model's positions
-    chunk: int = 256  # tokens of prompts that a step computes beside the new tokens
+    chunk: int = 512  # tokens of prompts that a step computes beside the new tokens
     page: int = 64  # tokens of a page; the TPU kernel takes multiples of 128
     pages: int = 0  # of the cache; 0: as many as `rows` sequences of `length` need
     weights: Weights = "compute"  # matrices as activations are, or in 8 bits: int8, or float8 (e4m3)
@@ -100,7 +102,7 @@ class Engine:
         self._lane_of: dict[int, tuple[Scheduler, Running]] = {}
         self._ids = itertools.count()
         self._rows = _powers(4, c.rows)
-        self._chunks = sorted({0, min(64, c.chunk), c.chunk})
+        self._chunks = [0, *(64 * n for n in _powers(2, c.chunk // 64))]
 
     def replace(self, params: Any) -> None:
         """Goes on with other weights of the same shapes; what was computed with the old ones is not reused.
@@ -119,7 +121,8 @@ class Engine:
             call, targets_ZC = self._blank(n, chunk)
             rows_ZND, chunk_ZCD = self._forward(call)
             if chunk:
-                programs.score(self._prepared["head"], chunk_ZCD, targets_ZC, setup=self.setup)
+                self._score(chunk_ZCD, targets_ZC)
+                self._score(chunk_ZCD, targets_ZC + 1)
             else:
                 rows = sampling.Rows(*(np.stack([x[:n]] * len(self._lanes)) for x in greedy))
                 self._sample(rows_ZND, rows, None)
@@ -217,10 +220,7 @@ class Engine:
             return []
         call, targets_ZC = self._call(plans)
         rows_ZND, chunk_ZCD = self._forward(call)
-        scores = None
-        if targets_ZC.any():
-            found = programs.score(self._prepared["head"], chunk_ZCD, np.maximum(targets_ZC - 1, 0), setup=self.setup)
-            scores = processes.everywhere(found)
+        scores = self._score(chunk_ZCD, targets_ZC) if targets_ZC.any() else None
         drawn = self._draw(plans, rows_ZND)
         events = []
         for z, (lane, plan) in enumerate(zip(self._lanes, plans, strict=True)):
@@ -294,6 +294,19 @@ class Engine:
         rows = sampling.Rows(*map(np.stack, zip(*per_lane, strict=True)))
         full = any(p.sequence.request.sampling.adjusts or p.sequence.request.top for plan in plans for p in plan)
         return self._sample(rows_ZND, rows, self._adjust(plans, n) if full else None)
+
+    def _score(self, chunk_ZCD: jax.Array, targets_ZC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(log-probabilities, whether greedy) [Z, C] of the chunk's tokens with a target; `_call` tells targets."""
+        places = [np.flatnonzero(targets_C) for targets_C in targets_ZC]
+        lanes, chunk = targets_ZC.shape
+        size = chunk if max(map(len, places)) > _FEW_SCORED else _FEW_SCORED
+        at_ZS = np.stack([np.resize(np.append(own, 0), size) for own in places])  # repeated, which changes nothing
+        targets_ZS = np.maximum(np.take_along_axis(targets_ZC, at_ZS, axis=1) - 1, 0)
+        found = programs.score(self._prepared["head"], chunk_ZCD, at_ZS, targets_ZS, setup=self.setup)
+        scores = np.zeros((lanes, chunk), np.float32), np.zeros((lanes, chunk), bool)
+        for whole_ZC, found_ZS in zip(scores, processes.everywhere(found), strict=True):
+            np.put_along_axis(whole_ZC, at_ZS, found_ZS, axis=1)
+        return scores
 
     def _sample(self, rows_ZND: jax.Array, rows: sampling.Rows, adjust: Adjust | None) -> programs.Drawn:
         top = 0 if adjust is None else TOP  # one program for all that is rare

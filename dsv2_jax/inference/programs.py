@@ -237,17 +237,21 @@ def draw(head: Any, hidden_ZND: Array, rows: Rows, adjust: Adjust | None, *, set
 
 
 @functools.partial(jax.jit, static_argnames="setup")
-def score(head: Any, hidden_ZCD: Array, targets_ZC: Array, *, setup: Setup) -> tuple[Array, Array]:
-    """Log-probabilities float32 [Z, C] of the targets behind these hidden states, and whether greedy takes them."""
+def score(head: Any, hidden_ZCD: Array, at_ZS: Array, targets_ZS: Array, *, setup: Setup) -> tuple[Array, Array]:
+    """Log-probabilities float32 [Z, S] of targets behind the hidden states at these places; whether none is likelier.
 
-    def lane(head: Any, hidden_1CD: Array, targets_1C: Array) -> tuple[Array, Array]:
-        logits_CW = _logits(head, hidden_1CD, setup)
-        own_C = jnp.take_along_axis(logits_CW, targets_1C[0][:, None], axis=-1)[:, 0]
-        logprob_C = own_C - jax.nn.logsumexp(logits_CW, axis=-1)
-        return logprob_C[None], (jnp.argmax(logits_CW, axis=-1) == targets_1C[0])[None]
+    S may be far below C: of a question with its answer, only the answer is scored, and the head is a large product.
+    """
 
-    specs = (_head_specs(head, setup), LANES, LANES)
-    return _spread(lane, setup, specs, (LANES, LANES))(head, hidden_ZCD, targets_ZC)
+    def lane(head: Any, hidden_1CD: Array, at_1S: Array, targets_1S: Array) -> tuple[Array, Array]:
+        logits_SW = _logits(head, hidden_1CD[:, at_1S[0]], setup)
+        own_S = jnp.take_along_axis(logits_SW, targets_1S[0][:, None], axis=-1)[:, 0]
+        top_S = jnp.max(logits_SW, axis=-1)
+        logprob_S = own_S - top_S - jnp.log(jnp.sum(jnp.exp(logits_SW - top_S[:, None]), axis=-1))
+        return logprob_S[None], (own_S == top_S)[None]
+
+    specs = (_head_specs(head, setup), LANES, LANES, LANES)
+    return _spread(lane, setup, specs, (LANES, LANES))(head, hidden_ZCD, at_ZS, targets_ZS)
 
 
 @functools.partial(jax.jit, static_argnames="setup")

@@ -19,8 +19,8 @@ from dsv2_jax.model.matmul import dot, from_bits, to_bits, weight_gradient, whol
 from pallas_kernels.quantized import Quantized, Weight
 
 _BLOCKS = (512, 128)  # rows of a block: large ones first, then small ones for the rest of a group
-_FEW_ROWS = 4  # of a block when pairs are few; a power of two times this when they are more
-_FEW_OF_EXPERT = 64  # pairs of an expert, on average, up to which its rows would not fill the large blocks
+_FEWEST_ROWS = 4  # of a block without a gradient; a power of two times this when pairs are more
+_ENOUGH_ROWS, _MOST_ROWS = 64, 128  # from the first on a product is fast, and rows that only pad cost as the others
 
 
 class _Plan(NamedTuple):
@@ -43,9 +43,7 @@ def grouped_swiglu(
     """
     if len(x_ND) == 1:
         return _one(x_ND, experts_NK, gates_NK, w_gate_EDF, w_up_EDF, w_down_EFD)
-    if experts_NK.size <= _FEW_OF_EXPERT * w_gate_EDF.shape[0]:
-        return _few(x_ND, experts_NK, gates_NK, w_gate_EDF, w_up_EDF, w_down_EFD)
-    return _forward(x_ND, experts_NK, gates_NK, w_gate_EDF, w_up_EDF, w_down_EFD)[0]
+    return _several(x_ND, experts_NK, gates_NK, w_gate_EDF, w_up_EDF, w_down_EFD)
 
 
 def _sort(experts_NK: Array, experts: int, padding: int) -> _Plan:
@@ -68,15 +66,15 @@ def _one(
     return y_ND.astype(x_ND.dtype)
 
 
-def _few(
+def _several(
     x_ND: Array, experts_NK: Array, gates_NK: Array, w_gate_EDF: Weight, w_up_EDF: Weight, w_down_EFD: Weight
 ) -> Array:
-    """Decode and chunks of prompts: loops over blocks of a few rows, each of which reads its expert's weights in place.
+    """All that needs no gradient: loops over blocks of rows of one size, each of which reads its expert's weights.
 
-    Blocks hold an expert's average and half as much again, so that most experts are read once.
+    Small blocks hold an expert's average and half as much again, so that most experts are read once.
     """
-    k, experts, size = experts_NK.shape[1], w_gate_EDF.shape[0], _FEW_ROWS
-    while size * experts < 1.5 * experts_NK.size and size < max(_BLOCKS):
+    k, experts, size = experts_NK.shape[1], w_gate_EDF.shape[0], _FEWEST_ROWS
+    while size < _MOST_ROWS and size * experts < (1.5 if size < _ENOUGH_ROWS else 0.75) * experts_NK.size:
         size *= 2
     plan = _sort(experts_NK, experts, size)
     ends_E = jnp.cumsum((plan.counts_E + size - 1) // size)

@@ -23,8 +23,8 @@ from dsv2_jax.parallel.mesh import platform
 from pallas_kernels.latent_attention import packing
 from pallas_kernels.latent_attention.decode import decode
 
-_BLOCK = 16  # tokens of a block of a chunk
-_SPAN = 256  # slots that one turn of the loop over pages reads, about
+_BLOCK = 32  # tokens of a block of a chunk
+_SPAN = 128  # slots that one turn of the loop over pages reads, about
 _MASKED = -1e30
 _FLOAT32: Any = {"preferred_element_type": jnp.float32}
 
