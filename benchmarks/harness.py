@@ -1,7 +1,7 @@
 """Our lm-eval model beside lm-eval's own `hf` backend on one Hugging Face folder: answers compared, and their time.
 
 python benchmarks/harness.py --checkpoint HF_DIR [--tasks A,B] [--limit N] [--json FILE]
-Each side runs all tasks twice, in turn, and the second time counts: programs are compiled by then.
+Each side answers all tasks in one evaluation, twice and in turn; the second counts, when programs are compiled.
 """
 
 import dataclasses
@@ -47,25 +47,26 @@ def main() -> None:
     ours = Harness(loading.load(args.checkpoint), capacity=Capacity())
     backend: Any = HFLM  # its decorator hides what it takes
     theirs = backend(pretrained=str(args.checkpoint), dtype="float32", device="cpu", batch_size=args.batch_size)
-    known, rows = benchmarks.manager(), []
-    for task in args.tasks.split(","):
-        ask(ours, task, known, args)
-        ask(theirs, task, known, args)
-        found, seconds = ask(ours, task, known, args)
-        wanted, seconds_hf = ask(theirs, task, known, args)
-        rows.append({"task": task, "seconds": seconds, "seconds_hf": seconds_hf, **compare(found, wanted, task)})
+    known, tasks = benchmarks.manager(), args.tasks.split(",")
+    sides = {"ours": ours, "hf": theirs}
+    for model in sides.values():
+        ask(model, tasks, known, args)
+    answers, seconds = {}, {}
+    for name, model in sides.items():
+        answers[name], seconds[name] = ask(model, tasks, known, args)
+    rows = [{"task": task, **compare(answers["ours"], answers["hf"], task)} for task in tasks]
     table = rich.table.Table(*rows[0])
     for row in rows:
         table.add_row(*[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()])
-    total = sum(r["seconds"] for r in rows) / sum(r["seconds_hf"] for r in rows)
     console = rich.console.Console()
     console.print(table, width=None if console.is_terminal else 160)
-    console.print(f"of hf's time: {total:.3f}")
+    share = seconds["ours"] / seconds["hf"]
+    console.print(f"{seconds['ours']:.1f} s, hf {seconds['hf']:.1f} s: {share:.3f} of its time")
     if args.json is not None:
-        args.json.write_text(json.dumps({"rows": rows, "share_of_hf": total}, indent=2) + "\n")
+        args.json.write_text(json.dumps({"rows": rows, "seconds": seconds, "share_of_hf": share}, indent=2) + "\n")
 
 
-def ask(model: Any, task: str, known: Any, args: Compare) -> tuple[dict[str, Any], float]:
+def ask(model: Any, tasks: list[str], known: Any, args: Compare) -> tuple[dict[str, Any], float]:
     """lm-eval's results and the seconds that they took, building of the texts included."""
     import lm_eval
 
@@ -73,7 +74,7 @@ def ask(model: Any, task: str, known: Any, args: Compare) -> tuple[dict[str, Any
     start = time.perf_counter()
     found = evaluate(
         model,
-        tasks=[task],
+        tasks=tasks,
         limit=args.limit,
         gen_kwargs={"max_gen_toks": args.max_gen_toks},
         task_manager=known,
