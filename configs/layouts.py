@@ -38,7 +38,7 @@ class Serving:
 # Attention works on each device's own sequences where its cache is small, as MLA's is; GQA's is split by heads.
 SERVING = {
     ("v2", "v5p:2x2x2"): Serving(
-        mesh=Mesh(fsdp=1, expert=8), capacity=Capacity(rows=552, length=4096, page=256, weights="float8", cache="int6")
+        mesh=Mesh(fsdp=1, expert=8), capacity=Capacity(rows=552, length=4096, weights="float8", cache="int6")
     ),
     ("dense_67b", "v5p:2x2x2"): Serving(
         mesh=Mesh(fsdp=1, tensor=8), capacity=Capacity(rows=456, length=4096, page=256, weights="float8")

@@ -39,28 +39,34 @@ class Capacity:
     rows: int = 16  # sequences that run at a time
     length: int = 0  # tokens of the longest sequence; 0: the model's positions
     chunk: int = 512  # tokens of prompts that a step computes beside the new tokens
-    page: int = 64  # tokens of a page; the TPU kernel takes multiples of 128
+    page: int = 0  # tokens of a page; 0: 64, or 256 where the TPU's kernel reads them, which takes multiples of 128
     pages: int = 0  # of the cache; 0: as many as `rows` sequences of `length` need
     weights: Weights = "compute"  # matrices as activations are, or in 8 bits: int8, or float8 (e4m3)
     cache: Format = "compute"  # what the cache keeps: activations as they are, bfloat16, int8, or 6 bits a number
 
     def __post_init__(self) -> None:
-        for name in ("rows", "chunk", "page"):
+        for name in ("rows", "chunk"):
             check(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
-        check(self.length >= 0 and self.pages >= 0, "length and pages must not be negative")
+        check(min(self.length, self.page, self.pages) >= 0, "length, page and pages must not be negative")
         check(self.chunk % 64 == 0, f"chunk must be a multiple of 64, not {self.chunk}")
 
-    def resolve(self, model: Model) -> "Capacity":
-        """With the zeros filled in. Raises ValueError if not even one sequence fits."""
+    def resolve(self, model: Model, platform: str | None = None) -> "Capacity":
+        """With the zeros filled in. Raises ValueError if not even one sequence fits, or no kernel takes such pages.
+
+        platform: `tpu` or `cpu`, by default where this runs.
+        """
         length = self.length or model.max_position_embeddings
         check(
             length <= model.max_position_embeddings,
             f"length ({length}) exceeds the model's {model.max_position_embeddings} positions",
         )
-        each = -(-length // self.page)
+        kernel = paged.has_kernel(model, platform)
+        page = self.page or (256 if kernel else 64)
+        check(not kernel or page % 128 == 0, f"page must be a multiple of 128 on a TPU, not {page}")
+        each = -(-length // page)
         pages = self.pages or self.rows * each + 1
         check(pages > each, f"{pages} pages cannot hold one sequence of {length} tokens and the page for padding")
-        return dataclasses.replace(self, length=length, pages=pages)
+        return dataclasses.replace(self, length=length, page=page, pages=pages)
 
 
 class Engine:

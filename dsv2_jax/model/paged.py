@@ -96,11 +96,12 @@ def empty(model: Model, mesh: Mesh, pages: int, slots: int, form: Format, dtype:
 
 def block(model: Model) -> int:
     """Tokens of a block of a chunk, all of one sequence: the kernel takes any rows, plain XLA rectangles."""
-    return 1 if _has_kernel(model) else _BLOCK
+    return 1 if has_kernel(model) else _BLOCK
 
 
-def _has_kernel(model: Model) -> bool:
-    return platform() == "tpu" and model.attention.kind == "mla"
+def has_kernel(model: Model, where: str | None = None) -> bool:
+    """Whether a kernel reads the pages, in multiples of 128 slots; where: `tpu` or `cpu`, by default here."""
+    return (where or platform()) == "tpu" and model.attention.kind == "mla"
 
 
 def latent(
@@ -117,7 +118,7 @@ def latent(
     dtype = q_nope_BTHN.dtype
     layer = _write(layer, {"latent_LKC": latent_BTC[0], "rope_LRK": k_rope_BTR[0]}, where)
     q_THC = jnp.einsum("thn,chn->thc", q_nope_BTHN[0], whole(p["w_uk_CHN"], dtype), **_FLOAT32).astype(dtype)
-    if _has_kernel(model):
+    if has_kernel(model):
         o_THC = _kernel(q_THC, q_rope_BTHR[0], layer, where.plan, rope.softmax_scale(model))
     else:
         heads = (q_THC[:, None], q_rope_BTHR[0][:, None])  # all heads share one key

@@ -118,7 +118,7 @@ def _parsed(name: str, flags: list[str]) -> Plan:
 def _work(plan: Plan) -> Work:
     check(not (plan.forward and plan.decode), "--forward and --decode plan different programs: leave one out")
     if plan.decode:
-        return plan.capacity.resolve(plan.model)
+        return plan.capacity.resolve(plan.model, "tpu")
     return "forward" if plan.forward else "step"
 
 

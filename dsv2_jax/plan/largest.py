@@ -24,7 +24,7 @@ def largest(
     """
     best, rows, lowest, highest = None, capacity.rows, 0, 0  # highest: the fewest rows that do not fit
     for _ in range(_TRIES):
-        tried = dataclasses.replace(capacity, rows=rows, pages=0).resolve(config.model)
+        tried = dataclasses.replace(capacity, rows=rows, pages=0).resolve(config.model, "tpu")
         e = plan(config, topology, tried)
         m = e.memory
         each = (m.cache + max(m.activations, 0)) / rows

@@ -18,7 +18,7 @@ from dsv2_jax.parallel import mesh as device_mesh
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "v2_tiny"
 COMPUTE = Compute(dtype="float32", remat="none")
-CAPACITY = Capacity(rows=4, length=256, chunk=64, page=16, pages=33)  # not enough for four long sequences
+CAPACITY = Capacity(rows=4, length=256, chunk=128, page=16, pages=33)  # not enough for four long sequences
 _COMPILED: list[str] = []
 
 
@@ -219,6 +219,13 @@ def test_impossible_capacities_are_refused(loaded, capacity, told):
     model, params = loaded
     with pytest.raises(ValueError, match=told):
         Engine(params, model, capacity=Capacity(**capacity))
+
+
+def test_pages_are_such_as_the_tpus_kernel_takes(loaded):
+    model, _ = loaded
+    assert (Capacity().resolve(model, "cpu").page, Capacity().resolve(model, "tpu").page) == (64, 256)
+    with pytest.raises(ValueError, match="a multiple of 128 on a TPU, not 64"):
+        Capacity(page=64).resolve(model, "tpu")
 
 
 def test_meshes_that_split_layers_or_sequences_are_refused(loaded):
