@@ -127,7 +127,7 @@ class Engine:
             call, targets_ZC = self._blank(n, chunk)
             rows_ZND, chunk_ZCD = self._forward(call)
             if chunk:
-                self._score(chunk_ZCD, targets_ZC)
+                self._score(chunk_ZCD, targets_ZC)  # of few tokens, and of all
                 self._score(chunk_ZCD, targets_ZC + 1)
             else:
                 rows = sampling.Rows(*(np.stack([x[:n]] * len(self._lanes)) for x in greedy))

@@ -129,7 +129,7 @@ def test_the_most_sequences_that_fit_are_found_by_compiling():
         found = dataclasses.replace(program(used, fits=fits, limit=limit), **known)
         return estimate(laid_out(changed, chips, work), chips, found, "", work=work)
 
-    capacity, e = largest(config(), Topology("v5p:2x2x1"), Capacity(rows=64, length=24, page=8), plan)
+    capacity, e = largest(config(), Topology("v5p:2x2x1"), Capacity(rows=64, length=24), plan)
     assert capacity.rows == e.sequences // 4 == 1280
     assert e.memory.cache == 80 * 2**30 and e.weights == "compute"
     assert max(tried) > 1280 and len(tried) <= 4
@@ -139,7 +139,7 @@ def test_the_most_sequences_that_fit_are_found_by_compiling():
         return estimate(laid_out(changed, chips, work), chips, found, "", work=work)
 
     with pytest.raises(ValueError, match="leave no room for 8 sequences of 24 tokens"):
-        largest(config(), Topology("v5p:2x2x1"), Capacity(rows=8, length=24, page=8), never)
+        largest(config(), Topology("v5p:2x2x1"), Capacity(rows=8, length=24), never)
 
 
 def test_what_does_not_fit_is_reported_without_a_time():
