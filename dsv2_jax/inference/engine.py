@@ -127,8 +127,8 @@ class Engine:
             call, targets_ZC = self._blank(n, chunk)
             rows_ZND, chunk_ZCD = self._forward(call)
             if chunk:
-                self._score(chunk_ZCD, targets_ZC)  # of few tokens, and of all
-                self._score(chunk_ZCD, targets_ZC + 1)
+                for targets in (targets_ZC, targets_ZC + 1):  # of few tokens, and of all
+                    self._score(chunk_ZCD, targets)
             else:
                 rows = sampling.Rows(*(np.stack([x[:n]] * len(self._lanes)) for x in greedy))
                 self._sample(rows_ZND, rows, None)
@@ -304,12 +304,11 @@ class Engine:
     def _score(self, chunk_ZCD: jax.Array, targets_ZC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(log-probabilities, whether greedy) [Z, C] of the chunk's tokens with a target; `_call` tells targets."""
         places = [np.flatnonzero(targets_C) for targets_C in targets_ZC]
-        lanes, chunk = targets_ZC.shape
-        size = chunk if max(map(len, places)) > _FEW_SCORED else _FEW_SCORED
+        size = targets_ZC.shape[1] if max(map(len, places)) > _FEW_SCORED else _FEW_SCORED
         at_ZS = np.stack([np.resize(np.append(own, 0), size) for own in places])  # repeated, which changes nothing
         targets_ZS = np.maximum(np.take_along_axis(targets_ZC, at_ZS, axis=1) - 1, 0)
         found = programs.score(self._prepared["head"], chunk_ZCD, at_ZS, targets_ZS, setup=self.setup)
-        scores = np.zeros((lanes, chunk), np.float32), np.zeros((lanes, chunk), bool)
+        scores = np.zeros(targets_ZC.shape, np.float32), np.zeros(targets_ZC.shape, bool)
         for whole_ZC, found_ZS in zip(scores, processes.everywhere(found), strict=True):
             np.put_along_axis(whole_ZC, at_ZS, found_ZS, axis=1)
         return scores

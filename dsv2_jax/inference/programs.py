@@ -246,9 +246,8 @@ def score(head: Any, hidden_ZCD: Array, at_ZS: Array, targets_ZS: Array, *, setu
     def lane(head: Any, hidden_1CD: Array, at_1S: Array, targets_1S: Array) -> tuple[Array, Array]:
         logits_SW = _logits(head, hidden_1CD[:, at_1S[0]], setup)
         own_S = jnp.take_along_axis(logits_SW, targets_1S[0][:, None], axis=-1)[:, 0]
-        top_S = jnp.max(logits_SW, axis=-1)
-        logprob_S = own_S - top_S - jnp.log(jnp.sum(jnp.exp(logits_SW - top_S[:, None]), axis=-1))
-        return logprob_S[None], (own_S == top_S)[None]
+        logprob_S = own_S - jax.nn.logsumexp(logits_SW, axis=-1)
+        return logprob_S[None], (own_S == jnp.max(logits_SW, axis=-1))[None]  # argmax is slow on CPU
 
     specs = (_head_specs(head, setup), LANES, LANES, LANES)
     return _spread(lane, setup, specs, (LANES, LANES))(head, hidden_ZCD, at_ZS, targets_ZS)
