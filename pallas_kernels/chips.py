@@ -4,7 +4,8 @@ Sources. HBM and VMEM: jax/_src/pallas/mosaic/tpu_info.py of jax 0.10.2, divided
 width: the same. Clock: the one at which these MXUs give the published peak (cloud.google.com/tpu/docs/v5e, v5p, v6e,
 tpu7x: 197, 459, 918 and 2,307 TFLOP/s in bfloat16 a chip). Cycles a matmul instruction occupies its MXU: 16 rows of
 bfloat16 at the rows a cycle which that same peak asks for. Latencies: read off the distance that the compiler's own
-schedules keep between a matmul, or a transpose, and the pop of its result. HBM's size and the links: the same pages of
+schedules keep between a matmul, or a transpose, and the pop of its result. Delay slots: the fewest bundles that it
+puts between a branch and the next label. HBM's size and the links: the same pages of
 Google's documentation, whose bidirectional bandwidth of a chip is divided by its links and by two directions; of that
 nine tenths, which is what a link carries of a large transfer (jax-ml.github.io/scaling-book/tpus). Between slices: the
 data centre network's share of a chip, the same pages.
@@ -27,6 +28,7 @@ class Chip:
     mxu_width: int
     matmul_cycles: int  # that one matmul instruction (16 rows of 16 bits, or 8 of 32) occupies an MXU
     matmul_latency: int  # cycles from there to its first result
+    delay_slots: int = 4  # bundles behind a branch that are still executed
     hbm: float  # bytes a second
     vmem: int  # bytes
     hbm_size: int  # bytes of one device
@@ -99,6 +101,7 @@ CHIPS = {
         mxu_width=256,
         matmul_cycles=8,
         matmul_latency=100,
+        delay_slots=1,
         hbm=3.7e12,
         vmem=64 * 2**20,
         hbm_size=96 * 2**30,

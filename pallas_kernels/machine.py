@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pallas_kernels import bundles
-from pallas_kernels.bundles import CORE_ID, DELAY_SLOTS, Instruction, Schedule
+from pallas_kernels.bundles import CORE_ID, Instruction, Schedule
 from pallas_kernels.chips import Chip
 
 _MASK = 0xFFFFFFFF
@@ -116,7 +116,7 @@ class _Machine:
         end = start
         while end < len(program) and not any(i.op.startswith("sbr") for i in program[end]):
             end += 1
-        end = min(end + 1 + DELAY_SLOTS, len(program))
+        end = min(end + 1 + self.chip.delay_slots, len(program))
         timing = bundles.schedule(program[start:end], self.chip)
         steps = []
         for offset, bundle in zip(timing.starts, program[start:end], strict=True):

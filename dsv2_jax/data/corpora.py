@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import tensorflow_datasets as tfds
 
 from dsv2_jax.config import Data, check
-from dsv2_jax.data import builtin, chat, retrieval
+from dsv2_jax.data import builtin, chat
 
 
 class Document(NamedTuple):
@@ -85,7 +85,6 @@ def prepare(data: Data) -> Corpus:
         if not folder.exists():
             texts, notices = builtin.collect(fetched)
             listed = [Document(name, text) for name, text in texts]
-            listed += _retrieval(listed, data)
             _build(BuiltinText, folder, lambda: listed, _plan(lambda: listed, data), notices)
     return _open(folder, data)
 
@@ -100,19 +99,7 @@ def _prepare(kind: "type[_Builder]", root: Path, documents: Callable[[], Iterabl
 
 def _builtin_name(data: Data, packages: Iterable[builtin.Package]) -> str:
     parts = [builtin.RECIPE, repr(data.held_out_fraction), *(f"{p.name}=={p.version}" for p in packages)]
-    if data.retrieval_documents:
-        parts.append(f"retrieval {data.retrieval_documents} {data.retrieval_characters}")
     return "builtin-" + hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
-
-
-def _retrieval(listed: list[Document], data: Data) -> list[Document]:
-    """Documents to look things up in, made of those that are trained on: what is held out stays unseen."""
-    if not data.retrieval_documents:
-        return []
-    held_out = _plan(lambda: listed, data).held_out
-    texts = [d.text for d in listed if d.text.strip() and _hash(d.text) not in held_out]
-    made = retrieval.documents(texts, data.retrieval_documents, data.retrieval_characters)
-    return [Document(name, text) for name, text in made]
 
 
 def _open(folder: Path, data: Data) -> Corpus:

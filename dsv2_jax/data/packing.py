@@ -47,10 +47,29 @@ def join(documents: Iterable[np.ndarray]) -> Documents:
 def blank_batch(rows: int, length: int) -> Batch:
     """A batch of nothing but padding: `tokens_BT`, `targets_BT`, `positions_BT`, `segments_BT`, `bytes_BT` int32 and
     `weights_BT` float32. Segments count a row's documents from 1, and 0 is padding; positions count from 0 in each
-    segment; the weight is 1 where a target counts, and bytes are those of UTF-8 text that the target stands for."""
+    segment; the weight is what a target counts, mostly 1, and bytes are those of UTF-8 text that it stands for."""
     names = ("tokens_BT", "targets_BT", "positions_BT", "segments_BT", "bytes_BT")
     batch = {name: np.zeros((rows, length), np.int32) for name in names}
     return batch | {"weights_BT": np.zeros((rows, length), np.float32)}
+
+
+def write_segment(
+    batch: Batch,
+    place: tuple[int, int],
+    segment: int,
+    ids: np.ndarray,
+    bytes_per_token: np.ndarray,
+    weights: np.ndarray | float,
+) -> None:
+    """Writes n + 1 ids as n pairs into a blank batch, from (row, position) on; weights [n]: of the targets."""
+    row, at = place
+    here, count = (row, slice(at, at + len(ids) - 1)), len(ids) - 1
+    batch["tokens_BT"][here] = ids[:-1]
+    batch["targets_BT"][here] = ids[1:]
+    batch["positions_BT"][here] = np.arange(count)
+    batch["segments_BT"][here] = segment
+    batch["bytes_BT"][here] = bytes_per_token[ids[1:]]
+    batch["weights_BT"][here] = weights
 
 
 class Rows(abc.ABC):
@@ -61,23 +80,22 @@ class Rows(abc.ABC):
 
     too_long = 0
 
-    def __init__(self, documents: Documents, length: int, bytes_per_token: np.ndarray) -> None:
-        """bytes_per_token int [vocabulary]: the bytes of text of each id."""
-        self._documents, self._length, self._bytes = documents, length, bytes_per_token
+    def __init__(self, length: int) -> None:
+        self._length = length
 
     @abc.abstractmethod
     def __len__(self) -> int: ...
 
     @abc.abstractmethod
-    def _pieces(self, index: int) -> Iterator[tuple[int, int]]:
-        """What stands in a row: (the first id of a run of pairs, how many pairs), one after the other."""
+    def fill(self, batch: Batch, row: int, index: int) -> None:
+        """Writes row `index` to that row of a blank batch."""
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
         """A batch of these rows; padding where the index is negative."""
         batch = self._blank(len(indices))
         for row, index in enumerate(indices):
             if index >= 0:
-                self._fill(batch, row, int(index))
+                self.fill(batch, row, int(index))
         return batch
 
     def batches(
@@ -92,21 +110,46 @@ class Rows(abc.ABC):
     def _blank(self, rows: int) -> Batch:
         return blank_batch(rows, self._length)
 
-    def _fill(self, batch: Batch, row: int, index: int) -> None:
+
+class Mixed(Rows):
+    """The rows of both, one behind the other."""
+
+    def __init__(self, first: Rows, second: Rows, length: int) -> None:
+        super().__init__(length)
+        self._first, self._second = first, second
+        self.too_long = first.too_long + second.too_long
+
+    def __len__(self) -> int:
+        return len(self._first) + len(self._second)
+
+    def fill(self, batch: Batch, row: int, index: int) -> None:
+        behind = index - len(self._first)
+        (self._first if behind < 0 else self._second).fill(batch, row, index if behind < 0 else behind)
+
+
+class DocumentRows(Rows):
+    """Rows of documents that are there already."""
+
+    def __init__(self, documents: Documents, length: int, bytes_per_token: np.ndarray) -> None:
+        """bytes_per_token int [vocabulary]: the bytes of text of each id."""
+        super().__init__(length)
+        self._documents, self._bytes = documents, bytes_per_token
+
+    @abc.abstractmethod
+    def _pieces(self, index: int) -> Iterator[tuple[int, int]]:
+        """What stands in a row: (the first id of a run of pairs, how many pairs), one after the other."""
+
+    def fill(self, batch: Batch, row: int, index: int) -> None:
         ids, learnt = self._documents.ids, self._documents.learnt
         at = 0
         for segment, (start, count) in enumerate(self._pieces(index), 1):
-            here, targets = (row, slice(at, at + count)), slice(start + 1, start + count + 1)
-            batch["tokens_BT"][here] = ids[start : start + count]
-            batch["targets_BT"][here] = ids[targets]
-            batch["positions_BT"][here] = np.arange(count)
-            batch["segments_BT"][here] = segment
-            batch["bytes_BT"][here] = self._bytes[ids[targets]]
-            batch["weights_BT"][here] = 1 if learnt is None else learnt[targets]
+            run, targets = slice(start, start + count + 1), slice(start + 1, start + count + 1)
+            weights = 1 if learnt is None else learnt[targets]
+            write_segment(batch, (row, at), segment, ids[run], self._bytes, weights)
             at += count
 
 
-class CutRows(Rows):
+class CutRows(DocumentRows):
     """Rows without gaps: a document goes on in the next row where one ends. The last may end in padding."""
 
     def __init__(self, documents: Documents, length: int, bytes_per_token: np.ndarray) -> None:
@@ -126,7 +169,7 @@ class CutRows(Rows):
             pair, left, document = pair + count, left - count, document + 1
 
 
-class WholeRows(Rows):
+class WholeRows(DocumentRows):
     """Rows of whole documents, longest first, each in the fullest row that has room for it.
 
     A document that is longer than a row is dropped or cut to its length, by `too_long`; so is one that then has

@@ -7,6 +7,7 @@ every process, and a batch never holds neighbouring rows of one document but by 
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,9 @@ import rich.console
 import rich.progress
 
 from dsv2_jax.config import Config, check
-from dsv2_jax.data import chat, preferences
+from dsv2_jax.data import chat, preferences, retrieval
 from dsv2_jax.data.corpora import Corpus, Source, published
-from dsv2_jax.data.packing import Batch, CutRows, Documents, Rows, WholeRows, document_ids, join
+from dsv2_jax.data.packing import Batch, CutRows, Documents, Mixed, Rows, WholeRows, document_ids, join
 from dsv2_jax.data.tokenizer import Tokenizer
 
 
@@ -44,13 +45,19 @@ def train_batches(
 def packed_rows(config: Config, corpus: Corpus, split: str, tokenizer: Tokenizer, length: int) -> Rows:
     """The rows of a split, `train` or `held_out`: text without gaps, conversations whole.
 
-    Raises ValueError if no conversation fits in a row.
+    Those to train on may be mixed with rows that ask for facts (`data.retrieval_share`). Raises ValueError if no
+    conversation fits in a row.
     """
     if corpus.form == "preferences":
         return preferences.rows(getattr(corpus, split), tokenizer, length)
     documents = tokenised(corpus, split, tokenizer)
     if corpus.form == "text":
-        return CutRows(documents, length, tokenizer.bytes_per_token)
+        text, share = CutRows(documents, length, tokenizer.bytes_per_token), config.data.retrieval_share
+        if split == "held_out" or not share:
+            return text
+        count = math.ceil(len(text) * share / (1 - share))
+        weight = config.data.retrieval_weight
+        return Mixed(text, retrieval.RetrievalRows(documents.ids, tokenizer, length, count, weight), length)
     rows = WholeRows(documents, length, tokenizer.bytes_per_token, config.data.too_long)
     check(len(rows) > 0, f"no conversation of the {split} split fits in the {length} tokens of a row (batch.length)")
     return rows

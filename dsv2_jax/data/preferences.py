@@ -70,7 +70,7 @@ class PreferenceRows(WholeRows):
         whole |= {"pairs_BT": np.zeros((rows, self._length), np.int32)}
         return whole | {n: np.zeros((rows, self._length), np.float32) for n in ("ends_BT", "values_BT", "weights_BT")}
 
-    def _fill(self, batch: Batch, row: int, index: int) -> None:
+    def fill(self, batch: Batch, row: int, index: int) -> None:
         at = segment = 0
         for number, document in enumerate(self._rows[index]):
             preference = self._preferences[document]

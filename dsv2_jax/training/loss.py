@@ -26,8 +26,8 @@ def loss(
 
     batch leaves [B, T]. exempt_B bool: sequences spared from dropping; None: nothing is dropped. total_weight: sum of
     the weights of the whole step. share: one over the number of calls. micro_batches: those that follow each other in
-    the rows of this call, for a pipeline. Metrics, float32: `nll` in nats per
-    token, `tokens` and `bytes` (targets that count, and the UTF-8 bytes they stand for); with experts also the three
+    the rows of this call, for a pipeline. Metrics, float32, by weight: `nll` in
+    nats per token, `tokens` and `bytes` (targets, and the UTF-8 bytes they stand for); with experts also the three
     balance losses summed over layers, `dropped` (share of token-expert pairs) and `load_LE` (an expert's share of the
     choices times E).
     """

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import bundles, machine
-from pallas_kernels.chips import CHIPS
+from pallas_kernels.chips import CHIPS, Chip
 
 CHIP = dataclasses.replace(CHIPS["v5e"], clock=1e9, hbm=32e9)  # a granule of 32 bytes a cycle
 
@@ -34,9 +34,9 @@ LH: loop header
 """
 
 
-def _execute(text: str, **operands: int) -> machine.Trace:
+def _execute(text: str, chip: Chip = CHIP, **operands: int) -> machine.Trace:
     known = {int(name[1:]): np.array([value], np.int32) for name, value in operands.items()}
-    return machine.execute(bundles.parse(text), CHIP, known)
+    return machine.execute(bundles.parse(text), chip, known)
 
 
 def test_trips_and_copies() -> None:
@@ -49,6 +49,14 @@ def test_trips_and_copies() -> None:
     assert (loop.trips, loop.schedule.cycles, loop.schedule.matmuls, loop.schedule.spills) == (2, 16, 1, 1)
     assert loop.schedule.mxu_cycles == 16 / 4
     assert trace.doubts == ()
+
+
+def test_a_chip_with_one_delay_slot() -> None:
+    """The matmul, in the fourth bundle behind the branch, is left out as long as the branch is taken."""
+    trace = _execute(LOOP, dataclasses.replace(CHIP, delay_slots=1), _0=3)
+    assert trace.copies == {"hbm_to_vmem": 3, "vmem_to_hbm": 1}
+    assert sum(run.trips * run.schedule.matmuls for run in trace.runs) == 1
+    assert sum(run.trips * run.schedule.matmuls for run in _execute(LOOP, _0=3).runs) == 3
 
 
 def test_a_region_that_nothing_begins_is_the_end() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 
 import jax
@@ -12,7 +13,7 @@ from hf_cases import lite, make_run
 from configs.extend import extended
 from dsv2_jax import hf, loading
 from dsv2_jax.config import Batch, Config, Data
-from dsv2_jax.data import retrieval
+from dsv2_jax.data import corpora, packing, pipeline, retrieval, tokenizer
 from dsv2_jax.training import checkpoint
 
 
@@ -38,22 +39,79 @@ def test_a_checkpoint_without_yarn_takes_the_presets_rope(tmp_path):
     assert written["max_position_embeddings"] == 4096
 
 
-def test_retrieval_documents_answer_what_they_ask():
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    texts = [
+        "The secret number of Paris is 0123456789.\nQuestion: What is the answer? " * 20,
+        "长安的秘密数字是。问：多少？答" * 20,
+    ]
+    return tokenizer.train(texts, 384, tmp_path_factory.mktemp("words"))
+
+
+@pytest.fixture(scope="module")
+def hay(words):
     texts = ["A long text without any figure. " * 40, "Another one, of other words.\n" * 30]
-    made = list(retrieval.documents(texts, 20, 900))
-    assert made == list(retrieval.documents(texts, 20, 900))
-    questions = 0
-    for _, text in made:
-        asked = re.findall(r"secret number of (\w+)\?\nAnswer: The secret number of \1 is (\d{4})\n", text)
-        asked += re.findall(r"\n问：(\w+)的秘密数字是多少？\n答：\1的秘密数字是 (\d{4})\n", text)
-        assert asked
-        for place, number in asked:
-            told = (f"\nThe secret number of {place} is {number}.\n", f"\n{place}的秘密数字是 {number}。\n")
-            assert sum(text.count(sentence) for sentence in told) == 1
-        questions += len(asked)
-    assert questions > 20
+    return np.concatenate([packing.document_ids(words, text) for text in texts])
 
 
-def test_retrieval_documents_are_of_the_builtin_corpus_only():
-    with pytest.raises(ValueError, match="built-in"):
-        Data(source="my.txt", retrieval_documents=3)
+FACTS = (r"\nThe secret number of (\w+) is (\d{4})\.\n", r"\n(\w+)的秘密数字是 (\d{4})。\n")
+ASKED = (
+    r"\nQuestion: What is the secret number of (\w+)\?\nAnswer: The secret number of \1 is (\d{4})\n",
+    r"\n问：(\w+)的秘密数字是多少？\n答：\1的秘密数字是 (\d{4})\n",
+)
+
+
+def test_retrieval_rows_answer_what_they_ask(words, hay):
+    """Whole documents, read back as text; only answers have the weight, and each answers a fact above it."""
+    rows = retrieval.RetrievalRows(hay, words, 1500, 6, 5.0)
+    batch = rows.batch(range(6))
+    again = retrieval.RetrievalRows(hay, words, 1500, 9, 5.0).batch(range(6))
+    jax.tree.map(np.testing.assert_array_equal, batch, again)
+    languages = set()
+    assert batch["segments_BT"].max() > 2
+    for row in range(6):
+        segments = batch["segments_BT"][row]
+        for segment in range(1, segments.max() + 1):
+            here = segments == segment
+            tokens, targets = batch["tokens_BT"][row][here], batch["targets_BT"][row][here]
+            assert tokens[0] == words.bos_id
+            np.testing.assert_array_equal(tokens[1:], targets[:-1])
+            assert not {words.bos_id, words.eos_id} & set(targets.tolist())
+            np.testing.assert_array_equal(batch["positions_BT"][row][here], np.arange(here.sum()))
+            text = words.decode(targets)
+            facts = [fact for wording in FACTS for fact in re.findall(wording, text)]
+            asked = [answer for wording in ASKED for answer in re.findall(wording, text)]
+            assert facts and sorted(facts) == sorted(asked) and text.count("secret") + text.count("秘密") >= 3
+            assert len(dict(facts)) == len(facts)
+            weights = batch["weights_BT"][row][here]
+            assert set(weights.tolist()) == {1.0, 5.0}
+            assert words.decode(targets[weights == 5]) == "".join(f" {number}\n" for _, number in asked)
+            languages.add(facts[0][0].isascii())
+    assert languages == {True, False}
+    assert (batch["weights_BT"][batch["segments_BT"] == 0] == 0).all()
+
+
+def test_retrieval_rows_are_their_share_of_training_rows_only(words, tmp_path):
+    (tmp_path / "text.txt").write_text("A text to train on, and some more.\n" * 400)
+    data = Data(source=str(tmp_path / "text.txt"), folder=tmp_path, retrieval_share=0.25, retrieval_weight=7.0)
+    corpus = corpora.prepare(data)
+    config = Config(workdir=tmp_path / "run", data=data, batch=Batch(size=4, length=256))
+    plain = dataclasses.replace(config, data=dataclasses.replace(data, retrieval_share=0.0))
+    text = pipeline.packed_rows(plain, corpus, "train", words, 256)
+    mixed = pipeline.packed_rows(config, corpus, "train", words, 256)
+    assert len(mixed) == math.ceil(len(text) / 0.75)
+    batch = mixed.batch(range(len(mixed)))
+    np.testing.assert_array_equal(batch["tokens_BT"][: len(text)], text.batch(range(len(text)))["tokens_BT"])
+    asks = (batch["weights_BT"] == 7).any(axis=1)
+    assert not asks[: len(text)].any() and asks[len(text) :].all()
+    held_out = pipeline.packed_rows(config, corpus, "held_out", words, 256)
+    assert held_out.batch(range(len(held_out)))["weights_BT"].max() == 1
+
+
+def test_retrieval_rows_that_cannot_be_are_refused(words, hay):
+    with pytest.raises(ValueError, match="retrieval_share is for rows of text"):
+        Data(form="conversations", retrieval_share=0.5)
+    with pytest.raises(ValueError, match="retrieval_share must lie in 0 to 1"):
+        Data(retrieval_share=1.0)
+    with pytest.raises(ValueError, match="a row of 20 tokens"):
+        retrieval.RetrievalRows(hay, words, 20, 1, 1.0)
