@@ -1,6 +1,6 @@
 """The long-context stage shown: needles found and loss by position, before it, with plain interpolation and with YaRN.
 
-Trains nano on rows of 512 tokens whose mixture holds retrieval documents, extends it, and averages over seeds:
+Trains nano on rows of 512 tokens, a part of which hold retrieval documents, extends it, and averages over seeds:
 python benchmarks/long_context.py [--seeds 0 1 2] [--json FILE] [--picture FILE.png]
 """
 
@@ -34,7 +34,7 @@ class LongContext:
     base_tokens: int = 4_000_000  # of nano at 512
     extension_steps: int = 200
     row: int = 4096  # tokens of the extension's rows
-    retrieval_documents: int = 4000  # in the base's mixture
+    retrieval_share: float = 0.5  # of the base's rows, as the extension has it
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 6144)  # of haystacks
     repeats: int = 4
     texts: int = 4  # rows of the longest length whose loss by position is read
@@ -71,7 +71,7 @@ def base_config(args: LongContext, seed: int) -> Config:
         workdir=args.workdir / f"base-{seed}",
         tokens=args.base_tokens,
         batch=dataclasses.replace(nano.batch, length=512),
-        data=dataclasses.replace(nano.data, retrieval_documents=args.retrieval_documents),
+        data=dataclasses.replace(PRESETS["nano_long"]().data, retrieval_share=args.retrieval_share),
     )
 
 

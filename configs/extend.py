@@ -46,14 +46,14 @@ def _paper(base: Config, workdir: Path, positions: int) -> Config:
 def nano_long() -> Config:
     """Nano from 512 to 8K positions, on rows of 4K. Give --init runs/nano.
 
-    The built-in corpus has few long documents, so its rows are packed, and a part of them asks for facts that stand
-    far above: see data/retrieval.py.
+    The built-in corpus has few long documents, so its rows are packed, and half of them ask for facts that stand far
+    above: see data/retrieval.py.
     """
     return Config(
         workdir=Path("runs/nano_long"),
         tokens=200 * 2 * 4096,
         model=extended(models.nano(), _FACTOR, 8192),
-        data=Data(retrieval_documents=400, retrieval_characters=9000),
+        data=Data(retrieval_share=0.5, retrieval_weight=20.0),
         batch=Batch(size=2, length=4096),
         optimizer=Optimizer(peak_lr=6e-4, warmup_steps=10, decay_at=(0.8,)),
         compute=Compute(remat="full", loss_chunk=1024),
