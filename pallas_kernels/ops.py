@@ -11,7 +11,7 @@ import numpy as np
 
 from pallas_kernels import shapes, tuning
 from pallas_kernels.chips import CHIPS
-from pallas_kernels.expert_dispatch import kernels
+from pallas_kernels.expert_dispatch import combine, kernels
 from pallas_kernels.expert_dispatch.tiles import Tiles
 from pallas_kernels.latent_attention import decode_kernel, flash, packing
 from pallas_kernels.quantized import Quantized
@@ -131,6 +131,13 @@ def _experts(
     return build
 
 
+def _combine(s: shapes.ExpertDispatch, _: str, __: Any) -> tuple[Callable, tuple]:
+    """Rows of `tokens` tokens, in token order, added up; runs of tokens get uneven numbers of them."""
+    runs = -(-s.tokens // combine.RUN)
+    sizes = np.random.default_rng(0).multinomial(s.rows, np.full(runs, 1 / runs)).astype(np.int32)
+    return combine.add_up, (_bf16(s.rows, combine.RUN), _bf16(s.rows, s.hidden), sizes)
+
+
 def _expert_op(
     build: Callable,
     products: int,
@@ -220,6 +227,16 @@ _EXPERT_OPS = {
         width=2,
     ),
 }
+
+_EXPERT_OPS["expert_combine"] = Op(
+    shapes=shapes.EXPERT_DISPATCH,
+    build=_combine,
+    flops=lambda s: 2 * s.rows * combine.RUN * s.hidden,  # nearly all with zeros: the HBM sets the pace
+    bytes=lambda s: _BF16 * (s.rows * (combine.RUN + s.hidden) + s.tokens * s.hidden),
+    key=lambda s: (s.tokens, s.hidden),
+    blocks=lambda *_: None,
+    candidates=lambda _: (),
+)
 
 
 def _flash_op(backward: bool) -> Op:

@@ -17,7 +17,7 @@ _MOST_FACTS = 4
 
 
 class RetrievalRows(Rows):
-    """Rows of whole documents: one of any length that fits, then such as are short more often than long.
+    """Rows of whole documents, of any length that fits, short ones more often than long.
 
     In the middle of a document stands a fact, or up to four, at its end the questions and answers, in another order.
     Short documents with a single fact are where looking up begins to be learnt: any attention to it helps.
@@ -42,8 +42,7 @@ class RetrievalRows(Rows):
         while most:
             room = self._length - at
             facts = draw.choice((1, draw.randint(1, most)))
-            hay = draw.randint(0, room) if segment == 1 else int(room ** draw.random())
-            ids, answers = self._document(draw, hay, facts)
+            ids, answers = self._document(draw, int(room ** draw.random()), facts)
             if len(ids) - 1 > room:
                 most = facts - 1
                 continue

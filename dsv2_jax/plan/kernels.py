@@ -21,7 +21,9 @@ from pallas_kernels import cost, shapes
 from pallas_kernels.chips import CHIPS, Chip
 from pallas_kernels.ops import OPS
 
-_ATTENTION, _DECODE = "latent_forward_backward", "latent_decode"
+Shape = shapes.LatentAttention | shapes.LatentDecode | shapes.ExpertDispatch
+
+_ATTENTION, _DECODE, _COMBINE = "latent_forward_backward", "latent_decode", "expert_combine"
 _LANES = 128  # of a vector register
 _SEQUENCES = 32  # that a decode step is priced at
 _PAGE = 256
@@ -72,19 +74,16 @@ class Prices:
         operands = [dims for dtype, dims in arrays if dtype in ("bf16", "f32")]  # integers steer
         kernel = _kernel(instruction, operands, {dtype for dtype, _ in arrays})
         if kernel is None:
-            if "combine" in instruction.name:  # reads the rows that a router sends, and writes all tokens
-                read = sum(2 * math.prod(dims) for dims in operands)
-                share = self._share(operands)
-                flops, moved = flops * share, moved - (1 - share) * read
             seconds = max(flops / self._peak, moved / (self._chip.hbm * self._chip.cores))
             return instruction.name.split(".")[0], flops, seconds
         if kernel.startswith("expert"):
             flops *= self._share(operands)
-        if kernel.startswith(_DECODE):
-            shape = self._shape(kernel)
-            assert isinstance(shape, shapes.LatentDecode)
+        shape = self._shape(_ATTENTION if kernel in ("latent_forward", "latent_backward") else kernel)
+        if isinstance(shape, shapes.LatentDecode):
             flops = OPS[kernel].flops(shape) * self._tokens / shape.sequences
-        return kernel, flops, flops / (self._peak * self._efficiency(kernel))
+        if kernel == _COMBINE:  # writes its tokens, however few rows they have
+            shape = dataclasses.replace(shape, tokens=math.prod(hlo.arrays(instruction.shape)[0][1][:2]))
+        return kernel, flops, flops / (self._peak * self._efficiency(kernel, shape))
 
     def _share(self, operands: list[tuple[int, ...]]) -> float:
         """Of a buffer's rows those that a balanced router fills."""
@@ -96,10 +95,9 @@ class Prices:
         """(token, expert) pairs of a device and layer if all experts are chosen alike."""
         return self._tokens * self._config.model.moe.num_experts_per_tok
 
-    def _efficiency(self, kernel: str) -> float:
-        """Share of the peak, priced once for these sizes and this code and kept with the compiled programs."""
+    def _efficiency(self, kernel: str, shape: Shape) -> float:
+        """Share of the peak, priced once for a shape and this code and kept with the compiled programs."""
         op = _ATTENTION if kernel in ("latent_forward", "latent_backward") else kernel
-        shape = self._shape(op)
         digest = hashlib.sha256(repr((op, self._name, shape)).encode())
         for path in sources("pallas_kernels"):
             digest.update(path.read_bytes())
@@ -119,7 +117,7 @@ class Prices:
         (own,) = (time for name, time in us.items() if kernel.rpartition("_")[2] in name)
         return flops / own * 1e6 / self._peak
 
-    def _shape(self, op: str) -> shapes.LatentAttention | shapes.LatentDecode | shapes.ExpertDispatch:
+    def _shape(self, op: str) -> Shape:
         """The sizes of the config's model, of one sequence, some that are decoded, or one device's experts."""
         config, a, moe = self._config, self._config.model.attention, self._config.model.moe
         if op.startswith(_DECODE):
@@ -189,6 +187,8 @@ def _kernel(instruction: hlo.Instruction, operands: list[tuple[int, ...]], dtype
     for kernel in ("forward", "backward"):
         if f"latent_attention_{kernel}" in name:
             return f"latent_{kernel}"
+    if "combine" in name:
+        return _COMBINE
     if "tgmm" in name:
         results = sum(len(dims) == 3 for _, dims in hlo.arrays(instruction.shape))
         return "expert_gate_up_weight_gradient" if results > 1 else "expert_up_weight_gradient"

@@ -10,7 +10,7 @@ from jax import Array
 
 from pallas_kernels.expert_dispatch.weight_gradient import tgmm
 
-_RUN = 256  # tokens of a group; each core of a v5p takes half of them
+RUN = 256  # tokens of a group; each core of a v5p takes half of them
 
 
 def combine(y_PD: Array, row_NK: Array, kept_NK: Array) -> Array:
@@ -19,10 +19,15 @@ def combine(y_PD: Array, row_NK: Array, kept_NK: Array) -> Array:
     row_NK int32, below P; no two kept pairs share a row. Rows that no pair keeps may hold anything.
     """
     n, k = row_NK.shape
-    runs = -(-n // _RUN)
+    runs = -(-n // RUN)
     kept_P = kept_NK.reshape(-1)
     pair_P = jnp.argsort(~kept_P, stable=True)[: y_PD.shape[0]].astype(jnp.int32)  # the kept ones first, by token
     rows_PD = y_PD.at[row_NK.reshape(-1)[pair_P]].get(mode="promise_in_bounds")
-    own_PT = ((pair_P // k)[:, None] % _RUN == jnp.arange(_RUN)).astype(y_PD.dtype)
-    sizes_R = jnp.pad(kept_NK.sum(axis=1, dtype=jnp.int32), (0, runs * _RUN - n)).reshape(runs, _RUN).sum(axis=1)
-    return tgmm(own_PT, rows_PD, sizes_R, name="combine").reshape(runs * _RUN, -1)[:n]
+    own_PT = ((pair_P // k)[:, None] % RUN == jnp.arange(RUN)).astype(y_PD.dtype)
+    sizes_R = jnp.pad(kept_NK.sum(axis=1, dtype=jnp.int32), (0, runs * RUN - n)).reshape(runs, RUN).sum(axis=1)
+    return add_up(own_PT, rows_PD, sizes_R).reshape(runs * RUN, -1)[:n]
+
+
+def add_up(own_PT: Array, rows_PD: Array, sizes_R: Array) -> Array:
+    """The kernel alone: [R, RUN, D]. own_PT: of each row 1 at its token's place in its run, else 0."""
+    return tgmm(own_PT, rows_PD, sizes_R, name="combine")
