@@ -49,10 +49,6 @@ def main() -> None:
     """The command line."""
     args = cli.parse(Evaluate, prog="eval.py")
     check((args.token_ids is None) == (args.logits is None), "--token-ids and --logits belong together")
-    check(
-        args.processes.count == 1 or not (args.tasks or args.needle),
-        "--tasks and --needle run in one process: the engine's mesh is of its own devices",
-    )
     from dsv2_jax.parallel import processes
 
     cli.keep_compiled_programs()
@@ -62,7 +58,10 @@ def main() -> None:
 
 
 def run(args: Evaluate, ids_BT: np.ndarray | None) -> None:
-    """What the command does once its processes have met."""
+    """What the command does once its processes have met.
+
+    With several, the engine's mesh is of the devices of all. Each of them asks it the same, and the first one tells.
+    """
     from dsv2_jax import loading
     from dsv2_jax.parallel import mesh, processes
 
@@ -99,6 +98,7 @@ def benchmark(loaded: Any, args: Evaluate, mesh: Any) -> list[Any]:
     """Scores of the tasks, printed."""
     from dsv2_jax.evaluation import benchmarks, report, suite
     from dsv2_jax.evaluation.harness import Harness
+    from dsv2_jax.parallel import processes
 
     rows = suite.rows(args.tasks, offline=args.offline, shots=args.num_fewshot)
     benchmarks.check_names(rows)
@@ -112,7 +112,8 @@ def benchmark(loaded: Any, args: Evaluate, mesh: Any) -> list[Any]:
         offline=args.offline,
         samples=args.samples,
     )
-    report.show(scores)
+    if processes.is_first():
+        report.show(scores)
     return scores
 
 

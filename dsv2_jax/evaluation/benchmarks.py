@@ -17,6 +17,7 @@ from dsv2_jax.config import check
 from dsv2_jax.evaluation import report
 from dsv2_jax.evaluation.harness import Harness, UnfitError
 from dsv2_jax.evaluation.suite import Row
+from dsv2_jax.parallel import processes
 
 TASKS = Path(__file__).parent / "tasks"
 
@@ -53,7 +54,7 @@ def run(
     if offline:
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    known, console = manager(), rich.console.Console(stderr=True)
+    known, console = manager(), rich.console.Console(stderr=True, quiet=not processes.is_first())
     evaluate: Any = lm_eval.simple_evaluate  # its decorator hides what it takes
     scores = []
     for row in rows:
@@ -78,7 +79,7 @@ def run(
             scores.append(report.Score(row=row, note=f"not run: {type(error).__name__}: {why}"))
             continue
         scores += _scores(row, found)
-        if samples is not None:
+        if samples is not None and processes.is_first():
             _keep(samples, found)
     return scores
 

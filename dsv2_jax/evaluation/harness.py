@@ -29,6 +29,7 @@ from dsv2_jax.inference.engine import Capacity, Engine
 from dsv2_jax.inference.request import Request, Result
 from dsv2_jax.inference.sampling import Sampling
 from dsv2_jax.loading import Loaded
+from dsv2_jax.parallel import processes
 
 _AT_A_TIME = 128  # requests that the engine is given at once
 _FILTERS = ("temperature", "top_p", "top_k", "min_p")  # of lm-eval's keywords, those that a draw knows
@@ -212,6 +213,6 @@ class Harness(TemplateLM):
 
 
 def _track(parts: Sequence[list[int]], what: str) -> Iterable[list[int]]:
-    """A bar on a terminal; nothing in a log."""
-    console = rich.console.Console(stderr=True)
+    """A bar on a terminal, the first process's; nothing in a log."""
+    console = rich.console.Console(stderr=True, quiet=not processes.is_first())
     return rich.progress.track(parts, what, console=console, disable=not (what and console.is_terminal))

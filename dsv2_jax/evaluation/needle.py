@@ -116,11 +116,13 @@ def _ask(
 def evaluate(loaded: "Loaded", wanted: Needle, capacity: "Capacity", devices: Any) -> dict[str, Any]:
     """Shares of numbers that are answered exactly: of all, by language, and [lengths, depths].
 
-    Haystacks are of the held-out split of the checkpoint's own data. Prints the table and draws the picture.
+    Haystacks are of the held-out split of the checkpoint's own data. The first process prints the table and draws the
+    picture.
     """
     from dsv2_jax.data import corpora
     from dsv2_jax.inference.engine import Engine
     from dsv2_jax.inference.request import Request
+    from dsv2_jax.parallel import processes
 
     words = loaded.need_tokenizer()
     new = wanted.digits + 2  # a space, a digit each, and what ends the number
@@ -132,7 +134,10 @@ def evaluate(loaded: "Loaded", wanted: Needle, capacity: "Capacity", devices: An
         f"haystack.lengths: {max(wanted.lengths)} tokens and the answer's {new} exceed the model's "
         f"{loaded.model.max_position_embeddings} positions",
     )
-    held_out = corpora.prepare(dataclasses.replace(loaded.config.data, form="text", source=_source(loaded))).held_out
+    with processes.first_before_others("needles"):
+        held_out = corpora.prepare(
+            dataclasses.replace(loaded.config.data, form="text", source=_source(loaded))
+        ).held_out
     texts = [held_out[i]["text"].decode() for i in range(len(held_out))]
     asked = haystacks(words, texts, wanted)
     engine = Engine(
@@ -146,9 +151,10 @@ def evaluate(loaded: "Loaded", wanted: Needle, capacity: "Capacity", devices: An
     results = engine.generate([Request(prompt=h.ids, max_new=new, stop_ids=stop, text=True) for h in asked])
     right = np.array([is_answered(result.text, h.number) for result, h in zip(results, asked, strict=True)])
     figures = summary(asked, right, wanted)
-    if wanted.picture is not None:
-        draw_picture(figures, wanted.picture)
-    show(figures)
+    if processes.is_first():
+        show(figures)
+        if wanted.picture is not None:
+            draw_picture(figures, wanted.picture)
     return figures
 
 

@@ -1,6 +1,7 @@
 """Several processes are one run: the same bits as one process, also after a kill, a SIGTERM and on another mesh."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -41,22 +42,29 @@ def flags(tmp_path_factory):
 @contextlib.contextmanager
 def training(run, flags, processes, devices):
     """train.py in so many processes of so many devices each."""
+    with started(run, ["train.py", "tiny", "--workdir", str(run), *flags], processes, devices) as those:
+        yield those
+
+
+@contextlib.contextmanager
+def started(run, command, processes, devices):
+    """A script in so many processes of so many devices each, whose logs lie beside `run`."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    started = []
+    those = []
     for index in range(processes):
-        command = [sys.executable, str(ROOT / "train.py"), "tiny", "--workdir", str(run), *flags]
+        own = [sys.executable, *command]
         if processes > 1:
-            command += ["--processes.coordinator", address, "--processes.count", str(processes)]
-            command += ["--processes.index", str(index)]
+            own += ["--processes.coordinator", address, "--processes.count", str(processes)]
+            own += ["--processes.index", str(index)]
         log = (run.parent / f"{run.name}.{index}.log").open("w+")
-        started.append((subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log), log))
+        those.append((subprocess.Popen(own, env=environment, cwd=ROOT, stdout=log, stderr=log), log))
     try:
-        yield [process for process, _ in started]
+        yield [process for process, _ in those]
     finally:
-        for process, log in started:
+        for process, log in those:
             process.kill()
             process.wait()
             log.close()
@@ -68,8 +76,8 @@ def output(run, index):
 
 def finish(run, flags, processes, devices):
     """Trains to the end; the metrics that do not depend on the clock."""
-    with training(run, flags, processes, devices) as started:
-        codes = [process.wait(timeout=400) for process in started]
+    with training(run, flags, processes, devices) as those:
+        codes = [process.wait(timeout=400) for process in those]
     assert codes == [0] * processes, output(run, 0)
     clock = "tokens_per_second", "mfu"
     return [{k: v for k, v in line.items() if k not in clock} for line in metrics.read(run)]
@@ -78,13 +86,13 @@ def finish(run, flags, processes, devices):
 def disturb(run, flags, victim, number, step):
     """Sends a signal to one of two processes when `step` is logged; the exit codes, and the seconds until the end."""
     path = run / "metrics.jsonl"
-    with training(run, flags, 2, 4) as started:
+    with training(run, flags, 2, 4) as those:
         while not (path.exists() and f'{{"step": {step}, ' in path.read_text()):
-            assert all(process.poll() is None for process in started), output(run, 0)
+            assert all(process.poll() is None for process in those), output(run, 0)
             time.sleep(0.01)
-        started[victim].send_signal(number)
+        those[victim].send_signal(number)
         begin = time.monotonic()
-        return [process.wait(timeout=100) for process in started], time.monotonic() - begin
+        return [process.wait(timeout=100) for process in those], time.monotonic() - begin
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +133,35 @@ def test_a_run_goes_on_on_another_mesh(tmp_path, flags, mesh, devices):
     for ours, theirs in zip(lines, stayed, strict=True):
         for name in {"loss", "nll", "held_out_nll"} & theirs.keys():
             assert ours[name] == pytest.approx(theirs[name], rel=1e-6), (theirs["step"], name)
+
+
+def test_processes_evaluate_as_one(tmp_path, alone):
+    """Text, scores, answers and needles over the devices of two processes, and over one device of one."""
+    found = []
+    for processes, devices in ((1, 1), (2, 2)):
+        run = tmp_path / f"by-{processes}"
+        command = ["eval.py", "--checkpoint", str(alone[0]), "--json", f"{run}.json", "--samples", str(run)]
+        command += ["--tasks", "offline_piqa,offline_gsm8k_100", "--num-fewshot", "0", "--max-gen-toks", "8"]
+        command += ["--limit", "12", "--needle", "--haystack.lengths", "300", "--haystack.repeats", "1"]
+        command += ["--capacity.rows", "4", "--haystack.depths", "2"]
+        command += ["--mesh.data", "2", "--mesh.expert", "2"] if processes > 1 else []
+        with started(run, command, processes, devices) as those:
+            codes = [process.wait(timeout=400) for process in those]
+        assert codes == [0] * processes, output(run, 0)
+        answers = {path.name: path.read_text() for path in sorted(run.iterdir())}
+        found.append((json.loads(Path(f"{run}.json").read_text()), answers))
+    (one, answers), (two, others) = found
+    assert "bits per byte" in output(tmp_path / "by-2", 0) and "bits per byte" not in output(tmp_path / "by-2", 1)
+    assert two.pop("bits_per_byte") == pytest.approx(one.pop("bits_per_byte"), rel=1e-5)
+    assert two["benchmarks"] == one["benchmarks"] and two["needle"] == one["needle"]
+    assert len(answers) == 2 and answers.keys() == others.keys()
+    for name, text in answers.items():
+        for mine, theirs in zip(*(map(json.loads, t.splitlines()) for t in (text, others[name])), strict=True):
+            assert mine["doc"] == theirs["doc"] and _alike(mine["filtered_resps"], theirs["filtered_resps"])
+
+
+def _alike(mine, theirs):
+    """Texts and verdicts the same, log-likelihoods within rounding."""
+    if isinstance(mine, list):
+        return len(mine) == len(theirs) and all(map(_alike, mine, theirs))
+    return mine == theirs or float(mine) == pytest.approx(float(theirs), rel=1e-4)
