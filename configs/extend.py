@@ -51,11 +51,11 @@ def nano_long() -> Config:
     """
     return Config(
         workdir=Path("runs/nano_long"),
-        tokens=200 * 2 * 4096,
+        tokens=200 * 4096,
         model=extended(models.nano(), _FACTOR, 8192),
-        data=Data(retrieval_share=0.5, retrieval_weight=20.0),
-        batch=Batch(size=2, length=4096),
+        data=Data(retrieval_share=0.5, retrieval_weight=30.0),
+        batch=Batch(size=1, length=4096),
         optimizer=Optimizer(peak_lr=6e-4, warmup_steps=10, decay_at=(0.8,)),
-        compute=Compute(remat="full", loss_chunk=1024),
+        compute=Compute(remat="none", loss_chunk=1024),
         cadence=Cadence(log=10, evaluate=100, evaluate_batches=4, save=100),
     )

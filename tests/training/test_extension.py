@@ -81,8 +81,7 @@ def test_retrieval_rows_answer_what_they_ask(words, hay):
             text = words.decode(targets)
             facts = [fact for wording in FACTS for fact in re.findall(wording, text)]
             asked = [answer for wording in ASKED for answer in re.findall(wording, text)]
-            assert facts and sorted(facts) == sorted(asked) and text.count("secret") + text.count("秘密") >= 3
-            assert len(dict(facts)) == len(facts)
+            assert len(facts) == 1 and facts == asked
             weights = batch["weights_BT"][row][here]
             assert set(weights.tolist()) == {1.0, 5.0}
             assert words.decode(targets[weights == 5]) == "".join(f" {number}\n" for _, number in asked)
