@@ -1,10 +1,12 @@
 """The paper's benchmarks and the report; needles; task files against sets that are written here."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 from hf_cases import give_tokenizer
+from lm_eval.tasks import get_task_dict
 
 from dsv2_jax.data import tokenizer
 from dsv2_jax.evaluation import benchmarks, needle, report, suite
@@ -35,6 +37,21 @@ def test_the_offline_group_is_of_all_task_files(known):
 def test_an_unknown_task_is_told_with_the_nearest():
     with pytest.raises(ValueError, match="did you mean offline_mmlu"):
         benchmarks.check_names(suite.rows("offline_mmul", offline=False, shots=None))
+
+
+def test_the_same_examples_stand_before_each_question(known, tmp_path, monkeypatch):
+    """So that an engine which shares beginnings computes them once."""
+    lines = [{"question": f"How much is {i} + {i}?", "answer": f"It is {2 * i}.\n#### {2 * i}"} for i in range(60)]
+    (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    monkeypatch.setattr(sets, "examples", lambda _: tmp_path / "set.jsonl")
+    task = get_task_dict(["offline_gsm8k_100"], known)["offline_gsm8k_100"]
+    task.build_all_requests(limit=4)
+    contexts = [instance.args[0] for instance in task.instances]
+    shared = contexts[0].rpartition("Question:")[0]
+    assert shared.count("####") == 8 and len(set(contexts)) == 4 and all(c.startswith(shared) for c in contexts)
+    for path in benchmarks.TASKS.glob("*.yaml"):
+        text = path.read_text()
+        assert ("sampler: first_n" in text) == bool(re.search(r"^num_fewshot: [1-9]", text, re.MULTILINE)), path.name
 
 
 def test_groups_ask_with_the_papers_shots():
