@@ -46,14 +46,14 @@ def _paper(base: Config, workdir: Path, positions: int) -> Config:
 def nano_long() -> Config:
     """Nano from 512 to 8K positions, on rows of 4K. Give --init runs/nano.
 
-    The built-in corpus has few long documents, so its rows are packed, and half of them ask for facts that stand far
+    The built-in corpus has few long documents, so its rows are packed, and most of them ask for facts that stand far
     above: see data/retrieval.py.
     """
     return Config(
         workdir=Path("runs/nano_long"),
         tokens=200 * 4096,
         model=extended(models.nano(), _FACTOR, 8192),
-        data=Data(retrieval_share=0.5, retrieval_weight=30.0),
+        data=Data(retrieval_share=0.8, retrieval_weight=30.0),
         batch=Batch(size=1, length=4096),
         optimizer=Optimizer(peak_lr=6e-4, warmup_steps=10, decay_at=(0.8,)),
         compute=Compute(remat="none", loss_chunk=1024),

@@ -39,7 +39,7 @@ class RetrievalRows(Rows):
         draw, at, segment = random.Random(f"retrieval {index}"), 0, 1
         while True:
             room = self._length - at
-            ids, answers = self._document(draw, int(room ** draw.random() ** 2))
+            ids, answers = self._document(draw, int(room ** draw.random()))
             if len(ids) - 1 > room:
                 return
             weights = np.where(answers[1:], self._weight, 1.0)
