@@ -98,10 +98,11 @@ def extended_config(args: LongContext, seed: int, base: Path, name: str) -> Conf
 
 
 def train(config: Config) -> Path:
-    """The run's folder, once it is finished."""
+    """The run's folder, once it is finished; SIGTERM ends the whole benchmark."""
     from dsv2_jax.training import loop
 
-    loop.train(config)
+    if not loop.train(config).finished:
+        sys.exit(loop.STOPPED)
     return config.workdir
 
 
