@@ -34,7 +34,7 @@ class LongContext:
 
     seeds: tuple[int, ...] = (0, 1, 2)
     init: Path = Path("runs/demo")
-    base_steps: int = 1600  # of 2 x 512 tokens
+    base_steps: int = 2400  # of 2 x 512 tokens
     extension_steps: int = 200
     row: int = 4096  # tokens of the extension's rows
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 6144)  # of haystacks

@@ -17,7 +17,7 @@ from dsv2_jax.evaluation.needle import LANGUAGES
 class RetrievalRows(Rows):
     """Rows of whole documents, of any length that fits, short ones more often than long.
 
-    A fact stands somewhere in a document, and is asked for and answered at its end. A single fact, and mostly little
+    A fact stands somewhere in a document, and is asked for and answered at its end. A single fact, and often little
     else: what is looked up first is any digit above, and that must be worth something for anything to be learnt.
     """
 
@@ -39,20 +39,21 @@ class RetrievalRows(Rows):
         draw, at, segment = random.Random(f"retrieval {index}"), 0, 1
         while True:
             room = self._length - at
-            ids, answers = self._document(draw, int(room ** draw.random()))
+            ids, answers = self._document(draw, room)
             if len(ids) - 1 > room:
                 return
             weights = np.where(answers[1:], self._weight, 1.0)
             write_segment(batch, (row, at), segment, ids, self._tokenizer.bytes_per_token, weights)
             at, segment = at + len(ids) - 1, segment + 1
 
-    def _document(self, draw: random.Random, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids int32 [n], and which of them answer, bool [n]: of about `size` pairs, or as many as the fact needs."""
+    def _document(self, draw: random.Random, room: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int32 [n], and which of them answer, bool [n]: at most `room` pairs, or as many as the fact needs."""
         encode, phrases = self._tokenizer.encode, LANGUAGES[draw.choice(sorted(LANGUAGES))]
         place, number = draw.choice(phrases.places), "".join(draw.choices("0123456789", k=4))
         fact = encode(phrases.needle.format(place=place, number=number))
         question, answer = encode(phrases.question.format(place=place)), encode(f" {number}\n")
-        hay = max(0, min(size - len(fact) - len(question) - len(answer), len(self._text)))
+        most = min(room - len(fact) - len(question) - len(answer), len(self._text))
+        hay = int(max(0, most) ** draw.random())
         start = draw.randint(0, len(self._text) - hay)
         special = (self._tokenizer.bos_id, self._tokenizer.eos_id)
         text = [i for i in self._text[start : start + hay].tolist() if i not in special]
