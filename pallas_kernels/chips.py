@@ -4,10 +4,10 @@ Sources. HBM and VMEM: jax/_src/pallas/mosaic/tpu_info.py of jax 0.10.2, divided
 width: the same. Clock: the one at which these MXUs give the published peak (cloud.google.com/tpu/docs/v5e, v5p, v6e,
 tpu7x: 197, 459, 918 and 2,307 TFLOP/s in bfloat16 a chip). Cycles a matmul instruction occupies its MXU: 16 rows of
 bfloat16 at the rows a cycle which that same peak asks for. Latencies: read off the distance that the compiler's own
-schedules keep between a matmul, or a transpose, and the pop of its result. Delay slots: the fewest bundles that it
-puts between a branch and the next label. HBM's size and the links: the same pages of
-Google's documentation, whose bidirectional bandwidth of a chip is divided by its links and by two directions; of that
-nine tenths, which is what a link carries of a large transfer (jax-ml.github.io/scaling-book/tpus). Between slices: the
+schedules keep between a matmul, or a transpose, and the pop of its result. Delay slots: the bundles behind a branch
+that are guarded as those before it are; a label or another branch ends them too. HBM's size and the links: the same
+pages of Google's documentation, whose bidirectional bandwidth of a chip is divided by its links and by two directions;
+of that nine tenths, which is what a link carries of a large transfer (jax-ml.github.io/scaling-book/tpus). Between slices: the
 data centre network's share of a chip, the same pages.
 """
 
@@ -28,7 +28,7 @@ class Chip:
     mxu_width: int
     matmul_cycles: int  # that one matmul instruction (16 rows of 16 bits, or 8 of 32) occupies an MXU
     matmul_latency: int  # cycles from there to its first result
-    delay_slots: int = 4  # bundles behind a branch that are still executed
+    delay_slots: int = 4  # bundles behind a branch that are still executed, at most
     hbm: float  # bytes a second
     vmem: int  # bytes
     hbm_size: int  # bytes of one device
@@ -101,7 +101,7 @@ CHIPS = {
         mxu_width=256,
         matmul_cycles=8,
         matmul_latency=100,
-        delay_slots=1,
+        delay_slots=6,
         hbm=3.7e12,
         vmem=64 * 2**20,
         hbm_size=96 * 2**30,

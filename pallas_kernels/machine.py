@@ -9,7 +9,7 @@ not taken, and reported.
 import collections
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,6 +68,7 @@ class _Block:
 class _Machine:
     def __init__(self, program: bundles.Program, chip: Chip, operands: Mapping[int, np.ndarray]):
         self.program, self.chip, self.operands = program, chip, operands
+        self.labels = {self._target(i) for bundle in program.bundles for i in bundle if i.op.startswith("sbr")}
         self.registers: dict[str, list[Value]] = {"s": [0] * 64, "p": [0] * 64}
         self.smem: dict[int, Value] = {}
         self.bases: dict[str, int] = {}
@@ -114,9 +115,10 @@ class _Machine:
     def _compile(self, start: int) -> _Block:
         program = self.program.bundles
         end = start
-        while end < len(program) and not any(i.op.startswith("sbr") for i in program[end]):
+        while end < len(program) and not _branches(program[end]):
             end += 1
-        end = min(end + 1 + self.chip.delay_slots, len(program))
+        last = min(end + 1 + self.chip.delay_slots, len(program))
+        end = next((n for n in range(end + 1, last) if n in self.labels or _branches(program[n])), last)
         timing = bundles.schedule(program[start:end], self.chip)
         steps = []
         for offset, bundle in zip(timing.starts, program[start:end], strict=True):
@@ -158,10 +160,13 @@ class _Machine:
             address, read = self._read(place), self._read(value)
             return lambda: (address(), read()), lambda v: self.smem.__setitem__(*v)
         if i.op.startswith("sbr"):
-            # A region that no bundle begins is the program's end: a core that has no part of the grid goes there.
-            target = self.program.regions.get(i.text.rsplit("region", 1)[1], len(self.program.bundles))
+            target = self._target(i)
             return lambda: target, lambda v: setattr(self, "next", v)
         return None
+
+    def _target(self, branch: Instruction) -> int:
+        """A region that no bundle begins is the program's end: a core that has no part of the grid goes there."""
+        return self.program.regions.get(branch.text.rsplit("region", 1)[1], len(self.program.bundles))
 
     def _assignment(self, i: Instruction) -> tuple[Read, Callable[[Any], None]] | None:
         match = re.fullmatch(r"%\w+_([sp])(\d+)", i.target)
@@ -273,6 +278,10 @@ class _Machine:
 
     def _add(self, flag: Value, change: Value) -> None:
         self.flags[flag] += _signed(change or 0)
+
+
+def _branches(bundle: Sequence[Instruction]) -> bool:
+    return any(i.op.startswith("sbr") for i in bundle)
 
 
 def smem_words(values: np.ndarray) -> list[int]:

@@ -51,12 +51,16 @@ def test_trips_and_copies() -> None:
     assert trace.doubts == ()
 
 
-def test_a_chip_with_one_delay_slot() -> None:
-    """The matmul, in the fourth bundle behind the branch, is left out as long as the branch is taken."""
-    trace = _execute(LOOP, dataclasses.replace(CHIP, delay_slots=1), _0=3)
+@pytest.mark.parametrize(("slots", "label", "matmuls"), [(2, False, 1), (4, False, 3), (4, True, 1), (6, True, 1)])
+def test_delay_slots_end_at_a_label(slots: int, label: bool, matmuls: int) -> None:
+    """The matmul, four bundles behind the branch, is of each trip or of the last only: behind a label, or too far."""
+    text = LOOP
+    if label:
+        text = text.replace("0xa   : > {}", "0xa   : > {} /* Start region 8 */")
+        text += "   0xf   :  { %16 = sbr.rel (%p9_p9) target = $region8 }\n"
+    trace = _execute(text, dataclasses.replace(CHIP, delay_slots=slots), _0=3)
     assert trace.copies == {"hbm_to_vmem": 3, "vmem_to_hbm": 1}
-    assert sum(run.trips * run.schedule.matmuls for run in trace.runs) == 1
-    assert sum(run.trips * run.schedule.matmuls for run in _execute(LOOP, _0=3).runs) == 3
+    assert sum(run.trips * run.schedule.matmuls for run in trace.runs) == matmuls
 
 
 def test_a_region_that_nothing_begins_is_the_end() -> None:
