@@ -7,8 +7,8 @@ bfloat16 at the rows a cycle which that same peak asks for. Latencies: read off 
 schedules keep between a matmul, or a transpose, and the pop of its result. Delay slots: the bundles behind a branch
 that are guarded as those before it are; a label or another branch ends them too. HBM's size and the links: the same
 pages of Google's documentation, whose bidirectional bandwidth of a chip is divided by its links and by two directions;
-of that nine tenths, which is what a link carries of a large transfer (jax-ml.github.io/scaling-book/tpus). Between slices: the
-data centre network's share of a chip, the same pages.
+of that nine tenths, which is what a link carries of a large transfer (jax-ml.github.io/scaling-book/tpus). Between
+slices: the data centre network's share of a chip, the same pages.
 """
 
 import dataclasses
