@@ -52,12 +52,18 @@ def packed_rows(config: Config, corpus: Corpus, split: str, tokenizer: Tokenizer
         return preferences.rows(getattr(corpus, split), tokenizer, length)
     documents = tokenised(corpus, split, tokenizer)
     if corpus.form == "text":
-        text, share = CutRows(documents, length, tokenizer.bytes_per_token), config.data.retrieval_share
-        if split == "held_out" or not share:
+        text, data = CutRows(documents, length, tokenizer.bytes_per_token), config.data
+        if split == "held_out" or not data.retrieval_share:
             return text
-        count = math.ceil(len(text) * share / (1 - share))
-        weight = config.data.retrieval_weight
-        return Mixed(text, retrieval.RetrievalRows(documents.ids, tokenizer, length, count, weight), length)
+        asking = retrieval.RetrievalRows(
+            documents.ids,
+            tokenizer,
+            length,
+            count=math.ceil(len(text) * data.retrieval_share / (1 - data.retrieval_share)),
+            weight=data.retrieval_weight,
+            most=data.retrieval_text,
+        )
+        return Mixed(text, asking, length)
     rows = WholeRows(documents, length, tokenizer.bytes_per_token, config.data.too_long)
     check(len(rows) > 0, f"no conversation of the {split} split fits in the {length} tokens of a row (batch.length)")
     return rows
