@@ -59,7 +59,9 @@ def main() -> None:
     for row in rows:
         table.add_row(*[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()])
     console = rich.console.Console()
-    console.print(table, width=None if console.is_terminal else 160)
+    if not console.is_terminal:
+        console.width = 160
+    console.print(table)
     share = seconds["ours"] / seconds["hf"]
     console.print(f"{seconds['ours']:.1f} s, hf {seconds['hf']:.1f} s: {share:.3f} of its time")
     if args.json is not None:

@@ -83,7 +83,9 @@ def show(scores: Sequence[Score]) -> None:
     console = rich.console.Console()
     for row in cells:
         printed.add_row(*row)
-    console.print(printed, width=None if console.is_terminal else 220)  # a log has no width to keep to
+    if not console.is_terminal:
+        console.width = 220  # a log has no width to keep to
+    console.print(printed)
 
 
 def as_json(scores: Sequence[Score]) -> list[dict[str, Any]]:

@@ -64,6 +64,12 @@ def test_groups_ask_with_the_papers_shots():
     assert online["HumanEval"].task == "offline_human_eval"
 
 
+def test_in_a_log_a_remark_stands_in_its_line(capsys):
+    row = next(r for r in suite.rows("deepseek_v2_base", offline=True, shots=None) if r.missing)
+    report.show([report.Score(row=row, note=f"not available: {row.missing}")])
+    assert f"not available: {row.missing}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("suffix", [".html", ".md"])
 def test_the_page_shows_the_papers_columns_beside_ours(tmp_path, suffix):
     row = next(r for r in suite.rows("deepseek_v2_base", offline=True, shots=None) if r.task == "offline_mmlu")
