@@ -112,10 +112,10 @@ class Rows(abc.ABC):
 
 
 class Mixed(Rows):
-    """The rows of both, one behind the other."""
+    """The rows of both, which are of one length, one behind the other."""
 
-    def __init__(self, first: Rows, second: Rows, length: int) -> None:
-        super().__init__(length)
+    def __init__(self, first: Rows, second: Rows) -> None:
+        super().__init__(first._length)
         self._first, self._second = first, second
         self.too_long = first.too_long + second.too_long
 

@@ -63,7 +63,7 @@ def packed_rows(config: Config, corpus: Corpus, split: str, tokenizer: Tokenizer
             weight=data.retrieval_weight,
             most=data.retrieval_text,
         )
-        return Mixed(text, asking, length)
+        return Mixed(text, asking)
     rows = WholeRows(documents, length, tokenizer.bytes_per_token, config.data.too_long)
     check(len(rows) > 0, f"no conversation of the {split} split fits in the {length} tokens of a row (batch.length)")
     return rows

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dsv2_jax.evaluation.tasks import sets
 from dsv2_jax.training import checkpoint, loop, metrics
 
 ROOT = Path(__file__).parents[2]
@@ -48,19 +49,19 @@ def training(run, flags, processes, devices):
 
 @contextlib.contextmanager
 def started(run, command, processes, devices):
-    """A script in so many processes of so many devices each, whose logs lie beside `run`."""
+    """A script in so many processes of so many devices each, at work in the folder of `run`, where their logs lie."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     those = []
     for index in range(processes):
-        own = [sys.executable, *command]
+        own = [sys.executable, str(ROOT / command[0]), *command[1:]]
         if processes > 1:
             own += ["--processes.coordinator", address, "--processes.count", str(processes)]
             own += ["--processes.index", str(index)]
         log = (run.parent / f"{run.name}.{index}.log").open("w+")
-        those.append((subprocess.Popen(own, env=environment, cwd=ROOT, stdout=log, stderr=log), log))
+        those.append((subprocess.Popen(own, env=environment, cwd=run.parent, stdout=log, stderr=log), log))
     try:
         yield [process for process, _ in those]
     finally:
@@ -137,6 +138,12 @@ def test_a_run_goes_on_on_another_mesh(tmp_path, flags, mesh, devices):
 
 def test_processes_evaluate_as_one(tmp_path, alone):
     """Text, scores, answers and needles over the devices of two processes, and over one device of one."""
+    sums = [{"question": f"How much is {i} and {i}?", "answer": f"#### {2 * i}"} for i in range(60)]
+    pairs = [{"question": f"After {i}", "choices": [f"comes {i + 1}", f"goes {i}"], "label": i % 2} for i in range(60)]
+    for name, examples in (("gsm8k_100", sums), ("piqa", pairs)):
+        folder = tmp_path / sets.FOLDER / f"{name}-{sets.SETS[name].version}"
+        folder.mkdir(parents=True)
+        (folder / "examples.jsonl").write_text("\n".join(map(json.dumps, examples)))
     found = []
     for processes, devices in ((1, 1), (2, 2)):
         run = tmp_path / f"by-{processes}"
