@@ -49,8 +49,15 @@ def mixture(
             sent_N1 = (experts_NK < own).any(axis=1, keepdims=True)
             y_ND = grouped_swiglu(jnp.where(sent_N1, x_ND, 0), experts_NK, gates_NK, *weights)
             return jnp.where(sent_N1, y_ND, 0)
-        rows = expert.most_pairs(moe, mesh, b, t, dropping=dropping)
-        return expert_dispatch.grouped_swiglu(x_ND, experts_NK, gates_NK, *weights, rows=rows, implementation="pallas")
+        return expert_dispatch.grouped_swiglu(
+            x_ND,
+            experts_NK,
+            gates_NK,
+            *weights,
+            rows=expert.most_pairs(moe, mesh, b, t, dropping=dropping),
+            room=expert.pairs_at_a_time(moe, b, t),
+            implementation="pallas",
+        )
 
     tokens = (-1, moe.num_experts_per_tok)
     beside = None

@@ -25,6 +25,7 @@ from dsv2_jax.parallel.mesh import platform
 
 AXIS = ("expert",)
 _LANES = 128  # of a vector register
+_FEW_PAIRS = 32_768  # their rows take a third of a GiB at V2's width: not worth reading the weights twice
 
 Experts = Callable[[Array, Array, Array], Array]  # (x_ND, experts_NK, gates_NK) -> y_ND, of this device's experts
 
@@ -75,6 +76,11 @@ def most_pairs(moe: Moe, mesh: Mesh, b: int, t: int, *, dropping: bool) -> int:
     exempt = math.ceil(moe.exempt_fraction * together) * length * moe.num_experts_per_tok
     pairs = sequences // together * max(moe.budget(together * length), exempt)
     return min(everything, pairs * max(1, moe.n_group // mesh.expert))
+
+
+def pairs_at_a_time(moe: Moe, b: int, t: int) -> int:
+    """Pairs that a device computes in one go: a quarter more than a balanced router sends it, and never few."""
+    return max(b * t * moe.num_experts_per_tok * 5 // 4, _FEW_PAIRS)
 
 
 def dispatch(

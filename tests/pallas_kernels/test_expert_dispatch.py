@@ -205,10 +205,18 @@ def _shuffled(n, k):
     return np.stack([np.random.default_rng(i).permutation(E)[:k] for i in range(n)])
 
 
-CASES = {  # experts_NK, rows
-    "one token": ([_shuffled(1, 3)], None),
-    "many": ([_shuffled(70, 2), _skewed(70), _dropping(70), np.full((70, 2), E)], None),
-    "bound on rows": ([_dropping(70)], 80),
+def _bounded(experts, rows):
+    """The experts of at most `rows` pairs, those of the first experts; all others have none."""
+    kept = experts.flatten()
+    kept[np.argsort(kept, kind="stable")[rows or kept.size :]] = E
+    return kept.reshape(experts.shape)
+
+
+CASES = {  # experts_NK, rows, room
+    "one token": ([_shuffled(1, 3)], None, None),
+    "many": ([_shuffled(70, 2), _skewed(70), _dropping(70), np.full((70, 2), E)], None, None),
+    "bound on rows": ([_dropping(70)], 80, None),
+    "turns": ([_dropping(70), np.full((70, 2), E)], 80, 32),  # three, that cut experts apart, and none
 }
 
 
@@ -218,12 +226,13 @@ CASES = {  # experts_NK, rows
         ("one token", "float32"),
         pytest.param("many", "bfloat16", marks=pytest.mark.slow),
         pytest.param("bound on rows", "float32", marks=pytest.mark.slow),
+        pytest.param("turns", "float32", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("implementation", OPS)
 def test_grouped_swiglu(implementation, name, dtype):
-    dtype, (routings, rows) = jnp.dtype(dtype), CASES[name]
+    dtype, (routings, rows, room) = jnp.dtype(dtype), CASES[name]
     n, k = routings[0].shape
     rng = np.random.default_rng(0)
     x, g, *weights = (
@@ -234,7 +243,7 @@ def test_grouped_swiglu(implementation, name, dtype):
 
     def run(implementation):
         def op(*args):
-            return grouped_swiglu(*args, rows=rows, implementation=implementation)
+            return grouped_swiglu(*args, rows=rows, room=room, implementation=implementation)
 
         return jax.jit(lambda experts: _vjp(op, x, experts, (gates, *weights), g))
 
@@ -243,10 +252,13 @@ def test_grouped_swiglu(implementation, name, dtype):
         got, twin = (f(jnp.asarray(experts, jnp.int32)) for f in (ours, plain))
         with jax.enable_x64(True):
             wide = [jnp.asarray(np.asarray(a, np.float64)) for a in (x, gates, *weights, g)]
-            true = [np.asarray(a) for a in _vjp(_dense, wide[0], jnp.asarray(experts), wide[1:-1], wide[-1])]
+            kept = jnp.asarray(_bounded(experts, rows))
+            true = [np.asarray(a) for a in _vjp(_dense, wide[0], kept, wide[1:-1], wide[-1])]
         assert [a.dtype for a in got] == [dtype, dtype, jnp.float32, dtype, dtype, dtype]
         _close(got, twin, true, dtype, name)
-        assert (np.asarray(got[2])[experts == E] == 0).all()
+        for a, t in zip(twin, true, strict=True):
+            assert (_errors(a, t) < np.array([2, 16]) * jnp.finfo(dtype).eps).all(), name
+        assert (np.asarray(got[2])[np.asarray(kept) == E] == 0).all()
 
 
 @pytest.mark.usefixtures("interpreted")
