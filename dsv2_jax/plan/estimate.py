@@ -169,9 +169,11 @@ def estimate(
         doubt, tokens = f"each takes its pages' time in HBM, {pages * 1e3:.3f} ms", batch.size
     else:
         prices = Prices(config, topology.kind, say, own * batch.length // mesh.context)
-        # Only loops over pairs that a balanced router would not send depend on data there.
-        played = timeline.play(module, torus, prices.seconds, unsolved_seconds=0.0)
-        doubt, tokens = "none are counted, as of a balanced router", batch.size * batch.length
+        # With the kernels only loops over pairs that a balanced router would not send depend on data.
+        xla = config.compute.kernels == "xla"
+        played = timeline.play(module, torus, prices.seconds, unsolved_seconds=None if xla else 0.0)
+        doubt = "counted once" if xla else "none are counted, as of a balanced router"
+        tokens = batch.size * batch.length
     time = _time(module, played, prices)
     return Estimate(
         **common,
