@@ -123,28 +123,32 @@ def _swiglu(
     w_up_EDF: Weight,
     w_down_EFD: Weight,
 ) -> Array:
+    weights = w_gate_EDF, w_up_EDF, w_down_EFD
+    return _all_turns(implementation, rows, room, x_ND, experts_NK, gates_NK, weights)[0]
+
+
+def _all_turns(
+    implementation: Implementation,
+    rows: int,
+    room: int,
+    x_ND: Array,
+    experts_NK: Array,
+    gates_NK: Array,
+    weights: tuple[Weight, Weight, Weight],
+    keep: bool = False,
+) -> tuple[Array, Order, list[Array]]:
+    """y_ND, the order of the pairs, and with `keep` the products gate_PF and up_PF of turn 0."""
+    w_gate_EDF, w_up_EDF, w_down_EFD = weights
     ops, order = _ops(implementation), sort(experts_NK, w_gate_EDF.shape[0], rows, room)
 
-    def turn(number: Array | int) -> Array:
-        return _turn(ops, take_turn(order, number, room), x_ND, gates_NK, w_gate_EDF, w_up_EDF, w_down_EFD)[0]
+    def turn(number: Array | int, keep: bool) -> list[Array]:
+        at = take_turn(order, number, room)
+        x_PD, gates_P = _take(x_ND, at.token_P), _take(gates_NK.reshape(-1), at.pair_P)
+        hidden_PF, *products = ops.gate_up(x_PD, w_gate_EDF, w_up_EDF, gates_P, at.sizes_E, keep)
+        return [ops.combine(ops.gmm(hidden_PF, w_down_EFD, at.sizes_E), at.row_NK, at.kept_NK), *products]
 
-    return _add_turns(turn(0), turn, order, rows, room)
-
-
-def _turn(
-    ops: ModuleType,
-    at: Turn,
-    x_ND: Array,
-    gates_NK: Array,
-    w_gate_EDF: Weight,
-    w_up_EDF: Weight,
-    w_down_EFD: Weight,
-    keep: bool = False,
-) -> list[Array]:
-    """[what a turn adds to y_ND]; keep: the products gate_PF and up_PF as well."""
-    x_PD, gates_P = _take(x_ND, at.token_P), _take(gates_NK.reshape(-1), at.pair_P)
-    hidden_PF, *products = ops.gate_up(x_PD, w_gate_EDF, w_up_EDF, gates_P, at.sizes_E, keep)
-    return [ops.combine(ops.gmm(hidden_PF, w_down_EFD, at.sizes_E), at.row_NK, at.kept_NK), *products]
+    y_ND, *products = turn(0, keep)
+    return _add_turns(y_ND, lambda number: turn(number, False)[0], order, rows, room), order, products
 
 
 def _forward(
@@ -160,15 +164,11 @@ def _forward(
 ) -> tuple[Array, tuple]:
     if any(isinstance(w, Quantized) for w in (w_gate_EDF, w_up_EDF, w_down_EFD)):
         raise ValueError("quantized weights are for generation: grouped_swiglu has no gradient with them")
-    ops, order = _ops(implementation), sort(experts_NK, w_gate_EDF.shape[0], rows, room)
-
-    def turn(number: Array | int) -> list[Array]:
-        at = take_turn(order, number, room)
-        return _turn(ops, at, x_ND, gates_NK, w_gate_EDF, w_up_EDF, w_down_EFD, keep=True)
-
-    y_ND, gate_PF, up_PF = turn(0)  # of the turns behind, the backward pass makes the products again
-    y_ND = _add_turns(y_ND, lambda number: turn(number)[0], order, rows, room)
-    return y_ND, (x_ND, gates_NK, w_gate_EDF, w_up_EDF, w_down_EFD, order, gate_PF, up_PF)
+    weights = w_gate_EDF, w_up_EDF, w_down_EFD
+    y_ND, order, (gate_PF, up_PF) = _all_turns(
+        implementation, rows, room, x_ND, experts_NK, gates_NK, weights, keep=True
+    )
+    return y_ND, (x_ND, gates_NK, *weights, order, gate_PF, up_PF)
 
 
 def _backward(
@@ -180,6 +180,7 @@ def _backward(
     def turn(number: Array | int, products: tuple[Array, Array] | None = None) -> tuple[Array, ...]:
         at = take_turn(order, number, room)
         x_PD, g_PD, gates_P = _take(x_ND, at.token_P), _take(g_ND, at.token_P), _take(gates_NK.reshape(-1), at.pair_P)
+        # Turn 0 has kept its products; the others, which are seldom, make them again.
         gate_PF, up_PF = products or ops.gate_up(x_PD, w_gate_EDF, w_up_EDF, gates_P, at.sizes_E, keep=True)[1:]
         d_gate_PF, d_up_PF, hidden_PF, d_gates_P = ops.hidden_gradient(
             g_PD, w_down_EFD, gate_PF, up_PF, gates_P, at.sizes_E
