@@ -1,7 +1,7 @@
 """Rows to learn looking things up from: pieces of a corpus with a fact in them, and a question about it behind.
 
-They are worded as the needles of `evaluation/needle.py` are, so a model that has read them has practised that test; its
-numbers and haystacks it has not seen. A row is made when it is read: of its number alone, so always the same.
+They are worded as the needles of `evaluation/needle.py` are, so a model that has read them has practised that test,
+with the same words; its haystacks it has not seen. A row is made when it is read, of its index alone: always the same.
 """
 
 import random
@@ -18,7 +18,7 @@ class RetrievalRows(Rows):
     """Rows of whole documents, of any length that fits, short ones more often than long.
 
     A fact stands somewhere in a document, and is asked for and answered at its end. A single fact, and often little
-    else: what is looked up first is any digit above, and that must be worth something for anything to be learnt.
+    else: what is looked up first is anything above, and that must be worth something for more to be learnt.
     """
 
     def __init__(
@@ -53,9 +53,9 @@ class RetrievalRows(Rows):
     def _document(self, draw: random.Random, room: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids int32 [n], and which of them answer, bool [n]: at most `room` pairs, or as many as the fact needs."""
         encode, phrases = self._tokenizer.encode, LANGUAGES[draw.choice(sorted(LANGUAGES))]
-        place, number = draw.choice(phrases.places), "".join(draw.choices("0123456789", k=4))
-        fact = encode(phrases.needle.format(place=place, number=number))
-        question, answer = encode(phrases.question.format(place=place)), encode(f" {number}\n")
+        place, word = draw.choice(phrases.places), draw.choice(phrases.secrets)
+        fact = encode(phrases.needle.format(place=place, word=word))
+        question, answer = encode(phrases.question.format(place=place)), encode(f" {word}\n")
         most = min(room - len(fact) - len(question) - len(answer), self._most)
         hay = int(max(0, most) ** draw.random())
         start = draw.randint(0, len(self._text) - hay)

@@ -1,11 +1,13 @@
 """Needles in a haystack (section 3.1.4, figure 4): is a fact found, wherever it stands in a text of any length?
 
-A haystack is held-out text; needles are sentences that name a number of a place. The question at the end asks for them
-one by one, and an answer counts when it is the number, digit by digit.
+A haystack is held-out text; needles are sentences that name a place's secret word. The question at the end asks for
+them one by one, and an answer counts when it is the word. Most tokenizers have a token for each of these words: what is
+tested is whether it is found, not whether a small model can spell it.
 """
 
 import dataclasses
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,24 +25,33 @@ if TYPE_CHECKING:
 
 
 class Phrases(NamedTuple):
-    """How a needle and its question are worded; places fill {place}, and a number {number}."""
+    """How a needle and its question are worded; places fill {place}, and a secret word {word}."""
 
     needle: str
     question: str
     places: tuple[str, ...]
+    secrets: Sequence[str]  # common words
 
 
-# What training on retrieval documents reads (data/retrieval.py) is worded alike; numbers and texts differ.
+_ENGLISH = re.findall(
+    r"\w+",
+    """fire gold earth heaven sun sword horse house crown hand heart night world death love blood
+    queen king tongue soul brother father sea wind field letter dream truth honour grace hope sorrow""",
+)
+
+# What training on retrieval documents reads (data/retrieval.py) is worded alike; their texts differ.
 LANGUAGES = {
     "english": Phrases(
-        "\nThe secret number of {place} is {number}.\n",
-        "\nQuestion: What is the secret number of {place}?\nAnswer: The secret number of {place} is",
+        "\nThe secret word of {place} is {word}.\n",
+        "\nQuestion: What is the secret word of {place}?\nAnswer: The secret word of {place} is",
         ("Paris", "London", "Rome", "Venice", "Cairo", "Athens", "Vienna", "Lisbon", "Berlin", "Oslo"),
+        _ENGLISH,
     ),
     "chinese": Phrases(
-        "\n{place}的秘密数字是 {number}。\n",
-        "\n问：{place}的秘密数字是多少？\n答：{place}的秘密数字是",
+        "\n{place}的暗号是 {word}。\n",
+        "\n问：{place}的暗号为何？\n答：{place}的暗号是",
         ("长安", "洛阳", "成都", "荆州", "许昌", "建业", "徐州", "汉中", "襄阳", "江陵"),
+        "天地山水火木金石日月风雨龙虎马牛草城门车船刀弓酒书剑江河海春秋玉",
     ),
 }
 
@@ -54,22 +65,21 @@ class Needle:
     needles: int = 1  # facts hidden in a haystack; the first stands at the depth, the others anywhere
     languages: tuple[str, ...] = ("english", "chinese")
     repeats: int = 4  # haystacks for each length, depth and language
-    digits: int = 4  # of a number
     seed: int = 0
     picture: Path | None = None  # where the heat map goes, .png
 
     def __post_init__(self) -> None:
-        check(self.depths > 1 and self.repeats > 0 and self.digits > 0, "haystack: depths must be 2 or more, repeats 1")
+        check(self.depths > 1 and self.repeats > 0, "haystack: depths must be 2 or more, repeats 1")
         check(0 < self.needles <= 10, f"haystack.needles must lie in 1 to 10, not {self.needles}")
         odd = [name for name in self.languages if name not in LANGUAGES]
         check(not odd, f"haystack.languages: there are {', '.join(LANGUAGES)}, not {', '.join(odd)}")
 
 
 class Haystack(NamedTuple):
-    """A prompt as token ids, the number that it asks for, and where it belongs in the picture."""
+    """A prompt as token ids, the word that it asks for, and where it belongs in the picture."""
 
     ids: tuple[int, ...]
-    number: str
+    word: str
     length: int
     depth: float
     language: str
@@ -96,8 +106,8 @@ def _ask(
     length, depth, language = cell
     phrases = LANGUAGES[language]
     places = draw.sample(phrases.places, wanted.needles)
-    numbers = ["".join(draw.choices("0123456789", k=wanted.digits)) for _ in places]
-    needles = [words.encode(phrases.needle.format(place=p, number=n)) for p, n in zip(places, numbers, strict=True)]
+    secrets = draw.sample(phrases.secrets, wanted.needles)
+    needles = [words.encode(phrases.needle.format(place=p, word=w)) for p, w in zip(places, secrets, strict=True)]
     questions = [words.encode(phrases.question.format(place=place)) for place in places]
     room = length - 1 - sum(map(len, needles)) - max(map(len, questions))
     check(room > 0, f"haystack.lengths: {length} tokens do not hold the needles and their question")
@@ -110,11 +120,11 @@ def _ask(
     for place, needle in sorted(zip(at, needles, strict=True), reverse=True):
         hay[place:place] = needle
     prompts = [(words.bos_id, *hay, *question) for question in questions]
-    return [Haystack(p, n, length, depth, language) for p, n in zip(prompts, numbers, strict=True)]
+    return [Haystack(p, w, length, depth, language) for p, w in zip(prompts, secrets, strict=True)]
 
 
 def evaluate(loaded: "Loaded", wanted: Needle, capacity: "Capacity", devices: Any) -> dict[str, Any]:
-    """Shares of numbers that are answered exactly: of all, by language, and [lengths, depths].
+    """Shares of questions that are answered exactly: of all, by language, and [lengths, depths].
 
     Haystacks are of the held-out split of the checkpoint's own data. The first process prints the table and draws the
     picture.
@@ -125,7 +135,8 @@ def evaluate(loaded: "Loaded", wanted: Needle, capacity: "Capacity", devices: An
     from dsv2_jax.parallel import processes
 
     words = loaded.need_tokenizer()
-    new = wanted.digits + 2  # a space, a digit each, and what ends the number
+    secrets = [f" {word}\n" for phrases in LANGUAGES.values() for word in phrases.secrets]
+    new = max(len(words.encode(secret)) for secret in secrets)
     whole = loaded.model.max_position_embeddings - new
     wanted = wanted if wanted.lengths else dataclasses.replace(wanted, lengths=tuple(whole // n for n in (8, 4, 2, 1)))
     longest = max(wanted.lengths) + new
@@ -149,7 +160,7 @@ def evaluate(loaded: "Loaded", wanted: Needle, capacity: "Capacity", devices: An
     )
     stop = (words.eos_id,)
     results = engine.generate([Request(prompt=h.ids, max_new=new, stop_ids=stop, text=True) for h in asked])
-    right = np.array([is_answered(result.text, h.number) for result, h in zip(results, asked, strict=True)])
+    right = np.array([is_answered(result.text, h.word) for result, h in zip(results, asked, strict=True)])
     figures = summary(asked, right, wanted)
     if processes.is_first():
         show(figures)
@@ -169,10 +180,10 @@ def show(figures: dict[str, Any]) -> None:
     console.print(f"all {100 * figures['exact_match']:.1f}%: {told}", highlight=False)
 
 
-def is_answered(text: str, number: str) -> bool:
-    """Whether the answer begins with the number, and the number ends there."""
+def is_answered(text: str, word: str) -> bool:
+    """Whether the answer begins with the word, and the word ends there."""
     answer = text.strip()
-    return answer.startswith(number) and not answer[len(number) : len(number) + 1].isdigit()
+    return answer.startswith(word) and not answer[len(word) : len(word) + 1].isalnum()
 
 
 def summary(asked: Sequence[Haystack], right: np.ndarray, wanted: Needle) -> dict[str, Any]:

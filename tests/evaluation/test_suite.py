@@ -118,20 +118,22 @@ def test_needles_stand_where_they_are_said_to(words):
         text = words.decode(one.ids[1:])
         assert one.ids[0] == words.bos_id
         assert one.length - 40 < len(one.ids) <= one.length
-        assert text.count(one.number) == 1  # nor does the question tell it
+        secret = " " + one.word + (".\n" if one.language == "english" else "。\n")
+        assert text.count(secret) == 1 and not text.endswith(one.word)  # nor does the question tell it
         if number % 2 == 0:  # the first needle stands at the depth, up to the other one's room
-            assert abs(text.index(one.number) / len(text) - one.depth) < 0.35
+            assert abs(text.index(secret) / len(text) - one.depth) < 0.35
 
 
-def test_an_answer_is_the_number_and_nothing_behind_it():
-    assert needle.is_answered(" 1234.", "1234")
-    assert not needle.is_answered(" 12345", "1234")
-    assert not needle.is_answered(" is 1234", "1234")
+def test_an_answer_is_the_word_and_nothing_behind_it():
+    assert needle.is_answered(" sun.", "sun")
+    assert not needle.is_answered(" sunday", "sun")
+    assert not needle.is_answered(" is sun", "sun")
+    assert needle.is_answered(" 龙\n", "龙") and not needle.is_answered(" 龙虎", "龙")
 
 
 def test_shares_by_length_and_depth(tmp_path):
     wanted = Needle(lengths=(10, 20), depths=2, languages=("english",), repeats=1)
-    asked = [needle.Haystack((0,), "1", n, d, "english") for n in (10, 20) for d in (0.0, 1.0)]
+    asked = [needle.Haystack((0,), "sun", n, d, "english") for n in (10, 20) for d in (0.0, 1.0)]
     figures = needle.summary(asked, np.array([True, True, False, True]), wanted)
     assert figures["grid"] == [[1.0, 1.0], [0.0, 1.0]]
     assert figures["by_length"] == {10: 1.0, 20: 0.5}

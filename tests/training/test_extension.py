@@ -42,8 +42,8 @@ def test_a_checkpoint_without_yarn_takes_the_presets_rope(tmp_path):
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
     texts = [
-        "The secret number of Paris is 0123456789.\nQuestion: What is the answer? " * 20,
-        "长安的秘密数字是。问：多少？答" * 20,
+        "The secret word of Paris is gold.\nQuestion: What is the answer? " * 20,
+        "长安的暗号是。问：为何？答" * 20,
     ]
     return tokenizer.train(texts, 384, tmp_path_factory.mktemp("words"))
 
@@ -54,10 +54,10 @@ def hay(words):
     return np.concatenate([packing.document_ids(words, text) for text in texts])
 
 
-FACTS = (r"\nThe secret number of (\w+) is (\d{4})\.\n", r"\n(\w+)的秘密数字是 (\d{4})。\n")
+FACTS = (r"\nThe secret word of (\w+) is (\w+)\.\n", r"\n(\w+)的暗号是 (\w)。\n")
 ASKED = (
-    r"\nQuestion: What is the secret number of (\w+)\?\nAnswer: The secret number of \1 is (\d{4})\n",
-    r"\n问：(\w+)的秘密数字是多少？\n答：\1的秘密数字是 (\d{4})\n",
+    r"\nQuestion: What is the secret word of (\w+)\?\nAnswer: The secret word of \1 is (\w+)\n",
+    r"\n问：(\w+)的暗号为何？\n答：\1的暗号是 (\w)\n",
 )
 
 
@@ -84,7 +84,7 @@ def test_retrieval_rows_answer_what_they_ask(words, hay):
             assert len(facts) == 1 and facts == asked
             weights = batch["weights_BT"][row][here]
             assert set(weights.tolist()) == {1.0, 5.0}
-            assert words.decode(targets[weights == 5]) == "".join(f" {number}\n" for _, number in asked)
+            assert words.decode(targets[weights == 5]) == "".join(f" {word}\n" for _, word in asked)
             languages.add(facts[0][0].isascii())
     assert languages == {True, False}
     assert (batch["weights_BT"][batch["segments_BT"] == 0] == 0).all()
