@@ -34,7 +34,7 @@ class LongContext:
 
     seeds: tuple[int, ...] = (0, 1, 2)
     init: Path = Path("runs/demo")
-    base_steps: int = 900  # of 2 x 512 tokens
+    base_steps: int = 1500  # of 2 x 512 tokens
     extension_steps: int = 200
     row: int = 4096  # tokens of the extension's rows
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 6144)  # of haystacks
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def base_config(args: LongContext, seed: int) -> Config:
-    """Nano on rows of 512: it learns first to look up what stands near."""
+    """Nano on rows of 512, most of them retrieval documents."""
     nano = PRESETS["nano"]()
     return dataclasses.replace(
         nano,
@@ -77,7 +77,7 @@ def base_config(args: LongContext, seed: int) -> Config:
         workdir=args.workdir / f"base-{seed}",
         tokens=args.base_steps * 2 * 512,
         batch=dataclasses.replace(nano.batch, size=2, length=512),
-        data=dataclasses.replace(PRESETS["nano_long"]().data, retrieval_text=64),
+        data=PRESETS["nano_long"]().data,
         optimizer=dataclasses.replace(nano.optimizer, peak_lr=1e-3, decay_at=(0.8,)),
     )
 

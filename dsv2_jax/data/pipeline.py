@@ -61,7 +61,6 @@ def packed_rows(config: Config, corpus: Corpus, split: str, tokenizer: Tokenizer
             length,
             count=math.ceil(len(text) * data.retrieval_share / (1 - data.retrieval_share)),
             weight=data.retrieval_weight,
-            most=data.retrieval_text,
         )
         return Mixed(text, asking)
     rows = WholeRows(documents, length, tokenizer.bytes_per_token, config.data.too_long)

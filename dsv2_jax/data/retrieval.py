@@ -21,17 +21,13 @@ class RetrievalRows(Rows):
     else: what is looked up first is anything above, and that must be worth something for more to be learnt.
     """
 
-    def __init__(
-        self, text: np.ndarray, tokenizer: Tokenizer, length: int, *, count: int, weight: float, most: int
-    ) -> None:
-        """text int [N]: ids to hide facts in. count: of rows. weight: of an answer's tokens in the loss. most: tokens
-        of text beside a fact, 0 for as many as there is room for.
+    def __init__(self, text: np.ndarray, tokenizer: Tokenizer, length: int, *, count: int, weight: float) -> None:
+        """text int [N]: ids to hide facts in. count: of rows. weight: of an answer's tokens in the loss.
 
         Raises ValueError if a row has no room for a fact and its question.
         """
         super().__init__(length)
         self._text, self._tokenizer, self._count, self._weight = text, tokenizer, count, weight
-        self._most = min(most or length, len(text))
         shortest = len(self._document(random.Random(0), 0)[0]) - 1
         check(shortest <= length, f"a row of {length} tokens (batch.length) has no room for a fact and its question")
 
@@ -56,7 +52,7 @@ class RetrievalRows(Rows):
         place, word = draw.choice(phrases.places), draw.choice(phrases.secrets)
         fact = encode(phrases.needle.format(place=place, word=word))
         question, answer = encode(phrases.question.format(place=place)), encode(f" {word}\n")
-        most = min(room - len(fact) - len(question) - len(answer), self._most)
+        most = min(room - len(fact) - len(question) - len(answer), len(self._text))
         hay = int(max(0, most) ** draw.random())
         start = draw.randint(0, len(self._text) - hay)
         special = (self._tokenizer.bos_id, self._tokenizer.eos_id)

@@ -63,9 +63,9 @@ ASKED = (
 
 def test_retrieval_rows_answer_what_they_ask(words, hay):
     """Whole documents, read back as text; only answers have the weight, and each answers a fact above it."""
-    rows = retrieval.RetrievalRows(hay, words, 1500, count=6, weight=5.0, most=0)
+    rows = retrieval.RetrievalRows(hay, words, 1500, count=6, weight=5.0)
     batch = rows.batch(range(6))
-    again = retrieval.RetrievalRows(hay, words, 1500, count=9, weight=5.0, most=0).batch(range(6))
+    again = retrieval.RetrievalRows(hay, words, 1500, count=9, weight=5.0).batch(range(6))
     jax.tree.map(np.testing.assert_array_equal, batch, again)
     languages = set()
     assert batch["segments_BT"].max() > 2
@@ -88,16 +88,6 @@ def test_retrieval_rows_answer_what_they_ask(words, hay):
             languages.add(facts[0][0].isascii())
     assert languages == {True, False}
     assert (batch["weights_BT"][batch["segments_BT"] == 0] == 0).all()
-
-
-def test_the_text_beside_a_fact_may_be_bounded(words, hay):
-    sizes = {}
-    for most in (0, 30):
-        batch = retrieval.RetrievalRows(hay, words, 1500, count=20, weight=5.0, most=most).batch(range(20))
-        sizes[most] = [np.bincount(row)[1:].tolist() for row in batch["segments_BT"]]
-    shortest = min(min(row) for row in sizes[30])
-    assert max(max(row) for row in sizes[30]) < 1500 / 2 and max(max(row) for row in sizes[0]) > 1500 / 2
-    assert shortest == pytest.approx(min(min(row) for row in sizes[0]), abs=10)
 
 
 def test_retrieval_rows_are_their_share_of_training_rows_only(words, tmp_path):
@@ -123,4 +113,4 @@ def test_retrieval_rows_that_cannot_be_are_refused(words, hay):
     with pytest.raises(ValueError, match="retrieval_share must lie in 0 to 1"):
         Data(retrieval_share=1.0)
     with pytest.raises(ValueError, match="a row of 20 tokens"):
-        retrieval.RetrievalRows(hay, words, 20, count=1, weight=1.0, most=0)
+        retrieval.RetrievalRows(hay, words, 20, count=1, weight=1.0)
