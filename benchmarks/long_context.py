@@ -35,7 +35,7 @@ class LongContext:
     seeds: tuple[int, ...] = (0, 1, 2)
     init: Path = Path("runs/demo")
     base_steps: int = 1500  # of 2 x 512 tokens
-    extension_steps: int = 200
+    extension_steps: int = 300
     row: int = 4096  # tokens of the extension's rows
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 6144)  # of haystacks
     repeats: int = 2

@@ -51,8 +51,8 @@ def nano_long() -> Config:
     """
     return Config(
         workdir=Path("runs/nano_long"),
-        tokens=200 * 4096,
-        model=extended(models.nano(), _FACTOR, 8192),
+        tokens=300 * 4096,
+        model=extended(models.nano(), 16.0, 8192),
         data=Data(retrieval_share=0.8, retrieval_weight=30.0),
         batch=Batch(size=1, length=4096),
         optimizer=Optimizer(peak_lr=6e-4, warmup_steps=10, decay_at=(0.8,)),
