@@ -374,7 +374,9 @@ class Compute:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations and matmul operands; auto: float32 on CPU
     remat: Literal["none", "full", "attention"] = "full"  # what the backward pass computes again; see transformer.py
     loss_chunk: int = 1024  # tokens whose logits exist at a time
-    kernels: Literal["auto", "pallas", "xla"] = "auto"  # of attention and routed experts; auto: pallas on TPU
+    kernels: Literal["auto", "pallas", "xla"] = (
+        "auto"  # of attention and routed experts; auto: pallas on TPU, from v5e on
+    )
 
     def __post_init__(self) -> None:
         check(self.loss_chunk > 0, "compute.loss_chunk must be positive")

@@ -8,7 +8,7 @@ schedules keep between a matmul, or a transpose, and the pop of its result. Dela
 that are guarded as those before it are; a label or another branch ends them too. HBM's size and the links: the same
 pages of Google's documentation, whose bidirectional bandwidth of a chip is divided by its links and by two directions;
 of that nine tenths, which is what a link carries of a large transfer (jax-ml.github.io/scaling-book/tpus). Between
-slices: the data centre network's share of a chip, the same pages.
+slices: the data centre network's share of a chip, the same pages. v4: cloud.google.com/tpu/docs/v4, likewise.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ class Chip:
         return 2 * self.mxus * self.mxu_width**2 * 16 / self.matmul_cycles * self.clock
 
 
-CHIPS = {
+CHIPS = {  # that the kernels are made for
     "v5e": Chip(
         kind="TPU v5 lite",
         topology="v5e:2x2",
@@ -112,9 +112,32 @@ CHIPS = {
     ),
 }
 
+# Whole programs are planned for these; a v4's VMEM holds no block of the kernels, so it runs XLA's own operations.
+PLANNED = CHIPS | {
+    "v4": Chip(
+        kind="TPU v4",
+        topology="v4:2x2x1",
+        cores=2,
+        clock=1.05e9,
+        mxus=4,
+        mxu_width=128,
+        matmul_cycles=16,
+        matmul_latency=83,
+        hbm=6.15e11,
+        vmem=16 * 2**20,
+        hbm_size=32 * 2**30,
+        links=6,
+        link=45e9,
+        dcn=6.25e9,
+    ),
+}
+
 
 def here() -> str | None:
-    """The chip that code traced now is for: the mesh's in use, else the default device's. None: no TPU of these."""
+    """The chip that code traced now is for, the mesh's in use, else the default device's: its name in `CHIPS`.
+
+    None: no TPU of these.
+    """
     if not pltpu.is_tpu_device():
         return None
     version = str(pltpu.get_tpu_info().chip_version)

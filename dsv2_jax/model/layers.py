@@ -11,6 +11,7 @@ from dsv2_jax.config import Compute, Model
 from dsv2_jax.model import parameters
 from dsv2_jax.model.matmul import project
 from dsv2_jax.parallel.mesh import platform
+from pallas_kernels import chips
 from pallas_kernels.quantized import Quantized, Weight
 
 # The gate is float32 (section 2.2), and so is a reward model's score; embedding rows are cast when read.
@@ -27,9 +28,9 @@ def compute_dtype(compute: Compute) -> Any:
 
 
 def kernels(compute: Compute) -> Kernels:
-    """What attention and routed experts run on; `auto` is `pallas` on TPU and `xla` elsewhere."""
+    """What attention and routed experts run on; `auto` is `pallas` on a TPU that has kernels, and `xla` elsewhere."""
     if compute.kernels == "auto":
-        return "pallas" if platform() == "tpu" else "xla"
+        return "pallas" if chips.here() else "xla"
     return compute.kernels
 
 

@@ -21,7 +21,7 @@ from dsv2_jax.inference.engine import Capacity
 from dsv2_jax.parallel import sharding, xla
 from dsv2_jax.parallel.mesh import BATCH
 from dsv2_jax.plan.program import HLO, PROGRAM, REQUEST, Program, Work
-from pallas_kernels.chips import CHIPS, Chip
+from pallas_kernels.chips import CHIPS, PLANNED, Chip
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
 # What a compiled step depends on; the rest of plan/ only reads it.
@@ -55,7 +55,8 @@ class Topology:
         found = re.fullmatch(r"(\w+):(\d+x\d+(?:x\d+)?)", self.name)
         check(found is not None, f"a topology reads CHIP:XxYxZ, or CHIP:XxY on a chip with four links, not {self.name}")
         kind = self.kind
-        check(kind in CHIPS, f"unknown chip '{kind}'{cli.nearest(kind, CHIPS) or '; there are ' + ', '.join(CHIPS)}")
+        told = cli.nearest(kind, PLANNED) or "; there are " + ", ".join(PLANNED)
+        check(kind in PLANNED, f"unknown chip '{kind}'{told}")
         dims = 3 if self.chip.links == 6 else 2
         check(len(self.shape) == dims, f"a topology of {kind} has {dims} dimensions: {self.name} has {len(self.shape)}")
 
@@ -67,7 +68,7 @@ class Topology:
     @property
     def chip(self) -> Chip:
         """The facts of its chips."""
-        return CHIPS[self.kind]
+        return PLANNED[self.kind]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -104,6 +105,8 @@ def laid_out(config: Config, topology: Topology, work: Work = "step") -> Config:
     compute = config.compute
     if compute.dtype == "auto":  # what it is on a TPU
         compute = dataclasses.replace(compute, dtype="bfloat16")
+    if compute.kernels == "auto":
+        compute = dataclasses.replace(compute, kernels="pallas" if topology.kind in CHIPS else "xla")
     return dataclasses.replace(
         config,
         batch=batch,

@@ -227,7 +227,7 @@ def _traffic(module: hlo.Module, played: timeline.Timeline, torus: Torus) -> tup
     starts: dict[tuple[str, str], timeline.Use] = {}
     for (where, name), use in played.uses.items():
         instruction = module.computations[where].by_name[name]
-        collective = timeline.collective_of(instruction, module.computations[where], module)
+        collective = timeline.collective_of(instruction, module.computations[where], module, torus)
         if collective is None:
             continue
         key = collective.kind, " ".join(torus.axes(collective))

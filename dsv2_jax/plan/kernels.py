@@ -18,7 +18,7 @@ from dsv2_jax.config import Config
 from dsv2_jax.plan import hlo, timeline
 from dsv2_jax.plan.compile import sources
 from pallas_kernels import cost, shapes
-from pallas_kernels.chips import CHIPS, Chip
+from pallas_kernels.chips import PLANNED, Chip
 from pallas_kernels.ops import OPS
 
 Shape = shapes.LatentAttention | shapes.LatentDecode | shapes.ExpertDispatch
@@ -55,7 +55,7 @@ class Prices:
 
     @property
     def _chip(self) -> Chip:
-        return CHIPS[self._name]
+        return PLANNED[self._name]
 
     @property
     def _peak(self) -> float:

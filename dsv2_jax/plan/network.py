@@ -56,6 +56,14 @@ class Torus:
         return np.array(self.coords)
 
     @functools.cached_property
+    def across_slices(self) -> Groups:
+        """The devices that stand in the same place of their slices."""
+        found: dict[tuple[int, ...], list[int]] = {}
+        for number, (_, *there) in enumerate(self.coords):
+            found.setdefault(tuple(there), []).append(number)
+        return tuple(tuple(numbers) for numbers in found.values())
+
+    @functools.cached_property
     def shape(self) -> tuple[int, ...]:
         """Size of each axis."""
         return tuple(int(n) for n in self.place.max(axis=0) + 1)

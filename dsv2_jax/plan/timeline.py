@@ -4,13 +4,15 @@ The core runs the instructions one after the other, in the compiler's order. An 
 compiler estimates, or what unpriced.py makes of it; a Pallas kernel takes what the caller says. A synchronous
 collective stops the core for as long as it takes (network.py). An asynchronous one starts when the links of its axes
 are free and runs beside the core, which waits at its end if it comes too early: only that wait is exposed. Those of up
-to 64 KiB wait for no links. Copies between HBM and VMEM run beside the core at the HBM's bandwidth. A loop's body is
-played twice, and the second time stands for all others. Of a condition the dearest branch is taken. Nothing here was
-measured.
+to 64 KiB wait for no links. What slices do together is compiled to a send and a receive by way of their hosts: it
+begins with the send, and the core waits where the receive is done. Copies between HBM and VMEM run beside the core at
+the HBM's bandwidth. A loop's body is played twice, and the second time stands for all others. Of a condition the
+dearest branch is taken. Nothing here was measured.
 """
 
 import collections
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Mapping
 
@@ -202,11 +204,11 @@ class _Player:
     def _one(self, instruction: Instruction, where: Computation) -> Use | None:
         op = instruction.op
         if op.endswith("-done"):
-            return self._wait(instruction)
-        collective = collective_of(instruction, where, self._module)
+            return self._wait(instruction, where)
+        collective = collective_of(instruction, where, self._module, self._torus)
         if collective is not None:
-            return self._collective(instruction, collective, asynchronous=op.endswith(("-start", "-update")))
-        if op.endswith("-update") or (op == "async-start" and not instruction.operands):
+            return self._collective(instruction, collective, asynchronous=op.endswith(("-start", "-update", "send")))
+        if op.endswith(("-update", "recv")) or (op == "async-start" and not instruction.operands):
             return None
         if op == "copy-start":
             copied = size(where.by_name[instruction.operands[0]].shape)
@@ -229,7 +231,7 @@ class _Player:
         use = self._beside(instruction, lanes if collective.wire > _SMALL else (), seconds)
         use.wire = collective.wire
         if not asynchronous:
-            use.exposed = use.core = self._ends.pop(instruction.name) - self.now
+            use.exposed = use.core = self._ends.pop(_transfer(instruction)) - self.now
             self._event("core", instruction, self.now, self.now + use.core)
             self.now += use.core
         return use
@@ -238,13 +240,17 @@ class _Player:
         start = max([self.now, *(self._free[lane] for lane in lanes)])
         for lane in lanes:
             self._free[lane] = start + seconds
-        self._ends[instruction.name] = start + seconds
+        self._ends[_transfer(instruction)] = start + seconds
         if lanes != (_HBM,):
             self._event(" ".join(lanes), instruction, start, start + seconds)
         return Use(1, seconds)
 
-    def _wait(self, instruction: Instruction) -> Use:
-        wait = max(0.0, self._ends.pop(instruction.operands[0], self.now) - self.now)
+    def _wait(self, instruction: Instruction, where: Computation) -> Use:
+        if instruction.op == "send-done":  # the buffer may be written again; what was sent is awaited where it arrives
+            return Use(1)
+        begun = where.by_name.get(instruction.operands[0])
+        key = _transfer(begun) if begun else instruction.operands[0]
+        wait = max(0.0, self._ends.pop(key, self.now) - self.now)
         if wait:
             self._event("core", instruction, self.now, self.now + wait)
         self.now += wait
@@ -254,11 +260,24 @@ class _Player:
         self._events.append(Event(lane, f"{instruction.name} {self._module.source(instruction)}", start, end))
 
 
-def collective_of(instruction: Instruction, where: Computation, module: Module) -> Collective | None:
+def _transfer(instruction: Instruction) -> str:
+    """What the two ends of a transfer have in common: of a send and its receive their meeting, else the name."""
+    return instruction.attribute("_xla_host_transfer_rendezvous") or instruction.name
+
+
+def collective_of(instruction: Instruction, where: Computation, module: Module, torus: Torus) -> Collective | None:
     """The collective that an instruction is or begins, or that a fusion or an asynchronous call consists of.
 
     An async-start without operands only makes ready what its async-update begins.
     """
+    between_slices = instruction.attribute("_xla_megascale_transfer_type") if instruction.op == "send" else None
+    if between_slices:
+        kind = between_slices.strip('"').lower().replace("_", "-")
+        sent = size(where.by_name[instruction.operands[0]].shape)
+        if kind in COLLECTIVES:
+            return Collective(kind, torus.across_slices, sent)
+        steps = tuple(pair for group in torus.across_slices for pair in itertools.pairwise(group))
+        return Collective("collective-permute", steps, sent)
     if instruction.op == "async-update" and not where.by_name[instruction.operands[0]].operands:
         instruction = where.by_name[instruction.operands[0]]
     elif instruction.op.endswith(("-done", "-update")) or (
@@ -271,7 +290,7 @@ def collective_of(instruction: Instruction, where: Computation, module: Module) 
     called = instruction.attribute("calls") or instruction.attribute("to_apply") or ""
     inside = module.computations.get(called) if kind in ("async", "fusion", "call") else None
     for one in inside.instructions if inside else ():
-        found = collective_of(one, inside, module) if inside and one.kind != "fusion" else None
+        found = collective_of(one, inside, module, torus) if inside and one.kind != "fusion" else None
         if found is not None:
             scatters = found.kind == "all-reduce" and "scatter" in called
             return dataclasses.replace(found, kind="reduce-scatter") if scatters else found

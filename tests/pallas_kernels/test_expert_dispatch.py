@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from pallas_kernels.expert_dispatch import grouped_swiglu, kernels, reference
 from pallas_kernels.expert_dispatch.tiles import Tiles
 from pallas_kernels.quantized import Quantized
-from pallas_kernels.shapes import EXPERT_DISPATCH
+from pallas_kernels.shapes import EXPERT_DECODE, EXPERT_DISPATCH, ExpertDispatch
 
 E, D, F, P = 5, 128, 384, 200
 SIZES = {
@@ -320,34 +320,43 @@ def _compile(topology, monkeypatch, function, *args):
 
 
 TOPOLOGIES = ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"]
-NANO = EXPERT_DISPATCH["nano"]  # V2's takes minutes a chip: `benchmarks/kernels.py` compiles and prices it
-TOKENS = jax.ShapeDtypeStruct((NANO.tokens, NANO.hidden), jnp.bfloat16)
-ROUTING = [jax.ShapeDtypeStruct((NANO.tokens, NANO.active), d) for d in (jnp.int32, jnp.float32)]
-WEIGHTS = [(NANO.experts, NANO.hidden, NANO.width)] * 2 + [(NANO.experts, NANO.width, NANO.hidden)]
+
+
+def _operands(size: ExpertDispatch) -> tuple:
+    """(tokens, [experts and gates of each], shapes of the three weights)"""
+    routing = [jax.ShapeDtypeStruct((size.tokens, size.active), d) for d in (jnp.int32, jnp.float32)]
+    up, down = (size.experts, size.hidden, size.width), (size.experts, size.width, size.hidden)
+    return jax.ShapeDtypeStruct((size.tokens, size.hidden), jnp.bfloat16), routing, [up, up, down]
 
 
 @pytest.mark.tpu
+@pytest.mark.parametrize("shape", EXPERT_DISPATCH)
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_compiles_for_tpus(topology, monkeypatch):
+def test_compiles_for_tpus(topology, shape, monkeypatch):
+    rows = EXPERT_DISPATCH[shape].rows
+
     def gradients(x, experts, gates, w_gate, w_up, w_down, g):
         def op(x, *rest):
-            return grouped_swiglu(x, experts, *rest, rows=NANO.rows, implementation="pallas")
+            return grouped_swiglu(x, experts, *rest, rows=rows, implementation="pallas")
 
         y, pull = jax.vjp(op, x, gates, w_gate, w_up, w_down)
         return y, pull(g)
 
-    weights = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in WEIGHTS]
-    assert _compile(topology, monkeypatch, gradients, TOKENS, *ROUTING, *weights, TOKENS) == 8
+    tokens, routing, shapes = _operands(EXPERT_DISPATCH[shape])
+    weights = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes]
+    assert _compile(topology, monkeypatch, gradients, tokens, *routing, *weights, tokens) == 8
 
 
 @pytest.mark.tpu
+@pytest.mark.parametrize("shape", ["nano", "v2_decode"])
 @pytest.mark.parametrize("kind", ["int8", "float8_e4m3fn"])
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_weights_in_8_bits_compile_for_tpus(topology, kind, monkeypatch):
+def test_weights_in_8_bits_compile_for_tpus(topology, kind, shape, monkeypatch):
     def op(*args):
-        return grouped_swiglu(*args, rows=NANO.rows, implementation="pallas")
+        return grouped_swiglu(*args, implementation="pallas")
 
+    tokens, routing, shapes = _operands((EXPERT_DISPATCH | EXPERT_DECODE)[shape])
     weights = [
-        Quantized(jax.ShapeDtypeStruct(s, kind), jax.ShapeDtypeStruct((s[0], 1, s[2]), jnp.float32)) for s in WEIGHTS
+        Quantized(jax.ShapeDtypeStruct(s, kind), jax.ShapeDtypeStruct((s[0], 1, s[2]), jnp.float32)) for s in shapes
     ]
-    assert _compile(topology, monkeypatch, op, TOKENS, *ROUTING, *weights) == 3
+    assert _compile(topology, monkeypatch, op, tokens, *routing, *weights) == 3

@@ -69,6 +69,11 @@ def config(**compute):
     return dataclasses.replace(tiny, model=model, mesh=Mesh(fsdp=4), batch=batch, compute=Compute(**compute))
 
 
+def test_a_v4_runs_without_the_kernels():
+    kernels = {chip: laid_out(config(), Topology(f"{chip}:2x2x1")).compute.kernels for chip in ("v4", "v5p")}
+    assert kernels == {"v4": "xla", "v5p": "pallas"}
+
+
 def test_a_step_that_does_not_fit_says_what_would():
     topology, tried = Topology("v5p:2x2x1"), []
 
@@ -214,6 +219,21 @@ def test_the_command_plans_a_preset(tmp_path):
         sum(figures["time"][part] for part in ("xla", "unpriced", "kernels", "exposed", "copies"))
     )
     assert {x["kind"] for x in figures["traffic"]} >= {"all-gather"}
+
+
+@pytest.mark.tpu
+def test_gradients_cross_the_border_between_slices(tmp_path):
+    """Two slices, a replica on each: every device sends its quarter of the gradients to the other one."""
+    flags = ["tiny", "--topology", "v4:2x2x1", "--mesh.slices", "2", "--mesh.data", "2", "--mesh.fsdp", "4"]
+    flags += ["--batch.size", "8", "--tokens", "10000", "--model.moe.budget_sequences", "1"]
+    command = [sys.executable, "-m", "dsv2_jax.plan", *flags, "--json", str(tmp_path / "plan.json")]
+    subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    figures = json.loads((tmp_path / "plan.json").read_text())
+    wire = sum(x["wire"] for x in figures["traffic"] if x["axes"] == "slice")
+    gradients = figures["memory"][
+        "gradients"
+    ]  # an all-reduce over two sends its operand once, tiny ones in whole tiles
+    assert gradients <= wire < 3 * gradients
 
 
 @pytest.mark.tpu

@@ -94,6 +94,29 @@ def test_large_collectives_have_their_links_one_after_the_other(elements, micros
     assert played.seconds == pytest.approx(microseconds_of_both * 1e-6)
 
 
+def test_what_slices_do_together_is_awaited_where_it_is_received():
+    """A sum of 400 bytes over two slices of two chips: half of it leaves each chip twice, at 2 bytes a microsecond."""
+    slices = Torus(
+        dataclasses.replace(CHIP, dcn=2e6), ((0, 0, 0, 0, 0), (0, 1, 0, 0, 0), (1, 0, 0, 0, 0), (1, 1, 0, 0, 0))
+    )
+    meeting = 'frontend_attributes={_xla_host_transfer_rendezvous="psum_0",_xla_megascale_transfer_type="ALL_REDUCE"}'
+    lines = [
+        shard(100),
+        "  %t = token[] after-all()",
+        f"  %r = (f32[100]{{0}}, u32[], token[]) recv(%t), channel_id=1, is_host_transfer=true, {meeting}",
+        f"  %s = (f32[100]{{0}}, u32[], token[]) send(%s100, %t), channel_id=2, is_host_transfer=true, {meeting}",
+        work("x", 50),
+        "  %sd = token[] send-done(%s), channel_id=2, is_host_transfer=true",
+        "  %rd = (f32[100]{0}, token[]) recv-done(%r), channel_id=1, is_host_transfer=true",
+        "  %d = f32[100]{0} get-tuple-element(%rd), index=0",
+        work("y", 7, "%d"),
+    ]
+    played = play(hlo.parse(program("\n".join(lines), entry="%y")), slices, lambda *_: 0.0)
+    assert played.uses["main", "s"].wire == 400
+    assert played.uses["main", "rd"].exposed == pytest.approx((200 + 1 - 50) * 1e-6)  # and a hop
+    assert played.seconds == pytest.approx((200 + 1 + 7) * 1e-6)
+
+
 SPARSE = """
 %inside (m: f32[5]) -> f32[20] {
   %m = f32[5]{0} parameter(0)

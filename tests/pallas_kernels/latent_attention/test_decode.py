@@ -185,13 +185,8 @@ def test_mistakes_of_fewer_bits() -> None:
 
 @pytest.mark.tpu
 @pytest.mark.parametrize("chip", chips.CHIPS)
-@pytest.mark.parametrize(
-    ("op", "shape"),
-    [
-        *(("latent_decode", shape) for shape in shapes.LATENT_DECODE),
-        *(("latent_decode_int8", "v2"), ("latent_decode_int6", "v2"), ("latent_decode_int6", "v2_lite")),
-    ],
-)
+@pytest.mark.parametrize("op", STORED)
+@pytest.mark.parametrize("shape", shapes.LATENT_DECODE)
 def test_compiles(op: str, chip: str, shape: str) -> None:
     """Every chip's compiler takes the kernel with its tuned blocks, within VMEM; every page is copied once."""
     size = shapes.LATENT_DECODE[shape]
