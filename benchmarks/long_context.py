@@ -38,7 +38,7 @@ class LongContext:
     extension_steps: int = 300
     row: int = 4096  # tokens of the extension's rows
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 6144)  # of haystacks
-    repeats: int = 2
+    repeats: int = 4
     texts: int = 4  # rows of the longest length whose loss by position is read
     workdir: Path = Path("runs/long_context")
     json: Path | None = None
@@ -127,9 +127,18 @@ def measure(run: Path, args: LongContext, seed: int) -> dict[str, Any]:
     rows = [[words.bos_id, *ids[i * length : (i + 1) * length - 1]] for i in range(args.texts)]
     rows = [row for row in rows if len(row) == length]
     engine = Engine(loaded.params, loaded.model, capacity=capacity)
-    scores = np.array([[logprob for logprob, _ in result.scores] for result in engine.score(rows)])
-    nats = [float(-part.mean()) for part in np.array_split(scores, max(1, length // 512), axis=1)]
-    return {"needle": figures, "nats_by_position": nats}
+    pieces = max(1, length // 512)
+    far = [part.mean() for part in np.array_split(nats(engine, rows), pieces, axis=1)]
+    # Texts differ, so the same tokens are read once more, each piece as a row of its own.
+    near = []
+    for piece in np.array_split(np.array(rows)[:, 1:], pieces, axis=1):
+        near.append(nats(engine, [[words.bos_id, *row] for row in piece.tolist()]).mean())
+    return {"needle": figures, "nats_by_position": far, "nats_at_the_start": near}
+
+
+def nats(engine: Engine, rows: list[list[int]]) -> np.ndarray:
+    """[rows, tokens]: of every token behind a row's first."""
+    return -np.array([[logprob for logprob, _ in result.scores] for result in engine.score(rows)])
 
 
 def beyond(model: Any, positions: int) -> Any:
@@ -144,16 +153,19 @@ def mean(figures: list[dict[str, Any]]) -> dict[str, Any]:
     lengths = figures[0]["needle"]["by_length"]
     return {
         "needle_by_length": {n: float(np.mean([f["needle"]["by_length"][n] for f in figures])) for n in lengths},
-        "nats_by_position": np.mean([f["nats_by_position"] for f in figures], axis=0).tolist(),
+        **{
+            key: np.mean([f[key] for f in figures], axis=0).tolist()
+            for key in ("nats_by_position", "nats_at_the_start")
+        },
     }
 
 
 def show(means: dict[str, Any], args: LongContext) -> None:
-    """Needles by length, and perplexity in the first and the last 512 tokens."""
-    table = rich.table.Table("model", *[f"{n:,}" for n in args.lengths], "first 512", "last 512")
+    """Needles by length, perplexity in the last 512 tokens, and of the same text at the start of a row."""
+    table = rich.table.Table("model", *[f"{n:,}" for n in args.lengths], "last 512", "as first 512")
     for name, m in means.items():
         found = [f"{100 * share:.0f}%" for share in m["needle_by_length"].values()]
-        ends = [f"{math.exp(m['nats_by_position'][i]):.1f}" for i in (0, -1)]
+        ends = [f"{math.exp(m[key][-1]):.1f}" for key in ("nats_by_position", "nats_at_the_start")]
         table.add_row(name, *found, *ends)
     rich.console.Console().print(table)
 
@@ -168,10 +180,10 @@ def draw(means: dict[str, Any], args: LongContext, path: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
     for name, m in means.items():
         left.plot(args.lengths, list(m["needle_by_length"].values()), marker="o", label=name)
-        nats = m["nats_by_position"]
-        right.plot(np.arange(1, len(nats) + 1) * (max(args.lengths) / len(nats)), np.exp(nats), label=name)
+        more = np.array(m["nats_by_position"]) - np.array(m["nats_at_the_start"])
+        right.plot(np.arange(1, len(more) + 1) * (max(args.lengths) / len(more)), np.exp(more), label=name)
     left.set(xlabel="tokens of context", ylabel="needles found", ylim=(-0.03, 1.03))
-    right.set(xlabel="position", ylabel="perplexity", yscale="log")
+    right.set(xlabel="position", ylabel="perplexity over that of the same text at the start", yscale="log")
     for axes in (left, right):
         axes.axvline(512, color="grey", linestyle=":")
         axes.legend()
