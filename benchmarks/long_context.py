@@ -1,7 +1,9 @@
 """The long-context stage shown: needles found and loss by position, before it, with plain interpolation and with YaRN.
 
-Trains the nano of `make demo` on with rows of 512 tokens, most of which hold retrieval documents, extends it, and
-averages over seeds: python benchmarks/long_context.py [--seeds 0 1 2] [--json FILE] [--picture FILE.png]
+Trains the nano of `make demo` on with rows of 512 tokens, most of which hold retrieval documents, extends it both ways,
+with and without training on longer rows, and averages over seeds:
+
+    python benchmarks/long_context.py [--seeds 0 1 2] [--json FILE] [--picture FILE.png]
 
 What is finished is kept in --workdir, so several calls, for a seed each, may run beside each other before the last.
 """
@@ -50,15 +52,19 @@ def main() -> None:
     args = cli.parse(LongContext, prog="benchmarks/long_context.py")
     cli.keep_compiled_programs()
     args.workdir.mkdir(parents=True, exist_ok=True)
-    found: dict[str, list[dict[str, Any]]] = {"unextended": [], "interpolation": [], "yarn": []}
+    found: dict[str, list[dict[str, Any]]] = {}
     for seed in args.seeds:
         base = train(base_config(args, seed))
-        runs = {name: train(extended_config(args, seed, base, name)) for name in ("yarn", "interpolation")}
-        for name, run in {"unextended": base, **runs}.items():
-            kept = run / "long_context.json"
+        asked: dict[str, tuple[Path, Rope | None]] = {"unextended": (base, None)}
+        for name in ("interpolation", "yarn"):
+            config = extended_config(args, seed, base, name)
+            asked[f"{name}, untrained"] = base, config.model.rope
+            asked[name] = train(config), None
+        for name, (run, rope) in asked.items():
+            kept = args.workdir / f"{name.replace(', ', '-')}-{seed}.json"
             if not kept.exists():
-                kept.write_text(json.dumps(measure(run, args, seed)))
-            found[name].append(json.loads(kept.read_text()))
+                kept.write_text(json.dumps(measure(run, rope, args, seed)))
+            found.setdefault(name, []).append(json.loads(kept.read_text()))
     means = {name: mean(figures) for name, figures in found.items()}
     show(means, args)
     if args.json is not None:
@@ -106,14 +112,22 @@ def train(config: Config) -> Path:
     return config.workdir
 
 
-def measure(run: Path, args: LongContext, seed: int) -> dict[str, Any]:
-    """Needles found and nats by position; the unextended model is asked beyond its positions too."""
+def measure(run: Path, rope: Rope | None, args: LongContext, seed: int) -> dict[str, Any]:
+    """Needles found and nats by position; the unextended model is asked beyond its positions too.
+
+    rope: to read the same parameters with, in place of the run's own.
+    """
     from dsv2_jax import loading
     from dsv2_jax.data import corpora
     from dsv2_jax.evaluation import needle
 
     loaded = loading.load(run)
     longest = max(args.lengths) + 64
+    if rope is not None:
+        positions = int(rope.factor * rope.original_max_position_embeddings)
+        loaded = dataclasses.replace(
+            loaded, model=dataclasses.replace(loaded.model, rope=rope, max_position_embeddings=positions)
+        )
     if loaded.model.max_position_embeddings < longest:
         loaded = dataclasses.replace(loaded, model=beyond(loaded.model, longest))
     wanted = Needle(lengths=args.lengths, repeats=args.repeats, seed=seed)
