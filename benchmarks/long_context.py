@@ -197,9 +197,10 @@ def draw(means: dict[str, Any], args: LongContext, path: Path) -> None:
         more = np.array(m["nats_by_position"]) - np.array(m["nats_at_the_start"])
         right.plot(np.arange(1, len(more) + 1) * (max(args.lengths) / len(more)), np.exp(more), label=name)
     left.set(xlabel="tokens of context", ylabel="needles found", ylim=(-0.03, 1.03))
-    right.set(xlabel="position", ylabel="perplexity over that of the same text at the start", yscale="log")
+    right.set(xlabel="position", ylabel="perplexity, over the same text's at the start")
     for axes in (left, right):
-        axes.axvline(512, color="grey", linestyle=":")
+        for learnt in (512, args.row):  # tokens of a row, before and in the stage
+            axes.axvline(learnt, color="grey", linestyle=":")
         axes.legend()
     figure.suptitle(f"nano, mean of {len(args.seeds)} seeds")
     figure.tight_layout()
