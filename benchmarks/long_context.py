@@ -144,9 +144,8 @@ def measure(run: Path, rope: Rope | None, args: LongContext, seed: int) -> dict[
     pieces = max(1, length // 512)
     far = [part.mean() for part in np.array_split(nats(engine, rows), pieces, axis=1)]
     # Texts differ, so the same tokens are read once more, each piece as a row of its own.
-    near = []
-    for piece in np.array_split(np.array(rows)[:, 1:], pieces, axis=1):
-        near.append(nats(engine, [[words.bos_id, *row] for row in piece.tolist()]).mean())
+    split = np.array_split(np.array(rows)[:, 1:], pieces, axis=1)
+    near = [nats(engine, [[words.bos_id, *row] for row in piece.tolist()]).mean() for piece in split]
     return {"needle": figures, "nats_by_position": far, "nats_at_the_start": near}
 
 

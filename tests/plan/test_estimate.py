@@ -230,10 +230,8 @@ def test_gradients_cross_the_border_between_slices(tmp_path):
     subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     figures = json.loads((tmp_path / "plan.json").read_text())
     wire = sum(x["wire"] for x in figures["traffic"] if x["axes"] == "slice")
-    gradients = figures["memory"][
-        "gradients"
-    ]  # an all-reduce over two sends its operand once, tiny ones in whole tiles
-    assert gradients <= wire < 3 * gradients
+    gradients = figures["memory"]["gradients"]
+    assert gradients <= wire < 3 * gradients  # an all-reduce over two sends its operand once, tiny ones in whole tiles
 
 
 @pytest.mark.tpu
