@@ -19,7 +19,6 @@ from dsv2_jax.model.matmul import dot, from_bits, to_bits, weight_gradient, whol
 from pallas_kernels.quantized import Quantized, Weight
 
 _BLOCKS = (512, 128)  # rows of a block: large ones first, then small ones for the rest of a group
-_FEWEST_ROWS = 4  # of a block without a gradient; a power of two times this when pairs are more
 _ENOUGH_ROWS, _MOST_ROWS = 64, 128  # from the first on a product is fast, and rows that only pad cost as the others
 
 
@@ -41,41 +40,8 @@ def grouped_swiglu(
     An expert id of E drops its pair: no cost, no contribution, a zero gradient for its gate. Quantized weights have no
     gradient.
     """
-    if len(x_ND) == 1:
-        return _one(x_ND, experts_NK, gates_NK, w_gate_EDF, w_up_EDF, w_down_EFD)
-    return _several(x_ND, experts_NK, gates_NK, w_gate_EDF, w_up_EDF, w_down_EFD)
-
-
-def _sort(experts_NK: Array, experts: int, padding: int) -> _Plan:
-    ids_P = experts_NK.reshape(-1)
-    order_P = jnp.argsort(ids_P, stable=True).astype(jnp.int32)
-    counts_E = jnp.sum(ids_P[:, None] == jnp.arange(experts), axis=0, dtype=jnp.int32)
-    return _Plan(jnp.pad(order_P, (0, padding)), jnp.cumsum(counts_E) - counts_E, counts_E)
-
-
-def _one(
-    x_ND: Array, experts_NK: Array, gates_NK: Array, w_gate_EDF: Weight, w_up_EDF: Weight, w_down_EFD: Weight
-) -> Array:
-    """Decode of one token: its experts side by side."""
-    y_ND = jnp.zeros(x_ND.shape, jnp.float32)
-    for e, gate in zip(experts_NK[0], gates_NK[0], strict=True):
-        w_gate_DF, w_up_DF, w_down_FD = (_expert(w, e, x_ND.dtype) for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
-        gate = jnp.where(e < w_gate_EDF.shape[0], gate, 0)
-        hidden_NF = jax.nn.silu(dot(x_ND, w_gate_DF)) * dot(x_ND, w_up_DF) * gate
-        y_ND += dot(hidden_NF.astype(x_ND.dtype), w_down_FD)
-    return y_ND.astype(x_ND.dtype)
-
-
-def _several(
-    x_ND: Array, experts_NK: Array, gates_NK: Array, w_gate_EDF: Weight, w_up_EDF: Weight, w_down_EFD: Weight
-) -> Array:
-    """All that needs no gradient: loops over blocks of rows of one size, each of which reads its expert's weights.
-
-    Small blocks hold an expert's average and half as much again, so that most experts are read once.
-    """
-    k, experts, size = experts_NK.shape[1], w_gate_EDF.shape[0], _FEWEST_ROWS
-    while size < _MOST_ROWS and size * experts < (1.5 if size < _ENOUGH_ROWS else 0.75) * experts_NK.size:
-        size *= 2
+    k, experts = experts_NK.shape[1], w_gate_EDF.shape[0]
+    size = _rows_of_a_block(experts_NK.size / experts)
     plan = _sort(experts_NK, experts, size)
     ends_E = jnp.cumsum((plan.counts_E + size - 1) // size)
 
@@ -95,6 +61,25 @@ def _several(
     empty = jnp.zeros(x_ND.shape, jnp.float32)
     parts = [lax.fori_loop(start, stop, block, empty) for start, stop in itertools.pairwise(edges)]
     return functools.reduce(jnp.add, parts).astype(x_ND.dtype)
+
+
+def _rows_of_a_block(average: float) -> int:
+    """A power of two, for experts that get so many rows each.
+
+    Each block reads its expert's weights, so that most should need one while products are bound by these: half as many
+    rows again as they get.
+    """
+    size = 1
+    while size < _MOST_ROWS and size < (1.5 if size < _ENOUGH_ROWS else 0.75) * average:
+        size *= 2
+    return size
+
+
+def _sort(experts_NK: Array, experts: int, padding: int) -> _Plan:
+    ids_P = experts_NK.reshape(-1)
+    order_P = jnp.argsort(ids_P, stable=True).astype(jnp.int32)
+    counts_E = jnp.sum(ids_P[:, None] == jnp.arange(experts), axis=0, dtype=jnp.int32)
+    return _Plan(jnp.pad(order_P, (0, padding)), jnp.cumsum(counts_E) - counts_E, counts_E)
 
 
 def _expert(w: Weight, e: Array, dtype: jnp.dtype) -> Array:
@@ -123,7 +108,7 @@ def _over_blocks(plan: _Plan, e: Array, body: Callable, carry: tuple) -> tuple:
 
 
 def _forward(
-    x_ND: Array, experts_NK: Array, gates_NK: Array, w_gate_EDF: Weight, w_up_EDF: Weight, w_down_EFD: Weight
+    x_ND: Array, experts_NK: Array, gates_NK: Array, w_gate_EDF: Array, w_up_EDF: Array, w_down_EFD: Array
 ) -> tuple[Array, tuple]:
     """The result and what the backward pass needs: the hidden activations of every pair, in sorted rows."""
     (_, k), (experts, _, width) = experts_NK.shape, w_gate_EDF.shape
@@ -131,7 +116,7 @@ def _forward(
     plan = _sort(experts_NK, experts, max(_BLOCKS))
 
     def expert(e: Array, carry: tuple) -> tuple:
-        w_gate_DF, w_up_DF, w_down_FD = (_expert(w, e, dtype) for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
+        w_gate_DF, w_up_DF, w_down_FD = (_rows(w, e) for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
 
         def block(size: int, row: Array, left: Array, carry: tuple) -> tuple:
             y_ND, a_PF, u_PF = carry
