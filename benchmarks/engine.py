@@ -2,14 +2,16 @@
 
     python benchmarks/engine.py [--rounds 3] [--cases batch_1 batch_16 mixed_64] [--sides ...] [--json FILE]
 
-Each side runs in a process of its own with all cores, one after the other; compiled programs are warm. transformers
-runs eagerly and under torch.compile with a static cache, in one batch padded to its longest prompt and until its
+Each side runs in a process of its own with all cores, one after the other; compiled programs are warm. The engine runs
+on one device that has all cores, and on one device a core over the tensor axis; the better counts. transformers runs
+eagerly and under torch.compile with a static cache, in one batch padded to its longest prompt and until its
 longest answer, and for mixed requests also in batches of 16 sorted by length; the best of all that counts. Only tokens
 that were asked for are counted, on both sides. Prompts are part of the time.
 """
 
 import dataclasses
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -31,7 +33,8 @@ from dsv2_jax.config import check  # noqa: E402
 from dsv2_jax.model import parameters  # noqa: E402
 
 Case = Literal["batch_1", "batch_16", "mixed_64"]
-Side = Literal["dsv2_jax", "eager", "compiled"]
+Side = Literal["one_device", "tensor", "eager", "compiled"]
+OURS = ("one_device", "tensor")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +43,7 @@ class Options:
 
     rounds: int = 3  # timed rounds of each side; the median counts
     cases: tuple[Case, ...] = ("batch_1", "batch_16", "mixed_64")
-    sides: tuple[Side, ...] = ("dsv2_jax", "eager", "compiled")
+    sides: tuple[Side, ...] = ("one_device", "tensor", "eager", "compiled")
     json: Path | None = None  # the figures, for a program
 
     def __post_init__(self) -> None:
@@ -59,14 +62,16 @@ def requests(case: str, turn: int) -> list[tuple[list[int], int]]:
     return [(rng.integers(0, SMALL.vocab_size, n).tolist(), k) for n, k in zip(lengths, new, strict=True)]
 
 
-def run_ours(case: str, rounds: int) -> dict[str, Any]:
-    """Rates of the engine, and how often it compiled after warm-up."""
+def run_ours(case: str, rounds: int, tensor: int) -> dict[str, Any]:
+    """Rates of the engine on so many devices, and how often it compiled after warm-up."""
     import jax
 
-    from dsv2_jax.config import Compute
+    jax.config.update("jax_num_cpu_devices", tensor)
+    from dsv2_jax.config import Compute, Mesh
     from dsv2_jax.inference.engine import Capacity, Engine
     from dsv2_jax.inference.request import Request
     from dsv2_jax.model import transformer
+    from dsv2_jax.parallel import mesh
 
     compiled: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(
@@ -77,7 +82,8 @@ def run_ours(case: str, rounds: int) -> dict[str, Any]:
     params = transformer.init(SMALL, jax.random.key(0))
     rows = int(case.rsplit("_", 1)[1])
     capacity = Capacity(rows=rows, length=512)
-    engine = Engine(params, SMALL, compute=Compute(dtype="float32", remat="none"), capacity=capacity)
+    devices = mesh.make(Mesh(fsdp=1, tensor=tensor))
+    engine = Engine(params, SMALL, compute=Compute(dtype="float32", remat="none"), capacity=capacity, mesh=devices)
     engine.warm()
     before, rates = len(compiled), []
     for turn in range(rounds + 1):
@@ -143,8 +149,9 @@ def measure(side: str, case: str, rounds: int) -> dict[str, Any]:
 
 def worker(side: str, case: str, rounds: int) -> dict[str, Any]:
     """What one process does."""
-    if side == "dsv2_jax":
-        return run_ours(case, rounds)
+    if side in OURS:
+        cores = len(os.sched_getaffinity(0))
+        return run_ours(case, rounds, math.gcd(cores, SMALL.attention.num_attention_heads) if side == "tensor" else 1)
     try:
         return run_transformers(case, rounds, compiled=side == "compiled")
     except Exception as error:  # whatever inductor fails with here; the parent prints it
@@ -165,14 +172,15 @@ def main() -> int:
     for case in options.cases:
         found: dict[str, Any] = {side: measure(side, case, options.rounds) for side in options.sides}
         rates = {side: f.get("tokens_per_second", 0.0) for side, f in found.items()}
-        theirs = max((rates.get(side, 0.0) for side in ("eager", "compiled")), default=0.0)
-        ratio = rates.get("dsv2_jax", 0.0) / theirs if theirs else float("nan")
+        ours = max((rate for side, rate in rates.items() if side in OURS), default=0.0)
+        theirs = max((rate for side, rate in rates.items() if side not in OURS), default=0.0)
+        ratio = ours / theirs if theirs else float("nan")
         figures[case] = found | {"ratio": ratio}
         for side, f in found.items():
             if "error" in f:
                 console.print(f"{case}, {side}: {f['error']}")
-        recompiled = str(found.get("dsv2_jax", {}).get("compiled_after_warm_up", ""))
-        table.add_row(case, *(f"{rates[side]:.1f}" for side in options.sides), f"{ratio:.2f}", recompiled)
+        compiled = [str(f["compiled_after_warm_up"]) for f in found.values() if "compiled_after_warm_up" in f]
+        table.add_row(case, *(f"{rates[side]:.1f}" for side in options.sides), f"{ratio:.2f}", ", ".join(compiled))
     console.print(table)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
