@@ -5,7 +5,7 @@ arrays are laid out as the TPU kernel of pallas_kernels/latent_attention/decode.
 padding is written there. Letters beside those of parameters.py:
 
     L pages in all   K slots of a page   N sequences   P pages of a sequence   M blocks of chunk tokens
-    X sequences or blocks at a time      A query rows that share a key head     S slots of a span of pages
+    X sequences or blocks at a time      A query rows that share a key head
 """
 
 import functools
@@ -24,7 +24,6 @@ from pallas_kernels.latent_attention import packing
 from pallas_kernels.latent_attention.decode import decode
 
 _BLOCK = 32  # tokens of a block of a chunk
-_SPAN = 128  # slots that one turn of the loop over pages reads, about
 _MASKED = -1e30
 _FLOAT32: Any = {"preferred_element_type": jnp.float32}
 
@@ -174,28 +173,25 @@ def _kernel(q_THC: Array, q_THR: Array, layer: Layer, plan: Plan, scale: float) 
     return run(table, lengths, starts, scales_L1K=scales, implementation="pallas")
 
 
-def _read_latent(layer: Layer, pages_XG: Array) -> tuple[tuple[Array, ...], Array]:
-    c, r = (_take(layer[name], pages_XG) for name in ("latent_LKC", "rope_LRK"))
+def _read_latent(layer: Layer, page_X: Array) -> tuple[tuple[Array, ...], Array]:
+    c_XKC, r_XRK = (_take(layer[name], page_X) for name in ("latent_LKC", "rope_LRK"))
     if "scales_L1K" in layer:
-        c_XGK, r_XGK = packing.scales(_take(layer["scales_L1K"], pages_XG)[:, :, 0], c.dtype)
-        c, r = packing.dequantize(c, c_XGK), packing.dequantize(r, r_XGK, axis=2)
-    c_XSC = c.reshape(len(c), -1, c.shape[-1])
-    r_XRS = r.swapaxes(1, 2).reshape(len(r), r.shape[2], -1)
-    return (c_XSC[:, None].swapaxes(2, 3), r_XRS[:, None]), c_XSC[:, None]
+        c_XK, r_XK = packing.scales(_take(layer["scales_L1K"], page_X)[:, 0], c_XKC.dtype)
+        c_XKC, r_XRK = packing.dequantize(c_XKC, c_XK), packing.dequantize(r_XRK, r_XK, axis=1)
+    return (c_XKC[:, None], r_XRK.swapaxes(1, 2)[:, None]), c_XKC[:, None]
 
 
-def _read_grouped(layer: Layer, pages_XG: Array) -> tuple[tuple[Array, ...], Array]:
-    k, v = (_take(layer[name], pages_XG) for name in ("key_LKJR", "value_LKJV"))
+def _read_grouped(layer: Layer, page_X: Array) -> tuple[tuple[Array, ...], Array]:
+    k_XKJR, v_XKJV = (_take(layer[name], page_X) for name in ("key_LKJR", "value_LKJV"))
     if "scales_LKJ" in layer:
-        k_XGKJ, v_XGKJ = packing.scales(_take(layer["scales_LKJ"], pages_XG), k.dtype)
-        k, v = packing.dequantize(k, k_XGKJ), packing.dequantize(v, v_XGKJ)
-    k, v = (x.reshape(len(x), -1, *x.shape[3:]).swapaxes(1, 2) for x in (k, v))
-    return (k.swapaxes(2, 3),), v
+        k_XKJ, v_XKJ = packing.scales(_take(layer["scales_LKJ"], page_X), k_XKJR.dtype)
+        k_XKJR, v_XKJV = packing.dequantize(k_XKJR, k_XKJ), packing.dequantize(v_XKJV, v_XKJ)
+    return (k_XKJR.swapaxes(1, 2),), v_XKJV.swapaxes(1, 2)
 
 
-def _take(array: Array, pages_XG: Array) -> Array:
-    """Whole pages [X, G, ...]."""
-    return from_bits(to_bits(array).at[pages_XG].get(mode="promise_in_bounds"))
+def _take(array: Array, page_X: Array) -> Array:
+    """A whole page of each sequence."""
+    return from_bits(to_bits(array).at[page_X].get(mode="promise_in_bounds"))
 
 
 Read = Callable[[Layer, Array], tuple[tuple[Array, ...], Array]]
@@ -205,7 +201,7 @@ def _attend(q_TJG: tuple[Array, ...], width: int, layer: Layer, plan: Plan, read
     """softmax(scale q k^T) v over each token's own sequence up to itself, [T, H, width] in the queries' dtype.
 
     q_TJG: parts of the queries [T, J, G, ...], whose products with the parts of the keys add up. read: keys
-    [X, J, ..., S] and values [X, J, S, width] of some pages.
+    [X, J, K, ...] and values [X, J, K, width] of a page of each sequence.
     """
     n = plan.table_NP.shape[0]
     some = functools.partial(_online, width=width, layer=layer, read=read, scale=scale)
@@ -266,21 +262,18 @@ def _online(
     scale: float,
 ) -> Array:
     """[X, J, A, width] in float32: a softmax put together in a loop over as many pages as the longest sequence has."""
-    (x, j, a), dtype = q_XJA[0].shape[:3], q_XJA[0].dtype
-    span = max(1, _SPAN // _slots(layer))  # pages of a turn
-    slots = span * _slots(layer)
-    pages_XP = jnp.pad(pages_XP, ((0, 0), (0, -pages_XP.shape[1] % span)))
+    (x, j, a), dtype, slots = q_XJA[0].shape[:3], q_XJA[0].dtype, _slots(layer)
 
     def turn(i: Array, carry: tuple) -> tuple:
         o, top, total = carry
-        keys, values = read(layer, lax.dynamic_slice_in_dim(pages_XP, i * span, span, 1))
+        keys, values = read(layer, lax.dynamic_index_in_dim(pages_XP, i, 1, keepdims=False))
         parts = zip(q_XJA, keys, strict=True)
-        scores = sum(jnp.einsum("xjak,xjks->xjas", q, k.astype(dtype), **_FLOAT32) for q, k in parts)
-        sees_XAS = i * slots + jnp.arange(slots) <= times_XA[..., None]
-        scores = jnp.where(sees_XAS[:, None], scores * scale, _MASKED)
+        scores = sum(jnp.einsum("xjac,xjkc->xjak", q, k.astype(dtype), **_FLOAT32) for q, k in parts)
+        sees_XAK = i * slots + jnp.arange(slots) <= times_XA[..., None]
+        scores = jnp.where(sees_XAK[:, None], scores * scale, _MASKED)
         higher = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
         p, fade = jnp.exp(scores - higher), jnp.exp(top - higher)
-        part = jnp.einsum("xjas,xjsv->xjav", p.astype(dtype), values.astype(dtype), **_FLOAT32)
+        part = jnp.einsum("xjak,xjkv->xjav", p.astype(dtype), values.astype(dtype), **_FLOAT32)
         return o * fade + part, higher, total * fade + jnp.sum(p, axis=-1, keepdims=True)
 
     zero = jnp.zeros((x, j, a, 1), jnp.float32)
