@@ -31,12 +31,11 @@ Best public: the fastest kernel of jax (splash attention, megablox) and tokamax 
 way; empty where none was priced. A branch that hangs on data is taken as not taken, and named under doubts: in the
 flash kernel it is the second pass over scores too large for the first.
 
-What binds where little is gained on the best public kernel: expert_up on v5e has 94% of the MXU's peak, and the first
-and last blocks of a pipeline are the rest; of V2-Lite on v6e and tpu7x the MXU is 256 wide, and 1408 columns take the
-time of 1536. In place of two expert_up and XLA's SiLU and product, which pass over three arrays of hidden rows in the
-HBM, expert_gate_up takes 1 / 1.07 of the time on v5e at V2's sizes, 1 / 1.11 on v5p, 1 / 1.18 on v6e, 1 / 1.07 on
-tpu7x, and 1 / 1.18 to 1 / 1.44 at V2-Lite's: on v5 as much as the rooflines of the two ways allow, for both are bound
-by the MXU.
+What binds where little is gained on the best public kernel: expert_up at V2's sizes on v5e is near the MXU's peak, and
+the first and last blocks of a pipeline are the rest; of V2-Lite on v6e and tpu7x the MXU is 256 wide, and 1408 columns
+take the time of 1536. expert_gate_up stands in place of two expert_up and XLA's SiLU and product, and saves the
+latter's passes over three arrays of hidden rows in the HBM; where both ways are bound by the MXU, as at V2's sizes on
+v5, that is all there is to save.
 
 latent_decode_int8 and _int6 read a cache in fewer bits: at the 128 heads of V2 the matrix units set the pace, and it
 buys capacity; at the 16 of V2-Lite it buys time, until the matrix units cannot be fed the latents any faster.

@@ -1,8 +1,9 @@
 """Experts' SwiGLU over sorted (token, expert) pairs: cost follows the pairs, not experts times tokens.
 
-Pairs are sorted by expert; a loop over experts runs an inner loop over blocks of rows as often as the group needs.
-Plain XLA, exact, on any device. Letters: N tokens, K active experts, P = N K pairs, S rows of a block; the rest as
-in parameters.py.
+Pairs are sorted by expert; a loop over experts runs an inner loop over blocks of rows as often as the group needs, or,
+where there is no gradient to prepare for, one loop runs over all experts' blocks, which then are of one size. Plain
+XLA, exact, on any device. Letters: N tokens, K active experts, P = N K pairs, S rows of a block; the rest as in
+parameters.py.
 """
 
 import functools
