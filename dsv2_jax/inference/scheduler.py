@@ -74,7 +74,11 @@ class Scheduler:
         return sum(len(s.request.prompt) + s.request.max_new - s.computed for s in every)
 
     def plan(self) -> list[Part]:
-        """The parts of the next step, in the order of the rows; pages for all of them are held."""
+        """The parts of the next step, in the order of the rows; pages for all of them are held.
+
+        New tokens come first, those of the longest sequences before others: attention looks at some rows together, for
+        as long as the longest of them needs.
+        """
         self._grow()
         self._admit()
         parts, left = [], self._chunk
@@ -87,7 +91,7 @@ class Scheduler:
             if take > 0 or missing == 0:  # of one that is scored, all may have been in the cache
                 left -= -(-take // self._block) * self._block
                 parts.append(Part(sequence, sequence.computed, sequence.computed + take, True))
-        return parts
+        return sorted(parts, key=lambda part: (part.chunk, -part.stop))
 
     def done(self, part: Part) -> None:
         """The part is in the cache: full pages become known."""

@@ -1,14 +1,13 @@
 """Experts' SwiGLU over sorted (token, expert) pairs: cost follows the pairs, not experts times tokens.
 
-Pairs are sorted by expert; a loop over experts runs an inner loop over blocks of rows as often as the group needs, or,
-where there is no gradient to prepare for, one loop runs over all experts' blocks, which then are of one size. Plain
-XLA, exact, on any device. Letters: N tokens, K active experts, P = N K pairs, S rows of a block; the rest as in
-parameters.py.
+Pairs are sorted by expert; a loop over the experts that have any runs an inner loop over blocks of rows, as many as the
+group needs. Plain XLA, exact, on any device. Letters: N tokens, K active experts, P = N K pairs, S rows of a block; the
+rest as in parameters.py.
 """
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -19,8 +18,7 @@ from dsv2_jax.model import streams
 from dsv2_jax.model.matmul import dot, from_bits, to_bits, weight_gradient, whole
 from pallas_kernels.quantized import Quantized, Weight
 
-_BLOCKS = (512, 128)  # rows of a block: large ones first, then small ones for the rest of a group
-_ENOUGH_ROWS, _MOST_ROWS = 64, 128  # from the first on a product is fast, and rows that only pad cost as the others
+_BLOCKS = (512, 128)  # rows of a block in training: large ones first, then small ones for the rest of a group
 
 
 class _Plan(NamedTuple):
@@ -29,6 +27,8 @@ class _Plan(NamedTuple):
     order_P: Array  # pair at each sorted row, padded by a block so that slices stay inside
     starts_E: Array  # first sorted row of each expert
     counts_E: Array
+    busy_E: Array  # experts that have rows, before those that have none
+    busy: Array  # how many have
 
 
 @jax.custom_vjp
@@ -41,46 +41,24 @@ def grouped_swiglu(
     An expert id of E drops its pair: no cost, no contribution, a zero gradient for its gate. Quantized weights have no
     gradient.
     """
-    k, experts = experts_NK.shape[1], w_gate_EDF.shape[0]
-    size = _rows_of_a_block(experts_NK.size / experts)
-    plan = _sort(experts_NK, experts, size)
-    ends_E = jnp.cumsum((plan.counts_E + size - 1) // size)
-
-    def block(i: Array, y_ND: Array) -> Array:
-        e = jnp.searchsorted(ends_E, i, side="right", method="compare_all").astype(jnp.int32)
-        blocks_before = jnp.where(e > 0, ends_E[e - 1], 0)
-        offset = (i - blocks_before) * size
-        pairs_S = lax.dynamic_slice(plan.order_P, (plan.starts_E[e] + offset,), (size,))
-        tokens_S = pairs_S // k
-        gates_S = jnp.where(jnp.arange(size) + offset < plan.counts_E[e], gates_NK.reshape(-1)[pairs_S], 0)
-        x_SD = _rows(x_ND, tokens_S)
-        w_gate_DF, w_up_DF, w_down_FD = (_expert(w, e, x_ND.dtype) for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
-        hidden_SF = jax.nn.silu(dot(x_SD, w_gate_DF)) * dot(x_SD, w_up_DF) * gates_S[:, None]
-        return y_ND.at[tokens_S].add(dot(hidden_SF.astype(x_ND.dtype), w_down_FD))
-
-    edges = [0, *(ends_E[-1] * stop // experts for _, stop in streams.ranges(experts))]
-    empty = jnp.zeros(x_ND.shape, jnp.float32)
-    parts = [lax.fori_loop(start, stop, block, empty) for start, stop in itertools.pairwise(edges)]
-    return functools.reduce(jnp.add, parts).astype(x_ND.dtype)
+    average = experts_NK.size / w_gate_EDF.shape[0]
+    return _run(x_ND, experts_NK, gates_NK, w_gate_EDF, w_up_EDF, w_down_EFD, _blocks(average), keep=False)[0]
 
 
-def _rows_of_a_block(average: float) -> int:
-    """A power of two, for experts that get so many rows each.
+def _blocks(average: float) -> tuple[int, ...]:
+    """Rows of a block without a backward pass, for experts that get `average` rows each; as _BLOCKS.
 
-    Each block reads its expert's weights, so that most should need one while products are bound by these: half as many
-    rows again as they get.
+    Products in float32 are at full speed from 8 rows on, and a block more costs little: the weights are at hand.
     """
-    size = 1
-    while size < _MOST_ROWS and size < (1.5 if size < _ENOUGH_ROWS else 0.75) * average:
-        size *= 2
-    return size
+    return next(((size,) for size in (1, 4, 8) if average <= size), (128, 16) if average > 128 else (16,))
 
 
 def _sort(experts_NK: Array, experts: int, padding: int) -> _Plan:
     ids_P = experts_NK.reshape(-1)
     order_P = jnp.argsort(ids_P, stable=True).astype(jnp.int32)
     counts_E = jnp.sum(ids_P[:, None] == jnp.arange(experts), axis=0, dtype=jnp.int32)
-    return _Plan(jnp.pad(order_P, (0, padding)), jnp.cumsum(counts_E) - counts_E, counts_E)
+    starts_E, busy_E = jnp.cumsum(counts_E) - counts_E, jnp.argsort(counts_E == 0, stable=True).astype(jnp.int32)
+    return _Plan(jnp.pad(order_P, (0, padding)), starts_E, counts_E, busy_E, jnp.sum(counts_E > 0, dtype=jnp.int32))
 
 
 def _expert(w: Weight, e: Array, dtype: jnp.dtype) -> Array:
@@ -93,11 +71,11 @@ def _rows(x: Array, at: Array) -> Array:
     return from_bits(to_bits(x)[at])
 
 
-def _over_blocks(plan: _Plan, e: Array, body: Callable, carry: tuple) -> tuple:
+def _over_blocks(plan: _Plan, sizes: Sequence[int], e: Array, body: Callable, carry: tuple) -> tuple:
     """Runs body(size, row, left, carry) over the blocks of expert e; `left` rows from `row` on are still its own."""
     start, count, done = plan.starts_E[e], plan.counts_E[e], jnp.int32(0)
-    for i, size in enumerate(_BLOCKS):
-        last = i == len(_BLOCKS) - 1
+    for i, size in enumerate(sizes):
+        last = i == len(sizes) - 1
         blocks = (count - done + (size - 1 if last else 0)) // size
 
         def step(j: Array, carry: tuple, size: int = size, done: Array = done) -> tuple:
@@ -108,38 +86,57 @@ def _over_blocks(plan: _Plan, e: Array, body: Callable, carry: tuple) -> tuple:
     return carry
 
 
-def _forward(
-    x_ND: Array, experts_NK: Array, gates_NK: Array, w_gate_EDF: Array, w_up_EDF: Array, w_down_EFD: Array
-) -> tuple[Array, tuple]:
-    """The result and what the backward pass needs: the hidden activations of every pair, in sorted rows."""
-    (_, k), (experts, _, width) = experts_NK.shape, w_gate_EDF.shape
+def _run(
+    x_ND: Array,
+    experts_NK: Array,
+    gates_NK: Array,
+    w_gate_EDF: Weight,
+    w_up_EDF: Weight,
+    w_down_EFD: Weight,
+    sizes: Sequence[int],
+    *,
+    keep: bool,
+) -> tuple[Array, _Plan, list[list[Array]]]:
+    """The result, how pairs are sorted, and, if they are to be kept, gate and up of them in sorted rows, by stream."""
+    k, experts = experts_NK.shape[1], w_gate_EDF.shape[0]
     dtype, gates_P = x_ND.dtype, gates_NK.reshape(-1)
-    plan = _sort(experts_NK, experts, max(_BLOCKS))
+    plan = _sort(experts_NK, experts, max(sizes))
 
-    def expert(e: Array, carry: tuple) -> tuple:
-        w_gate_DF, w_up_DF, w_down_FD = (_rows(w, e) for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
+    def expert(i: Array, carry: tuple) -> tuple:
+        e = plan.busy_E[i]
+        w_gate_DF, w_up_DF, w_down_FD = (_expert(w, e, dtype) for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
 
         def block(size: int, row: Array, left: Array, carry: tuple) -> tuple:
-            y_ND, a_PF, u_PF = carry
+            y_ND, *kept = carry
             pairs_S = lax.dynamic_slice(plan.order_P, (row,), (size,))
             x_SD = _rows(x_ND, pairs_S // k)
             a_SF, u_SF = dot(x_SD, w_gate_DF).astype(dtype), dot(x_SD, w_up_DF).astype(dtype)
+            if keep:
+                new = zip(kept, (a_SF, u_SF), strict=True)
+                kept = [lax.dynamic_update_slice(all_PF, to_bits(new_SF), (row, 0)) for all_PF, new_SF in new]
+            a_SF, u_SF = a_SF.astype(jnp.float32), u_SF.astype(jnp.float32)
             gates_S = jnp.where(jnp.arange(size) < left, gates_P[pairs_S], 0)
-            hidden_SF = jax.nn.silu(a_SF.astype(jnp.float32)) * u_SF.astype(jnp.float32) * gates_S[:, None]
-            return (
-                y_ND.at[pairs_S // k].add(dot(hidden_SF.astype(dtype), w_down_FD)),
-                lax.dynamic_update_slice(a_PF, to_bits(a_SF), (row, 0)),
-                lax.dynamic_update_slice(u_PF, to_bits(u_SF), (row, 0)),
-            )
+            hidden_SF = (jax.nn.silu(a_SF) * u_SF * gates_S[:, None]).astype(dtype)
+            return (y_ND.at[pairs_S // k].add(dot(hidden_SF, w_down_FD)), *kept)
 
-        return _over_blocks(plan, e, block, carry)
+        return _over_blocks(plan, sizes, e, block, carry)
 
-    hidden_PF = to_bits(jnp.zeros((plan.order_P.shape[0], width), dtype))
-    empty = (jnp.zeros(x_ND.shape, jnp.float32), hidden_PF, hidden_PF)
-    parts = [lax.fori_loop(start, stop, expert, empty) for start, stop in streams.ranges(experts)]
+    kept = [to_bits(jnp.zeros((plan.order_P.shape[0], w_gate_EDF.shape[2]), dtype))] * (2 * keep)
+    empty = (jnp.zeros(x_ND.shape, jnp.float32), *kept)
+    stops = [stop for _, stop in streams.ranges(experts)]
+    # The backward pass reads what is kept by the stream that an expert's number is in.
+    edges = [jnp.sum(plan.counts_E[:stop] > 0) if keep else plan.busy * stop // experts for stop in (0, *stops)]
+    parts = [lax.fori_loop(start, stop, expert, empty) for start, stop in itertools.pairwise(edges)]
     y_ND = functools.reduce(jnp.add, [y_ND for y_ND, *_ in parts])
-    hidden = [hidden for _, *hidden in parts]
-    return y_ND.astype(dtype), (x_ND, gates_NK, w_gate_EDF, w_up_EDF, w_down_EFD, plan, hidden)
+    return y_ND.astype(dtype), plan, [kept for _, *kept in parts]
+
+
+def _forward(
+    x_ND: Array, experts_NK: Array, gates_NK: Array, w_gate_EDF: Array, w_up_EDF: Array, w_down_EFD: Array
+) -> tuple[Array, tuple]:
+    weights = w_gate_EDF, w_up_EDF, w_down_EFD
+    y_ND, plan, hidden = _run(x_ND, experts_NK, gates_NK, *weights, _BLOCKS, keep=True)
+    return y_ND, (x_ND, gates_NK, *weights, plan, hidden)
 
 
 def _backward(kept: tuple, g_ND: Array) -> tuple[Array | None, ...]:
@@ -177,7 +174,7 @@ def _backward(kept: tuple, g_ND: Array) -> tuple[Array | None, ...]:
             )
 
         zeros = [jnp.zeros(w.shape[1:], jnp.float32) for w in dw_E]
-        dx_ND, dgates_P, *dw = _over_blocks(plan, e, block, (dx_ND, dgates_P, *zeros))
+        dx_ND, dgates_P, *dw = _over_blocks(plan, _BLOCKS, e, block, (dx_ND, dgates_P, *zeros))
         dw_E = [lax.dynamic_update_index_in_dim(w, new, e - first, 0) for w, new in zip(dw_E, dw, strict=True)]
         return (dx_ND, dgates_P, *dw_E)
 

@@ -114,5 +114,5 @@ def test_cost_follows_pairs_not_experts():
         return (carry[0] + size,)
 
     for e in range(E):
-        rows += int(grouped._over_blocks(plan, jnp.int32(e), body, (jnp.int32(0),))[0])
+        rows += int(grouped._over_blocks(plan, grouped._BLOCKS, jnp.int32(e), body, (jnp.int32(0),))[0])
     assert kept <= rows < kept + E * 128
