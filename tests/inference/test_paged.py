@@ -7,7 +7,7 @@ import numpy as np
 
 from configs import models
 from dsv2_jax.config import SINGLE, Attention
-from dsv2_jax.model import paged
+from dsv2_jax.model import paged, rope
 from pallas_kernels.latent_attention import decode_kernel
 
 SLOTS = 128
@@ -66,6 +66,42 @@ def test_the_kernel_reads_what_xla_reads(monkeypatch):
     assert filled.keys() == refilled.keys() == layer.keys()
     for name, array in filled.items():
         np.testing.assert_array_equal(array, refilled[name])
+
+
+def test_new_tokens_of_many_sequences_against_float64():
+    """More rows than a turn takes together, and no multiple of them, of sequences of one to sixty tokens."""
+    model = dataclasses.replace(models.tiny(), num_hidden_layers=1)
+    a, rng = model.attention, np.random.default_rng(0)
+    n, slots, (h, c, r) = 21, 16, (a.num_attention_heads, a.kv_lora_rank, a.qk_rope_head_dim)
+    lengths = rng.integers(1, 61, n)  # the new token included
+    table = 1 + rng.permutation(n * 4).reshape(n, 4)
+
+    def at(sequences, times) -> paged.Where:
+        pages = table[sequences, np.array(times) // slots]
+        plan = paged.Plan(*(jnp.asarray(x, jnp.int32) for x in (table, pages, times, [], 0)))
+        return paged.Where((jnp.zeros(()), jnp.zeros(())), jnp.zeros(()), plan, "compute")
+
+    latents, ropes = rng.standard_normal((n, 60, c)), rng.standard_normal((n, 60, r))
+    old = [(i, t) for i, length in enumerate(lengths) for t in range(length - 1)]
+    sequences, times = map(np.array, zip(*old, strict=True))
+    (layer,) = paged.empty(model, SINGLE, 1 + n * 4, slots, "compute", jnp.float32)
+    rows = {"latent_LKC": latents[sequences, times], "rope_LRK": ropes[sequences, times]}
+    layer = paged._write(layer, {k: jnp.asarray(x, jnp.float32) for k, x in rows.items()}, at(sequences, times))
+
+    q_nope, q_rope = rng.standard_normal((n, h, a.qk_nope_head_dim)), rng.standard_normal((n, h, r))
+    w_uk, w_uv = rng.standard_normal((c, h, a.qk_nope_head_dim)), rng.standard_normal((c, h, a.v_head_dim))
+    every, last = np.arange(n), lengths - 1
+    tokens = [jnp.asarray(x[None], jnp.float32) for x in (q_nope, q_rope, latents[every, last], ropes[every, last])]
+    weights = {"w_uk_CHN": jnp.asarray(w_uk, jnp.float32), "w_uv_CHV": jnp.asarray(w_uv, jnp.float32)}
+    got, _ = paged.latent(weights, *tokens, at(every, last), layer, model)
+
+    for i, length in enumerate(lengths):
+        keys = np.einsum("sc,chn->shn", latents[i, :length], w_uk)
+        scores = np.einsum("hn,shn->hs", q_nope[i], keys) + q_rope[i] @ ropes[i, :length].T
+        p = np.exp(rope.softmax_scale(model) * (scores - scores.max(axis=1, keepdims=True)))
+        values = np.einsum("sc,chv->shv", latents[i, :length], w_uv)
+        want = np.einsum("hs,shv->hv", p / p.sum(axis=1, keepdims=True), values)
+        np.testing.assert_allclose(got[0, i], want, rtol=0, atol=2e-5 * np.abs(want).max())
 
 
 def test_grouped_queries_read_what_was_written_in_fewer_bits():

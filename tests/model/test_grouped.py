@@ -61,6 +61,8 @@ CASES = {
     "one token": (1, 3, None),
     "few": (7, 2, None),
     "few, dropping": (9, 2, _dropping(9)),
+    "some": (20, 2, None),
+    "some more": (60, 2, None),
     "many": (301, 3, None),
     "many, skewed": (333, 2, _skewed(333)),
     "many, dropping": (333, 2, _dropping(333)),
