@@ -109,7 +109,7 @@ def prepare(params: Any, setup: Setup) -> Any:
     """
     if {"dense", "moe"} & params.keys():
         return _prepare(setup)(params)
-    params = _with_embedding_cast(params, setup)
+    params = paged.by_head(_with_embedding_cast(params, setup))
     return jax.device_put(params, sharding.on(setup.devices, _param_specs(params, setup)))
 
 
@@ -127,7 +127,7 @@ def _prepared(params: Any, setup: Setup) -> Any:
     unstacked = _with_embedding_cast(transformer.unstack(params), setup)
     if setup.weights != "compute":
         unstacked = quantize.quantize(unstacked, setup.weights)
-    return cast(unstacked, compute_dtype(setup.compute))
+    return cast(paged.by_head(unstacked), compute_dtype(setup.compute))
 
 
 def _with_embedding_cast(unstacked: Any, setup: Setup) -> Any:

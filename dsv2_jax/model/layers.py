@@ -54,8 +54,8 @@ def declare(module: nn.Module, model: Model, names: list[str]) -> dict[str, Arra
     def initializer(name: str) -> Any:
         return nn.initializers.ones if name.startswith("norm") else nn.initializers.normal(model.initializer_range)
 
-    if not module.is_initializing():  # applied on a mesh, these are this device's shards
-        return {name: module.get_variable("params", name) for name in names}
+    if not module.is_initializing():  # on a mesh they are this device's shards, in generation some lie otherwise
+        return dict(module.variables["params"])
     return {name: module.param(name, initializer(name), parameters.shape(name, model)) for name in names}
 
 

@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -114,16 +115,29 @@ def latent(
     layer: Layer,
     model: Model,
 ) -> tuple[Array, Layer]:
-    """MLA before W^O in its absorbed form (App. C), [1, T, H, V], and the layer's cache with these tokens written."""
+    """MLA before W^O in its absorbed form (App. C), [1, T, H, V], and the layer's cache with these tokens written.
+
+    p: W^UK and W^UV as `by_head` leaves them.
+    """
     dtype = q_nope_BTHN.dtype
     layer = _write(layer, {"latent_LKC": latent_BTC[0], "rope_LRK": k_rope_BTR[0]}, where)
-    q_THC = jnp.einsum("thn,chn->thc", q_nope_BTHN[0], whole(p["w_uk_CHN"], dtype), **_FLOAT32).astype(dtype)
+    q_THC = jnp.einsum("thn,hcn->thc", q_nope_BTHN[0], whole(p["w_uk_HCN"], dtype), **_FLOAT32).astype(dtype)
     if has_kernel(model):
         o_THC = _kernel(q_THC, q_rope_BTHR[0], layer, where.plan, rope.softmax_scale(model))
     else:
         heads = (q_THC[:, None], q_rope_BTHR[0][:, None])  # all heads share one key
         o_THC = _attend(heads, model.attention.kv_lora_rank, layer, where.plan, _read_latent, rope.softmax_scale(model))
-    return jnp.einsum("thc,chv->thv", o_THC, whole(p["w_uv_CHV"], dtype), **_FLOAT32).astype(dtype)[None], layer
+    return jnp.einsum("thc,hvc->thv", o_THC, whole(p["w_uv_HVC"], dtype), **_FLOAT32).astype(dtype)[None], layer
+
+
+def by_head(unstacked: Any) -> Any:
+    """A tree of `transformer.unstack` with W^UK and W^UV head by head: a step would turn them each time."""
+
+    def leaf(name: str, w: Weight) -> tuple[str, Weight]:
+        new, order = {"w_uk_CHN": ("w_uk_HCN", (1, 0, 2)), "w_uv_CHV": ("w_uv_HVC", (1, 2, 0))}.get(name, (name, None))
+        return new, w if order is None else jax.tree.map(lambda x: x.transpose(order), w)
+
+    return {part: dict(leaf(*named) for named in p.items()) for part, p in unstacked.items()}
 
 
 def grouped_queries(

@@ -49,7 +49,7 @@ def test_the_kernel_reads_what_xla_reads(monkeypatch):
 
     # A token each of the first two, and three of the third as a chunk, whose own row and last place are padding.
     now = where([0, 1, -1, 2, 2, 2, -1], [129, 6, 0, 137, 138, 139, 0], [2, 2, 2, 0], 3)
-    weights = {"w_uk_CHN": normal(c, h, a.qk_nope_head_dim), "w_uv_CHV": normal(c, h, a.v_head_dim)}
+    weights = {"w_uk_HCN": normal(h, c, a.qk_nope_head_dim), "w_uv_HVC": normal(h, a.v_head_dim, c)}
     tokens = normal(1, 7, h, a.qk_nope_head_dim), normal(1, 7, h, r), normal(1, 7, c), normal(1, 7, r)
     theirs, filled = paged.latent(weights, *tokens, now, layer, model)
 
@@ -93,7 +93,7 @@ def test_new_tokens_of_many_sequences_against_float64():
     every, last = np.arange(n), lengths - 1
     tokens = [jnp.asarray(x[None], jnp.float32) for x in (q_nope, q_rope, latents[every, last], ropes[every, last])]
     weights = {"w_uk_CHN": jnp.asarray(w_uk, jnp.float32), "w_uv_CHV": jnp.asarray(w_uv, jnp.float32)}
-    got, _ = paged.latent(weights, *tokens, at(every, last), layer, model)
+    got, _ = paged.latent(paged.by_head({"moe_0": weights})["moe_0"], *tokens, at(every, last), layer, model)
 
     for i, length in enumerate(lengths):
         keys = np.einsum("sc,chn->shn", latents[i, :length], w_uk)
