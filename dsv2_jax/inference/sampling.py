@@ -94,7 +94,7 @@ def sample(logits_NW: Array, rows: Rows, adjust: Adjust | None = None) -> Array:
     logits_NW = logits_NW.astype(jnp.float32)
     if adjust is not None:
         logits_NW = adjusted(logits_NW, rows, adjust)
-    greedy_N = jnp.argmax(logits_NW, axis=-1).astype(jnp.int32)
+    greedy_N = _largest(logits_NW)
 
     def draw() -> Array:
         hot_NW = logits_NW / jnp.where(rows.temperature_N > 0, jnp.maximum(rows.temperature_N, _COLDEST), 1)[:, None]
@@ -102,10 +102,17 @@ def sample(logits_NW: Array, rows: Rows, adjust: Adjust | None = None) -> Array:
         hot_NW = lax.cond(jnp.any(filters & (rows.temperature_N > 0)), lambda: filtered(hot_NW, rows), lambda: hot_NW)
         keys_N = jax.vmap(lambda seed, time: jax.random.fold_in(jax.random.key(seed), time))(rows.seed_N, rows.time_N)
         noise_NW = jax.vmap(lambda key: jax.random.gumbel(key, hot_NW.shape[1:]))(keys_N)
-        return jnp.argmax(hot_NW + noise_NW, axis=-1).astype(jnp.int32)
+        return _largest(hot_NW + noise_NW)
 
     drawn_N = lax.cond(jnp.any(rows.temperature_N > 0), draw, lambda: greedy_N)
     return jnp.where(rows.temperature_N > 0, drawn_N, greedy_N)
+
+
+def _largest(x_NW: Array) -> Array:
+    """The first place int32 [N] of each row's largest number; XLA's own argmax is slow on CPU."""
+    places_W = jnp.arange(x_NW.shape[-1], dtype=jnp.int32)
+    last = x_NW.shape[-1] - 1  # where a NaN hides the largest
+    return jnp.min(jnp.where(x_NW == jnp.max(x_NW, axis=-1, keepdims=True), places_W, last), axis=-1)
 
 
 def adjusted(logits_NW: Array, rows: Rows, adjust: Adjust) -> Array:
