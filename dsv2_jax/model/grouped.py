@@ -28,7 +28,6 @@ class _Plan(NamedTuple):
     starts_E: Array  # first sorted row of each expert
     counts_E: Array
     busy_E: Array  # experts that have rows, before those that have none
-    busy: Array  # how many have
 
 
 @jax.custom_vjp
@@ -50,7 +49,10 @@ def _blocks(average: float) -> tuple[int, ...]:
 
     Products in float32 are at full speed from 8 rows on, and a block more costs little: the weights are at hand.
     """
-    return next(((size,) for size in (1, 4, 8) if average <= size), (128, 16) if average > 128 else (16,))
+    for size in (1, 4, 8):
+        if average <= size:
+            return (size,)
+    return (16,) if average <= 128 else (128, 16)
 
 
 def _sort(experts_NK: Array, experts: int, padding: int) -> _Plan:
@@ -58,7 +60,7 @@ def _sort(experts_NK: Array, experts: int, padding: int) -> _Plan:
     order_P = jnp.argsort(ids_P, stable=True).astype(jnp.int32)
     counts_E = jnp.sum(ids_P[:, None] == jnp.arange(experts), axis=0, dtype=jnp.int32)
     starts_E, busy_E = jnp.cumsum(counts_E) - counts_E, jnp.argsort(counts_E == 0, stable=True).astype(jnp.int32)
-    return _Plan(jnp.pad(order_P, (0, padding)), starts_E, counts_E, busy_E, jnp.sum(counts_E > 0, dtype=jnp.int32))
+    return _Plan(jnp.pad(order_P, (0, padding)), starts_E, counts_E, busy_E)
 
 
 def _expert(w: Weight, e: Array, dtype: jnp.dtype) -> Array:
@@ -97,7 +99,7 @@ def _run(
     *,
     keep: bool,
 ) -> tuple[Array, _Plan, list[list[Array]]]:
-    """The result, how pairs are sorted, and, if they are to be kept, gate and up of them in sorted rows, by stream."""
+    """The result, how pairs are sorted, and, if they are to be kept, their gate and up in sorted rows, by stream."""
     k, experts = experts_NK.shape[1], w_gate_EDF.shape[0]
     dtype, gates_P = x_ND.dtype, gates_NK.reshape(-1)
     plan = _sort(experts_NK, experts, max(sizes))
@@ -123,9 +125,10 @@ def _run(
 
     kept = [to_bits(jnp.zeros((plan.order_P.shape[0], w_gate_EDF.shape[2]), dtype))] * (2 * keep)
     empty = (jnp.zeros(x_ND.shape, jnp.float32), *kept)
+    busy = jnp.cumsum(plan.counts_E > 0, dtype=jnp.int32)
     stops = [stop for _, stop in streams.ranges(experts)]
     # The backward pass reads what is kept by the stream that an expert's number is in.
-    edges = [jnp.sum(plan.counts_E[:stop] > 0) if keep else plan.busy * stop // experts for stop in (0, *stops)]
+    edges = [0, *(busy[stop - 1] if keep else busy[-1] * stop // experts for stop in stops)]
     parts = [lax.fori_loop(start, stop, expert, empty) for start, stop in itertools.pairwise(edges)]
     y_ND = functools.reduce(jnp.add, [y_ND for y_ND, *_ in parts])
     return y_ND.astype(dtype), plan, [kept for _, *kept in parts]

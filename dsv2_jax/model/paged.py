@@ -26,6 +26,7 @@ from pallas_kernels.latent_attention.decode import decode
 
 _BLOCK = 32  # tokens of a block of a chunk
 _TOGETHER = 8  # sequences of one new token that a turn on CPU looks at: fewer steps, and products in one call
+_BY_HEAD = {"w_uk_CHN": ("w_uk_HCN", (1, 0, 2)), "w_uv_CHV": ("w_uv_HVC", (1, 2, 0))}
 _MASKED = -1e30
 _FLOAT32: Any = {"preferred_element_type": jnp.float32}
 
@@ -134,8 +135,10 @@ def by_head(unstacked: Any) -> Any:
     """A tree of `transformer.unstack` with W^UK and W^UV head by head: a step would turn them each time."""
 
     def leaf(name: str, w: Weight) -> tuple[str, Weight]:
-        new, order = {"w_uk_CHN": ("w_uk_HCN", (1, 0, 2)), "w_uv_CHV": ("w_uv_HVC", (1, 2, 0))}.get(name, (name, None))
-        return new, w if order is None else jax.tree.map(lambda x: x.transpose(order), w)
+        if name not in _BY_HEAD:
+            return name, w
+        new, order = _BY_HEAD[name]
+        return new, jax.tree.map(lambda x: x.transpose(order), w)
 
     return {part: dict(leaf(*named) for named in p.items()) for part, p in unstacked.items()}
 
@@ -246,11 +249,10 @@ def _over_blocks(
     tokens, j, g = q_TJG[0].shape[:3]
     m = len(sequences_M)
     size = tokens // m
-    ways, x = (len(streams.ranges(m)), 1) if platform() == "cpu" else (1, m)
-    if platform() == "cpu" and size == 1:
-        x = min(_TOGETHER, -(-m // ways))
+    loops, ways = platform() == "cpu", len(streams.ranges(m))
+    x = (min(_TOGETHER, -(-m // ways)) if size == 1 else 1) if loops else m
     turns = -(-m // (ways * x))
-    missing = ways * turns * x - m if x > 1 else 0
+    missing = ways * turns * x - m
     sequences_M = jnp.pad(sequences_M, (0, missing))
     times_T = jnp.pad(times_T, (0, missing * size))
     q_TJG = [jnp.pad(q, ((0, missing * size), *((0, 0),) * (q.ndim - 1))) for q in q_TJG]
@@ -266,7 +268,7 @@ def _over_blocks(
             o = o_XJA.reshape(x, j, size, g, width).swapaxes(1, 2).reshape(x * size, j * g, width)
             return lax.dynamic_update_index_in_dim(out, o, i, 0)
 
-        count = jnp.clip((used + x - 1) // x - first + ways - 1, 0) // ways if platform() == "cpu" else 1
+        count = jnp.clip((used + x - 1) // x - first + ways - 1, 0) // ways if loops else 1
         return lax.fori_loop(0, count, turn, jnp.zeros((turns, x * size, j * g, width), jnp.float32))
 
     return jnp.stack([part(first) for first in range(ways)], axis=1).reshape(-1, j * g, width)[:tokens]
