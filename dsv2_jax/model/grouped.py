@@ -7,6 +7,7 @@ rest as in parameters.py.
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from jax import Array, lax
 
 from dsv2_jax.model import streams
 from dsv2_jax.model.matmul import dot, from_bits, to_bits, weight_gradient, whole
+from dsv2_jax.parallel.mesh import platform
 from pallas_kernels.quantized import Quantized, Weight
 
 _BLOCKS = (512, 128)  # rows of a block in training: large ones first, then small ones for the rest of a group
@@ -40,8 +42,21 @@ def grouped_swiglu(
     An expert id of E drops its pair: no cost, no contribution, a zero gradient for its gate. Quantized weights have no
     gradient.
     """
-    average = experts_NK.size / w_gate_EDF.shape[0]
-    return _run(x_ND, experts_NK, gates_NK, w_gate_EDF, w_up_EDF, w_down_EFD, _blocks(average), keep=False)[0]
+    weights, experts = (w_gate_EDF, w_up_EDF, w_down_EFD), w_gate_EDF.shape[0]
+    average = experts_NK.size / experts
+    sizes, slots = _blocks(average), _slots(average, weights)
+    plan = _sort(experts_NK, experts, max(*sizes, slots))
+    if not slots:
+        return _run(x_ND, plan, gates_NK, weights, sizes, keep=False)[0].astype(x_ND.dtype)
+
+    def first() -> tuple[Array, _Plan]:
+        rest_E = jnp.maximum(plan.counts_E - slots, 0)
+        return _side_by_side(x_ND, plan, gates_NK, weights, slots), _plan(plan.order_P, plan.starts_E + slots, rest_E)
+
+    # A product over all experts reads weights where they lie, a loop copies those of an expert that has rows.
+    most = 4 * jnp.sum(plan.counts_E > 0) >= 3 * experts
+    y_ND, plan = lax.cond(most, first, lambda: (jnp.zeros(x_ND.shape, jnp.float32), plan))
+    return (y_ND + _run(x_ND, plan, gates_NK, weights, sizes, keep=False)[0]).astype(x_ND.dtype)
 
 
 def _blocks(average: float) -> tuple[int, ...]:
@@ -55,17 +70,51 @@ def _blocks(average: float) -> tuple[int, ...]:
     return (16,) if average <= 128 else (128, 16)
 
 
+def _slots(average: float, weights: Sequence[Weight]) -> int:
+    """Rows that all experts compute in one product without a backward pass, what is beyond them in blocks; 0: none.
+
+    Only on CPU, where a product takes whole arrays. Few rows leave experts without any; of many the padding costs more.
+    """
+    if platform() != "cpu" or any(isinstance(w, Quantized) for w in weights):
+        return 0
+    most = 128 if weights[0].dtype == jnp.bfloat16 else 32
+    return 4 * math.ceil((average + math.sqrt(average)) / 4) if 2 <= average <= most else 0
+
+
 def _sort(experts_NK: Array, experts: int, padding: int) -> _Plan:
     ids_P = experts_NK.reshape(-1)
     order_P = jnp.argsort(ids_P, stable=True).astype(jnp.int32)
     counts_E = jnp.sum(ids_P[:, None] == jnp.arange(experts), axis=0, dtype=jnp.int32)
-    starts_E, busy_E = jnp.cumsum(counts_E) - counts_E, jnp.argsort(counts_E == 0, stable=True).astype(jnp.int32)
-    return _Plan(jnp.pad(order_P, (0, padding)), starts_E, counts_E, busy_E)
+    return _plan(jnp.pad(order_P, (0, padding)), jnp.cumsum(counts_E) - counts_E, counts_E)
+
+
+def _plan(order_P: Array, starts_E: Array, counts_E: Array) -> _Plan:
+    return _Plan(order_P, starts_E, counts_E, jnp.argsort(counts_E == 0, stable=True).astype(jnp.int32))
+
+
+def _side_by_side(x_ND: Array, plan: _Plan, gates_NK: Array, weights: Sequence[Array], slots: int) -> Array:
+    """The part of the result in float32 that the first `slots` rows of every expert make, in products over them all."""
+    w_gate_EDF, w_up_EDF, w_down_EFD = weights
+    k, dtype = gates_NK.shape[1], x_ND.dtype
+    pairs_ES = plan.order_P[plan.starts_E[:, None] + jnp.arange(slots)]
+    gates_ES = jnp.where(jnp.arange(slots) < plan.counts_E[:, None], gates_NK.reshape(-1)[pairs_ES], 0)
+    x_ESD = _rows(x_ND, pairs_ES // k)
+    a_ESF, u_ESF = (_per_expert(x_ESD, w).astype(dtype).astype(jnp.float32) for w in (w_gate_EDF, w_up_EDF))
+    hidden_ESF = (jax.nn.silu(a_ESF) * u_ESF * gates_ES[..., None]).astype(dtype)
+    return jnp.zeros(x_ND.shape, jnp.float32).at[pairs_ES // k].add(_per_expert(hidden_ESF, w_down_EFD))
+
+
+def _per_expert(x_ESD: Array, w_EDF: Array) -> Array:
+    return lax.dot_general(x_ESD, w_EDF, (((2,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32)
 
 
 def _expert(w: Weight, e: Array, dtype: jnp.dtype) -> Array:
     """One expert's matrix, as a matmul operand."""
-    return whole(Quantized(w.values[e], w.scale[e]), dtype) if isinstance(w, Quantized) else _rows(w, e)
+    if isinstance(w, Quantized):
+        return whole(Quantized(w.values[e], w.scale[e]), dtype)
+    if w.dtype == jnp.bfloat16:
+        w, e = lax.optimization_barrier((w, e))  # or XLA makes the bits of all experts at once, a copy
+    return _rows(w, e)
 
 
 def _rows(x: Array, at: Array) -> Array:
@@ -89,24 +138,15 @@ def _over_blocks(plan: _Plan, sizes: Sequence[int], e: Array, body: Callable, ca
 
 
 def _run(
-    x_ND: Array,
-    experts_NK: Array,
-    gates_NK: Array,
-    w_gate_EDF: Weight,
-    w_up_EDF: Weight,
-    w_down_EFD: Weight,
-    sizes: Sequence[int],
-    *,
-    keep: bool,
-) -> tuple[Array, _Plan, list[list[Array]]]:
-    """The result, how pairs are sorted, and, if they are to be kept, their gate and up in sorted rows, by stream."""
-    k, experts = experts_NK.shape[1], w_gate_EDF.shape[0]
+    x_ND: Array, plan: _Plan, gates_NK: Array, weights: Sequence[Weight], sizes: Sequence[int], *, keep: bool
+) -> tuple[Array, list[list[Array]]]:
+    """The result in float32 and, if they are to be kept, gate and up in sorted rows, by stream."""
+    k, (experts, _, width) = gates_NK.shape[1], weights[0].shape
     dtype, gates_P = x_ND.dtype, gates_NK.reshape(-1)
-    plan = _sort(experts_NK, experts, max(sizes))
 
     def expert(i: Array, carry: tuple) -> tuple:
         e = plan.busy_E[i]
-        w_gate_DF, w_up_DF, w_down_FD = (_expert(w, e, dtype) for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
+        w_gate_DF, w_up_DF, w_down_FD = (_expert(w, e, dtype) for w in weights)
 
         def block(size: int, row: Array, left: Array, carry: tuple) -> tuple:
             y_ND, *kept = carry
@@ -123,7 +163,7 @@ def _run(
 
         return _over_blocks(plan, sizes, e, block, carry)
 
-    kept = [to_bits(jnp.zeros((plan.order_P.shape[0], w_gate_EDF.shape[2]), dtype))] * (2 * keep)
+    kept = [to_bits(jnp.zeros((plan.order_P.shape[0], width), dtype))] * (2 * keep)
     empty = (jnp.zeros(x_ND.shape, jnp.float32), *kept)
     busy = jnp.cumsum(plan.counts_E > 0, dtype=jnp.int32)
     stops = [stop for _, stop in streams.ranges(experts)]
@@ -131,15 +171,16 @@ def _run(
     edges = [0, *(busy[stop - 1] if keep else busy[-1] * stop // experts for stop in stops)]
     parts = [lax.fori_loop(start, stop, expert, empty) for start, stop in itertools.pairwise(edges)]
     y_ND = functools.reduce(jnp.add, [y_ND for y_ND, *_ in parts])
-    return y_ND.astype(dtype), plan, [kept for _, *kept in parts]
+    return y_ND, [kept for _, *kept in parts]
 
 
 def _forward(
     x_ND: Array, experts_NK: Array, gates_NK: Array, w_gate_EDF: Array, w_up_EDF: Array, w_down_EFD: Array
 ) -> tuple[Array, tuple]:
     weights = w_gate_EDF, w_up_EDF, w_down_EFD
-    y_ND, plan, hidden = _run(x_ND, experts_NK, gates_NK, *weights, _BLOCKS, keep=True)
-    return y_ND, (x_ND, gates_NK, *weights, plan, hidden)
+    plan = _sort(experts_NK, w_gate_EDF.shape[0], max(_BLOCKS))
+    y_ND, hidden = _run(x_ND, plan, gates_NK, weights, _BLOCKS, keep=True)
+    return y_ND.astype(x_ND.dtype), (x_ND, gates_NK, *weights, plan, hidden)
 
 
 def _backward(kept: tuple, g_ND: Array) -> tuple[Array | None, ...]:
@@ -149,7 +190,7 @@ def _backward(kept: tuple, g_ND: Array) -> tuple[Array | None, ...]:
 
     def expert(e: Array, carry: tuple, first: int, a_PF: Array, u_PF: Array) -> tuple:
         dx_ND, dgates_P, *dw_E = carry
-        w_gate_DF, w_up_DF, w_down_FD = (_rows(w, e) for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
+        w_gate_DF, w_up_DF, w_down_FD = (_expert(w, e, dtype) for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
 
         def block(size: int, row: Array, left: Array, carry: tuple) -> tuple:
             dx_ND, dgates_P, dw_gate_DF, dw_up_DF, dw_down_FD = carry

@@ -36,6 +36,9 @@ def project(x: Array, w: Weight, axes: int = 1) -> Array:
 
 def dot(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
     """Matrix product over a's and b's named dimension, accumulated and returned in float32."""
+    if a.dtype == jnp.bfloat16 and a.shape[1 - contract[0]] == 1 and platform() == "cpu":
+        a = jnp.concatenate([a, jnp.zeros_like(a)], axis=1 - contract[0])  # of one row, XLA widens the whole of b
+        return lax.slice_in_dim(dot(a, b, contract), 0, 1)
     return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), preferred_element_type=jnp.float32)
 
 

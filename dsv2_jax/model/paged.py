@@ -88,7 +88,8 @@ def empty(model: Model, mesh: Mesh, pages: int, slots: int, form: Format, dtype:
         scales = {"scales_LKJ": (pages, slots, heads)}
 
     def layer() -> Layer:
-        arrays = {name: jnp.zeros(size, stored) for name, size in sizes.items()}
+        # As bits, where these are moved: made of the pages in each call, they would be a copy of all.
+        arrays = {name: to_bits(jnp.zeros(size, stored)) for name, size in sizes.items()}
         if formats.is_quantized(form):
             arrays |= {name: jnp.zeros(size, jnp.uint32) for name, size in scales.items()}
         return arrays
@@ -167,9 +168,10 @@ def _write(layer: Layer, rows: dict[str, Array], where: Where) -> Layer:
         rows |= {"scales_L1K": words[:, None]} if words.ndim == 1 else {"scales_LKJ": words}
     for name, row in rows.items():
         slot_T = plan.times_T % layer[name].shape[2 if name in _SLOTS_LAST else 1]
-        buffer, row = to_bits(layer[name]), to_bits(row.astype(layer[name].dtype))
+        buffer = layer[name]
+        row = to_bits(row.astype(jnp.bfloat16)) if buffer.dtype == jnp.uint16 else row.astype(buffer.dtype)
         at = buffer.at[plan.page_T, :, slot_T] if name in _SLOTS_LAST else buffer.at[plan.page_T, slot_T]
-        layer[name] = from_bits(at.set(row))
+        layer[name] = at.set(row)
     return layer
 
 
@@ -209,7 +211,7 @@ def _read_grouped(layer: Layer, page_X: Array) -> tuple[tuple[Array, ...], Array
 
 def _take(array: Array, page_X: Array) -> Array:
     """A whole page of each sequence."""
-    return from_bits(to_bits(array).at[page_X].get(mode="promise_in_bounds"))
+    return from_bits(array.at[page_X].get(mode="promise_in_bounds"))
 
 
 Read = Callable[[Layer, Array], tuple[tuple[Array, ...], Array]]

@@ -2,12 +2,14 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from configs import models
-from dsv2_jax.config import SINGLE, Attention
-from dsv2_jax.model import paged, rope
+from dsv2_jax.config import SINGLE, Attention, Compute
+from dsv2_jax.inference import programs
+from dsv2_jax.model import grouped, paged, rope
 from pallas_kernels.latent_attention import decode_kernel
 
 SLOTS = 128
@@ -102,6 +104,24 @@ def test_new_tokens_of_many_sequences_against_float64():
         values = np.einsum("sc,chv->shv", latents[i, :length], w_uv)
         want = np.einsum("hs,shv->hv", p / p.sum(axis=1, keepdims=True), values)
         np.testing.assert_allclose(got[0, i], want, rtol=0, atol=2e-5 * np.abs(want).max())
+
+
+def test_a_bfloat16_call_copies_neither_pages_nor_experts():
+    """On CPU XLA widens whole bfloat16 buffers unless they are moved as bits: what a call needs beside them tells."""
+    model, compute = dataclasses.replace(models.tiny(), num_hidden_layers=2), Compute(dtype="bfloat16")
+    setup = programs.Setup(model=model, compute=compute, form="compute", weights="compute", devices=None)
+
+    def beside(pages: int) -> int:
+        prepared, layers = programs.described(setup, pages, 16)
+        lowered = programs.forward.lower(prepared, layers, programs.blank(1, 4, 0, 0, 2), setup=setup)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    assert beside(2000) == beside(20)
+    m = model.moe
+    weights = [jnp.zeros((m.n_routed_experts, *s), jnp.bfloat16) for s in ((64, 32), (64, 32), (32, 64))]
+    x, ids, gates = jnp.zeros((2, 64), jnp.bfloat16), jnp.zeros((2, 2), jnp.int32), jnp.zeros((2, 2))
+    compiled = jax.jit(grouped.grouped_swiglu).lower(x, ids, gates, *weights).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < weights[0].nbytes
 
 
 def test_grouped_queries_read_what_was_written_in_fewer_bits():

@@ -50,6 +50,11 @@ def _skewed(n):
     return np.stack([np.array([3, 1 + 3 * (i % 2)]) for i in range(n)])
 
 
+def _uneven(n):
+    """All of the first choices to expert 3, the others spread over the rest: none is empty."""
+    return np.stack([np.array([3, (0, 1, 2, 4)[i % 4]]) for i in range(n)])
+
+
 def _dropping(n):
     experts = _skewed(n)
     experts[::3, 0] = E
@@ -63,6 +68,7 @@ CASES = {
     "few, dropping": (9, 2, _dropping(9)),
     "some": (20, 2, None),
     "some more": (60, 2, None),
+    "one beyond its share": (40, 2, _uneven(40)),
     "many": (301, 3, None),
     "many, skewed": (333, 2, _skewed(333)),
     "many, dropping": (333, 2, _dropping(333)),
@@ -89,6 +95,13 @@ def test_bfloat16_is_as_exact_as_plain_bfloat16(n):
     assert [a.dtype for a in got] == [jnp.bfloat16] * 2 + [jnp.float32] + [jnp.bfloat16] * 3
     plain = _errors(_vjp(_dense, case, g), true)
     assert all(ours <= 1.2 * theirs for ours, theirs in zip(_errors(got, true), plain, strict=True))
+
+
+@pytest.mark.parametrize("n", [1, 4, 16, 60])
+def test_bfloat16_without_a_backward_pass(n):
+    case, g = _case(n, 3, jnp.bfloat16, d=64, f=32)
+    # Gate, up, their product and the result are rounded to 8 bits, by 2^-9 each.
+    assert _errors([jax.jit(grouped.grouped_swiglu)(*case)], _true(case, g)[:1])[0] < 2**-7
 
 
 def test_remat_in_a_scan_changes_nothing():
