@@ -1,6 +1,6 @@
 """The engine beside transformers' generate on this machine's CPU: the same model, the same requests, tokens a second.
 
-    python benchmarks/engine.py [--rounds 3] [--cases batch_1 batch_16 mixed_64] [--sides ...] [--json FILE]
+    python benchmarks/engine.py [--rounds 3] [--cases batch_1 batch_16 mixed_64 long_16] [--dtype float32] [--json FILE]
 
 Each side runs in a process of its own with all cores, one after the other; compiled programs are warm. The engine runs
 on one device that has all cores, and on one device a core over the tensor axis; the better counts. transformers runs
@@ -32,9 +32,10 @@ from dsv2_jax import cli  # noqa: E402
 from dsv2_jax.config import check  # noqa: E402
 from dsv2_jax.model import parameters  # noqa: E402
 
-Case = Literal["batch_1", "batch_16", "mixed_64"]
+Case = Literal["batch_1", "batch_16", "mixed_64", "long_16"]
 Side = Literal["one_device", "tensor", "eager", "compiled"]
 OURS = ("one_device", "tensor")
+ONE_LENGTH = {"batch_1": (128, 64), "batch_16": (128, 64), "long_16": (1024, 256)}  # of prompts, of answers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,27 +43,30 @@ class Options:
     """Compare generated tokens per second of the engine and of transformers' generate on this machine's CPU."""
 
     rounds: int = 3  # timed rounds of each side; the median counts
-    cases: tuple[Case, ...] = ("batch_1", "batch_16", "mixed_64")
+    cases: tuple[Case, ...] = ("batch_1", "batch_16", "mixed_64", "long_16")
     sides: tuple[Side, ...] = ("one_device", "tensor", "eager", "compiled")
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of both sides' weights and activations
+    limit: int = 900  # seconds after which a side is ended
     json: Path | None = None  # the figures, for a program
 
     def __post_init__(self) -> None:
-        check(self.rounds > 0, f"--rounds must be positive, not {self.rounds}")
+        for name in ("rounds", "limit"):
+            check(getattr(self, name) > 0, f"--{name} must be positive, not {getattr(self, name)}")
 
 
 def requests(case: str, turn: int) -> list[tuple[list[int], int]]:
     """(prompt, new tokens) of each request; every round has prompts of its own, so that nothing is found in a cache."""
     rng = np.random.default_rng((len(case), turn))
     count = int(case.rsplit("_", 1)[1])
-    if case.startswith("batch"):
-        lengths, new = [128] * count, [64] * count
+    if case in ONE_LENGTH:
+        lengths, new = ([n] * count for n in ONE_LENGTH[case])
     else:  # the same lengths in every round
         sizes = np.random.default_rng(0)
         lengths, new = sizes.integers(16, 257, count).tolist(), sizes.integers(16, 129, count).tolist()
     return [(rng.integers(0, SMALL.vocab_size, n).tolist(), k) for n, k in zip(lengths, new, strict=True)]
 
 
-def run_ours(case: str, rounds: int, tensor: int) -> dict[str, Any]:
+def run_ours(case: str, rounds: int, dtype: str, tensor: int) -> dict[str, Any]:
     """Rates of the engine on so many devices, and how often it compiled after warm-up."""
     import jax
 
@@ -81,9 +85,9 @@ def run_ours(case: str, rounds: int, tensor: int) -> dict[str, Any]:
     cli.keep_freed_memory()
     params = transformer.init(SMALL, jax.random.key(0))
     rows = int(case.rsplit("_", 1)[1])
-    capacity = Capacity(rows=rows, length=512)
+    capacity = Capacity(rows=rows, length=max(len(prompt) + new for prompt, new in requests(case, 0)))
     devices = mesh.make(Mesh(fsdp=1, tensor=tensor))
-    engine = Engine(params, SMALL, compute=Compute(dtype="float32", remat="none"), capacity=capacity, mesh=devices)
+    engine = Engine(params, SMALL, compute=Compute(dtype=dtype, remat="none"), capacity=capacity, mesh=devices)
     engine.warm()
     before, rates = len(compiled), []
     for turn in range(rounds + 1):
@@ -94,7 +98,7 @@ def run_ours(case: str, rounds: int, tensor: int) -> dict[str, Any]:
     return {"rates": rates[1:], "compiled_after_warm_up": len(compiled) - before}
 
 
-def run_transformers(case: str, rounds: int, compiled: bool) -> dict[str, Any]:
+def run_transformers(case: str, rounds: int, dtype: str, compiled: bool) -> dict[str, Any]:
     """Rates of transformers, each round's best way of batching."""
     import torch
     from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
@@ -103,7 +107,7 @@ def run_transformers(case: str, rounds: int, compiled: bool) -> dict[str, Any]:
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
-    model: Any = DeepseekV2ForCausalLM(DeepseekV2Config.from_dict(to_hf_config(SMALL))).eval()
+    model: Any = DeepseekV2ForCausalLM(DeepseekV2Config.from_dict(to_hf_config(SMALL))).to(getattr(torch, dtype)).eval()
     settings: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     if compiled:
         model.forward = torch.compile(model.forward)
@@ -125,35 +129,42 @@ def run_transformers(case: str, rounds: int, compiled: bool) -> dict[str, Any]:
     for turn in range(rounds + 1):
         wanted = requests(case, turn)
         ways = [[wanted]]
-        if case.startswith("mixed"):
+        if case not in ONE_LENGTH:
             by_length = sorted(wanted, key=lambda request: request[1])
             ways.append([by_length[i : i + 16] for i in range(0, len(by_length), 16)])
         rates.append(max(map(rate, ways)))
     return {"rates": rates[1:]}
 
 
-def measure(side: str, case: str, rounds: int) -> dict[str, Any]:
+def measure(side: str, case: str, options: Options) -> dict[str, Any]:
     """A side's figures from a process of its own."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    command = [sys.executable, __file__, "worker", side, case, str(rounds)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
+    command = [sys.executable, __file__, "worker", side, case, str(options.rounds), options.dtype]
+    try:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, env=environment, check=False, timeout=options.limit
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"ended after {options.limit} seconds; --limit sets them"}
     if done.returncode:
         return {"error": f"ended with exit code {done.returncode}; its error is above"}
     found = json.loads(done.stdout.splitlines()[-1])
     return found | ({"tokens_per_second": statistics.median(found["rates"])} if "rates" in found else {})
 
 
-def worker(side: str, case: str, rounds: int) -> dict[str, Any]:
+def worker(side: str, case: str, rounds: int, dtype: str) -> dict[str, Any]:
     """What one process does."""
     if side in OURS:
         cores = len(os.sched_getaffinity(0))
-        return run_ours(case, rounds, math.gcd(cores, SMALL.attention.num_attention_heads) if side == "tensor" else 1)
+        return run_ours(
+            case, rounds, dtype, math.gcd(cores, SMALL.attention.num_attention_heads) if side == "tensor" else 1
+        )
     try:
-        return run_transformers(case, rounds, compiled=side == "compiled")
+        return run_transformers(case, rounds, dtype, compiled=side == "compiled")
     except Exception as error:  # whatever inductor fails with here; the parent prints it
         if side != "compiled":
             raise
@@ -166,11 +177,11 @@ def main() -> int:
     console = rich.console.Console()
     table = rich.table.Table(
         "tokens/s", *options.sides, "ratio", "compiled after warm-up",
-        title=f"{parameters.count(SMALL) / 1e6:.1f}M parameters, float32, median of {options.rounds} rounds",
+        title=f"{parameters.count(SMALL) / 1e6:.1f}M parameters, {options.dtype}, median of {options.rounds} rounds",
     )  # fmt: skip
     figures: dict[str, Any] = {}
     for case in options.cases:
-        found: dict[str, Any] = {side: measure(side, case, options.rounds) for side in options.sides}
+        found: dict[str, Any] = {side: measure(side, case, options) for side in options.sides}
         rates = {side: f.get("tokens_per_second", 0.0) for side, f in found.items()}
         ours = max((rate for side, rate in rates.items() if side in OURS), default=0.0)
         theirs = max((rate for side, rate in rates.items() if side not in OURS), default=0.0)
@@ -189,7 +200,7 @@ def main() -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["worker"]:
-        _, _, side_, case_, rounds_ = sys.argv
-        print(json.dumps(worker(side_, case_, int(rounds_))))
+        _, _, side_, case_, rounds_, dtype_ = sys.argv
+        print(json.dumps(worker(side_, case_, int(rounds_), dtype_)))
     else:
         cli.main(main)

@@ -107,8 +107,9 @@ class Engine:
         self._prepared = programs.prepare(params, self.setup)
         self._lane_of: dict[int, tuple[Scheduler, Running]] = {}
         self._ids = itertools.count()
-        self._rows = _powers(4, c.rows)
-        self._chunks = [0, *(64 * n for n in _powers(2, c.chunk // 64))]
+        chunks = [64 * n for n in _powers(2, c.chunk // 64)]
+        # Beside a chunk, rows that pad cost little; without one they are what a step costs.
+        self._shapes = [*((n, 0) for n in _powers(2, c.rows)), *itertools.product(_powers(4, c.rows), chunks)]
 
     def replace(self, params: Any) -> None:
         """Goes on with other weights of the same shapes; what was computed with the old ones is not reused.
@@ -123,7 +124,7 @@ class Engine:
     def warm(self) -> None:
         """Compiles every program that a step can need: from here on nothing is compiled."""
         greedy = sampling.rows([], [], [], self.capacity.rows)
-        for n, chunk in itertools.product(self._rows, self._chunks):
+        for n, chunk in self._shapes:
             call, targets_ZC = self._blank(n, chunk)
             rows_ZND, chunk_ZCD = self._forward(call)
             if chunk:
@@ -253,9 +254,11 @@ class Engine:
     def _call(self, plans: list[list[Part]]) -> tuple[programs.Call, np.ndarray]:
         """The arrays of a step, and what tokens of the chunk are scored by: target + 1, or 0."""
         size = self._block
-        n = _bucket(max(map(len, plans)), self._rows)
         lengths = [[-(-(p.stop - p.start) // size) * size for p in plan if p.chunk] for plan in plans]
-        call, targets_ZC = self._blank(n, _bucket(max(map(sum, lengths)), self._chunks))
+        rows, tokens = max(map(len, plans)), max(map(sum, lengths))
+        # The first that holds both: those without a chunk come first.
+        n, chunk = next(s for s in self._shapes if s[0] >= rows and s[1] >= tokens)
+        call, targets_ZC = self._blank(n, chunk)
         for z, plan in enumerate(plans):
             at = n
             for row, part in enumerate(plan):
@@ -395,8 +398,3 @@ def _powers(base: int, most: int) -> list[int]:
     """1, base, base squared and so on below `most`, and `most`."""
     below = itertools.takewhile(lambda p: p < most, (base**i for i in itertools.count()))
     return [*below, most]
-
-
-def _bucket(size: int, buckets: Sequence[int]) -> int:
-    """The smallest bucket that holds it."""
-    return next(b for b in buckets if b >= size)

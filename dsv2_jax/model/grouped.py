@@ -78,7 +78,7 @@ def _slots(average: float, weights: Sequence[Weight]) -> int:
     if platform() != "cpu" or any(isinstance(w, Quantized) for w in weights):
         return 0
     most = 128 if weights[0].dtype == jnp.bfloat16 else 32
-    return 4 * math.ceil((average + math.sqrt(average)) / 4) if 2 <= average <= most else 0
+    return 4 * round((average + math.sqrt(average)) / 4) if 2 <= average <= most else 0
 
 
 def _sort(experts_NK: Array, experts: int, padding: int) -> _Plan:
