@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import rich.console
@@ -33,6 +33,7 @@ from dsv2_jax.config import check  # noqa: E402
 from dsv2_jax.model import parameters  # noqa: E402
 
 Case = Literal["batch_1", "batch_16", "mixed_64", "long_16"]
+Dtype = Literal["float32", "bfloat16"]
 Side = Literal["one_device", "tensor", "eager", "compiled"]
 OURS = ("one_device", "tensor")
 ONE_LENGTH = {"batch_1": (128, 64), "batch_16": (128, 64), "long_16": (1024, 256)}  # of prompts, of answers
@@ -45,7 +46,7 @@ class Options:
     rounds: int = 3  # timed rounds of each side; the median counts
     cases: tuple[Case, ...] = ("batch_1", "batch_16", "mixed_64", "long_16")
     sides: tuple[Side, ...] = ("one_device", "tensor", "eager", "compiled")
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of both sides' weights and activations
+    dtype: Dtype = "float32"  # of both sides' weights and activations
     limit: int = 900  # seconds after which a side is ended
     json: Path | None = None  # the figures, for a program
 
@@ -66,7 +67,7 @@ def requests(case: str, turn: int) -> list[tuple[list[int], int]]:
     return [(rng.integers(0, SMALL.vocab_size, n).tolist(), k) for n, k in zip(lengths, new, strict=True)]
 
 
-def run_ours(case: str, rounds: int, dtype: str, tensor: int) -> dict[str, Any]:
+def run_ours(case: str, rounds: int, dtype: Dtype, tensor: int) -> dict[str, Any]:
     """Rates of the engine on so many devices, and how often it compiled after warm-up."""
     import jax
 
@@ -98,7 +99,7 @@ def run_ours(case: str, rounds: int, dtype: str, tensor: int) -> dict[str, Any]:
     return {"rates": rates[1:], "compiled_after_warm_up": len(compiled) - before}
 
 
-def run_transformers(case: str, rounds: int, dtype: str, compiled: bool) -> dict[str, Any]:
+def run_transformers(case: str, rounds: int, dtype: Dtype, compiled: bool) -> dict[str, Any]:
     """Rates of transformers, each round's best way of batching."""
     import torch
     from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
@@ -156,13 +157,12 @@ def measure(side: str, case: str, options: Options) -> dict[str, Any]:
     return found | ({"tokens_per_second": statistics.median(found["rates"])} if "rates" in found else {})
 
 
-def worker(side: str, case: str, rounds: int, dtype: str) -> dict[str, Any]:
+def worker(side: str, case: str, rounds: int, dtype: Dtype) -> dict[str, Any]:
     """What one process does."""
     if side in OURS:
         cores = len(os.sched_getaffinity(0))
-        return run_ours(
-            case, rounds, dtype, math.gcd(cores, SMALL.attention.num_attention_heads) if side == "tensor" else 1
-        )
+        tensor = math.gcd(cores, SMALL.attention.num_attention_heads) if side == "tensor" else 1
+        return run_ours(case, rounds, dtype, tensor)
     try:
         return run_transformers(case, rounds, dtype, compiled=side == "compiled")
     except Exception as error:  # whatever inductor fails with here; the parent prints it
@@ -201,6 +201,6 @@ def main() -> int:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["worker"]:
         _, _, side_, case_, rounds_, dtype_ = sys.argv
-        print(json.dumps(worker(side_, case_, int(rounds_), dtype_)))
+        print(json.dumps(worker(side_, case_, int(rounds_), cast(Dtype, dtype_))))
     else:
         cli.main(main)

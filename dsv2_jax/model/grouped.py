@@ -44,7 +44,8 @@ def grouped_swiglu(
     """
     weights, experts = (w_gate_EDF, w_up_EDF, w_down_EFD), w_gate_EDF.shape[0]
     average = experts_NK.size / experts
-    sizes, slots = _blocks(average), _slots(average, weights)
+    quantized = any(isinstance(w, Quantized) for w in weights)  # a product over all would need all of them whole
+    sizes, slots = _blocks(average), 0 if quantized else _slots(average, x_ND.dtype)
     plan = _sort(experts_NK, experts, max(*sizes, slots))
     if not slots:
         return _run(x_ND, plan, gates_NK, weights, sizes, keep=False)[0].astype(x_ND.dtype)
@@ -70,15 +71,13 @@ def _blocks(average: float) -> tuple[int, ...]:
     return (16,) if average <= 128 else (128, 16)
 
 
-def _slots(average: float, weights: Sequence[Weight]) -> int:
+def _slots(average: float, dtype: jnp.dtype) -> int:
     """Rows that all experts compute in one product without a backward pass, what is beyond them in blocks; 0: none.
 
     Only on CPU, where a product takes whole arrays. Few rows leave experts without any; of many the padding costs more.
     """
-    if platform() != "cpu" or any(isinstance(w, Quantized) for w in weights):
-        return 0
-    most = 128 if weights[0].dtype == jnp.bfloat16 else 32
-    return 4 * round((average + math.sqrt(average)) / 4) if 2 <= average <= most else 0
+    most = 128 if dtype == jnp.bfloat16 else 32
+    return 4 * round((average + math.sqrt(average)) / 4) if platform() == "cpu" and 2 <= average <= most else 0
 
 
 def _sort(experts_NK: Array, experts: int, padding: int) -> _Plan:
@@ -92,10 +91,10 @@ def _plan(order_P: Array, starts_E: Array, counts_E: Array) -> _Plan:
     return _Plan(order_P, starts_E, counts_E, jnp.argsort(counts_E == 0, stable=True).astype(jnp.int32))
 
 
-def _side_by_side(x_ND: Array, plan: _Plan, gates_NK: Array, weights: Sequence[Array], slots: int) -> Array:
+def _side_by_side(x_ND: Array, plan: _Plan, gates_NK: Array, weights: Sequence[Weight], slots: int) -> Array:
     """The part of the result in float32 that the first `slots` rows of every expert make, in products over them all."""
-    w_gate_EDF, w_up_EDF, w_down_EFD = weights
     k, dtype = gates_NK.shape[1], x_ND.dtype
+    w_gate_EDF, w_up_EDF, w_down_EFD = (whole(w, dtype) for w in weights)
     pairs_ES = plan.order_P[plan.starts_E[:, None] + jnp.arange(slots)]
     gates_ES = jnp.where(jnp.arange(slots) < plan.counts_E[:, None], gates_NK.reshape(-1)[pairs_ES], 0)
     x_ESD = _rows(x_ND, pairs_ES // k)
@@ -112,7 +111,7 @@ def _expert(w: Weight, e: Array, dtype: jnp.dtype) -> Array:
     """One expert's matrix, as a matmul operand."""
     if isinstance(w, Quantized):
         return whole(Quantized(w.values[e], w.scale[e]), dtype)
-    if w.dtype == jnp.bfloat16:
+    if w.dtype == jnp.bfloat16 and platform() == "cpu":
         w, e = lax.optimization_barrier((w, e))  # or XLA makes the bits of all experts at once, a copy
     return _rows(w, e)
 
