@@ -1,6 +1,6 @@
 """The engine beside transformers' generate on this machine's CPU: the same model, the same requests, tokens a second.
 
-    python benchmarks/engine.py [--rounds 3] [--cases batch_1 batch_16 mixed_64 long_16] [--dtype float32] [--json FILE]
+    python benchmarks/engine.py [--rounds 3] [--cases batch_1 ... long_16] [--dtype float32] [--json FILE]
 
 Each side runs in a process of its own with all cores, one after the other; compiled programs are warm. The engine runs
 on one device that has all cores, and on one device a core over the tensor axis; the better counts. transformers runs
@@ -32,11 +32,12 @@ from dsv2_jax import cli  # noqa: E402
 from dsv2_jax.config import check  # noqa: E402
 from dsv2_jax.model import parameters  # noqa: E402
 
-Case = Literal["batch_1", "batch_16", "mixed_64", "long_16"]
+Case = Literal["batch_1", "batch_16", "mixed_64", "long_1", "long_16"]
 Dtype = Literal["float32", "bfloat16"]
 Side = Literal["one_device", "tensor", "eager", "compiled"]
 OURS = ("one_device", "tensor")
-ONE_LENGTH = {"batch_1": (128, 64), "batch_16": (128, 64), "long_16": (1024, 256)}  # of prompts, of answers
+_SHORT, _LONG = (128, 64), (1024, 256)  # tokens of a prompt and of its answer
+ONE_LENGTH = {"batch_1": _SHORT, "batch_16": _SHORT, "long_1": _LONG, "long_16": _LONG}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ class Options:
     """Compare generated tokens per second of the engine and of transformers' generate on this machine's CPU."""
 
     rounds: int = 3  # timed rounds of each side; the median counts
-    cases: tuple[Case, ...] = ("batch_1", "batch_16", "mixed_64", "long_16")
+    cases: tuple[Case, ...] = ("batch_1", "batch_16", "mixed_64", "long_1", "long_16")
     sides: tuple[Side, ...] = ("one_device", "tensor", "eager", "compiled")
     dtype: Dtype = "float32"  # of both sides' weights and activations
     limit: int = 900  # seconds after which a side is ended
