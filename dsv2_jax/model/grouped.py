@@ -1,7 +1,8 @@
 """Experts' SwiGLU over sorted (token, expert) pairs: cost follows the pairs, not experts times tokens.
 
 Pairs are sorted by expert; a loop over the experts that have any runs an inner loop over blocks of rows, as many as the
-group needs. Plain XLA, exact, on any device. Letters: N tokens, K active experts, P = N K pairs, S rows of a block; the
+group needs. Without a backward pass, on CPU, the first rows of all experts go side by side where most have some. Plain
+XLA, exact, on any device. Letters: N tokens, K active experts, P = N K pairs, S rows of a block; the
 rest as in parameters.py.
 """
 
