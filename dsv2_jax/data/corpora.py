@@ -55,11 +55,12 @@ def prepare(data: Data) -> Corpus:
     A document is a file, a JSONL line, or in the built-in corpus a source file, a help topic, a scene or a chapter. Of
     each kind (in a folder: of each folder at its top) `data.held_out_fraction` of the bytes is held out, whole
     documents in the order of a hash of their content, those that do not fit passed over; so the split does not depend
-    on the order of files, and scenes or chapters of one book can be on either side. When none fits, the smallest
-    document is held out; when there is only one, its end is, cut at the nearest line.
+    on the order of files, and scenes or chapters of one book can be on either side. When no text fits, that fraction
+    of the longest one is held out: its end, cut at the nearest line. Conversations, preferences and prompts are never
+    cut: when none fits, the smallest is held out.
 
     Local files are read on every call, which is how a changed one is noticed. Raises ValueError for a missing path,
-    text that is not UTF-8, a broken JSONL line, and a corpus without text.
+    text that is not UTF-8, a broken JSONL line, a corpus without text, and one that leaves nothing to hold out.
     """
     root = data.folder / "corpora"
     if data.source != "builtin":
@@ -176,7 +177,10 @@ def _conversation(value: Any, where: str, _: str) -> str:
 
 
 def _check_unicode(text: str, where: str) -> None:
-    check(not any("\ud800" <= c <= "\udfff" for c in text), f"{where} holds half a surrogate pair")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where} holds half a surrogate pair") from None
 
 
 def _prompt(value: Any, where: str, _: str) -> str:
@@ -218,7 +222,7 @@ class _Plan(NamedTuple):
 
     digest: str
     held_out: frozenset[bytes]  # hashes of the documents kept for evaluation
-    cut: int  # of a corpus of one document: where its held-out end begins; else 0
+    cut: tuple[bytes, int] | None = None  # the hash of the one document that is cut, and where its held-out end begins
 
 
 def _hash(text: str) -> bytes:
@@ -227,24 +231,15 @@ def _hash(text: str) -> bytes:
 
 def _plan(documents: Callable[[], Iterable[Document]], data: Data) -> _Plan:
     sizes: dict[str, dict[bytes, int]] = collections.defaultdict(dict)  # by the first part of the name, then by hash
-    only, decided = "", set()
+    longest, decided = "", set()
     for name, text, kept in documents():
         if text.strip():
             decided |= {_hash(text)} if kept else set()
             sizes[name.partition("/")[0] if "/" in name else ""][_hash(text)] = len(text.encode())
-            only = text
+            longest = max(longest, text, key=lambda t: (len(t), t))
     check(bool(sizes), f"data.source {data.source} holds no text: the corpus is empty")
     every = {key: size for group in sizes.values() for key, size in group.items()}
     split = b"".join(sorted(decided)) or repr(data.held_out_fraction).encode()
-    digest = hashlib.blake2b(split + b"".join(sorted(every)), digest_size=8).hexdigest()
-    if len(every) == 1:
-        aim = int(len(only) * (1 - data.held_out_fraction))
-        cut = only.rfind("\n", 0, aim) + 1 or aim
-        check(
-            bool(only[:cut].strip() and only[cut:].strip()),
-            f"data.source {data.source} is too short to keep a part of it for evaluation",
-        )
-        return _Plan(digest, frozenset(), cut)
     held_out = set(decided)
     for group in sizes.values() if not decided else ():
         left = sum(group.values()) * data.held_out_fraction
@@ -252,7 +247,29 @@ def _plan(documents: Callable[[], Iterable[Document]], data: Data) -> _Plan:
             if group[key] <= left:
                 held_out.add(key)
                 left -= group[key]
-    return _Plan(digest, frozenset(held_out) or frozenset({min(every, key=lambda k: (every[k], k))}), 0)
+    cut = None
+    if not held_out and data.form == "text":
+        cut = _hash(longest), _end(longest, data)
+        split += cut[0] if len(every) > 1 else b""  # of a single document the fraction says it all
+    elif not held_out:
+        check(
+            len(every) > 1,
+            f"data.source {data.source} holds a single line of {data.form}: evaluation needs another one",
+        )
+        held_out = {min(every, key=lambda k: (every[k], k))}
+    digest = hashlib.blake2b(split + b"".join(sorted(every)), digest_size=8).hexdigest()
+    return _Plan(digest, frozenset(held_out), cut)
+
+
+def _end(text: str, data: Data) -> int:
+    """Where the last `data.held_out_fraction` of the text begins, at the nearest line before. Raises ValueError."""
+    aim = int(len(text) * (1 - data.held_out_fraction))
+    cut = text.rfind("\n", 0, aim) + 1 or aim
+    check(
+        bool(text[:cut].strip() and text[cut:].strip()),
+        f"data.source {data.source} is too short to keep a part of it for evaluation",
+    )
+    return cut
 
 
 class _Builder(tfds.core.GeneratorBasedBuilder):
@@ -277,11 +294,10 @@ class _Builder(tfds.core.GeneratorBasedBuilder):
         for number, (name, text, _) in enumerate(self._documents()):
             if not text.strip():
                 continue
-            if plan.cut:
-                part = text[plan.cut :] if held_out else text[: plan.cut]
-            elif (_hash(text) in plan.held_out) == held_out:
-                part = text
-            else:
+            key, part = _hash(text), text
+            if plan.cut and plan.cut[0] == key:
+                part = text[plan.cut[1] :] if held_out else text[: plan.cut[1]]
+            elif (key in plan.held_out) != held_out:
                 continue
             yield str(number), {"name": name, "text": part}
 

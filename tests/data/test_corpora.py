@@ -84,18 +84,42 @@ def test_prepared_once_and_again_after_a_change(tmp_path):
     assert [p.name for p in (tmp_path / "data" / "corpora").glob(".incoming*")] == []
 
 
-def test_few_documents_hold_out_the_smallest_and_one_document_its_end(tmp_path):
-    three = _write_folder(tmp_path / "three", ["a" * 50, "b" * 10, "c" * 90])
-    corpus = corpora.prepare(Data(source=str(three), folder=tmp_path / "data"))
-    assert _texts(corpus.held_out) == ["b" * 10]
-    lines = "".join(f"line {i}\n" for i in range(100))
-    single = tmp_path / "single.txt"
-    single.write_text(lines)
-    corpus = corpora.prepare(Data(source=str(single), held_out_fraction=0.25, folder=tmp_path / "data"))
-    (train,), (held,) = _texts(corpus.train), _texts(corpus.held_out)
-    assert train + held == lines
-    assert train.endswith("\n")
-    assert abs(len(held) / len(lines) - 0.25) < 0.02
+LINES = "".join(f"line {i}\n" for i in range(100))
+
+
+@pytest.mark.parametrize("others", [[], ["a" * 500], [LINES[::-1]]])
+def test_when_no_text_fits_the_end_of_the_longest_is_held_out(tmp_path, others):
+    source = _write_folder(tmp_path / "source", [LINES, *others])
+    corpus = corpora.prepare(Data(source=str(source), held_out_fraction=0.25, folder=tmp_path / "data"))
+    train, (held,) = _texts(corpus.train), _texts(corpus.held_out)
+    cut = next(text for text in train if text not in others)
+    assert sorted([cut + held, *(text for text in train if text != cut)]) == sorted([LINES, *others])
+    assert abs(len(held) / len(LINES) - 0.25) < 0.02
+    assert (cut + held)[len(cut) - 1] == "\n" or (cut + held) == LINES[::-1]
+
+
+def test_two_equal_text_files_lose_a_small_share_to_evaluation(tmp_path):
+    source = _write_folder(tmp_path / "source", [LINES, LINES])
+    corpus = corpora.prepare(Data(source=str(source), held_out_fraction=0.1, folder=tmp_path / "data"))
+    held = sum(map(len, _texts(corpus.held_out)))
+    assert 0.05 < held / (2 * len(LINES)) < 0.12
+    assert not set("".join(_texts(corpus.train)).splitlines()) & set("".join(_texts(corpus.held_out)).splitlines())
+
+
+_CHAT = {"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2. " * 30}]}
+
+
+def test_conversations_are_never_cut(tmp_path):
+    other = {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
+    file = tmp_path / "chats.jsonl"
+    file.write_text(json.dumps(_CHAT) + "\n")
+    data = Data(source=str(file), form="conversations", folder=tmp_path / "data")
+    with pytest.raises(ValueError, match="holds a single line of conversations: evaluation needs another one"):
+        corpora.prepare(data)
+    file.write_text(json.dumps(_CHAT) + "\n" + json.dumps(other) + "\n")
+    corpus = corpora.prepare(data)
+    assert [json.loads(text) for text in _texts(corpus.train)] == [_CHAT["messages"]]
+    assert [json.loads(text) for text in _texts(corpus.held_out)] == [other["messages"]]
 
 
 @pytest.mark.parametrize(
