@@ -3,7 +3,8 @@
     python benchmarks/cpu_vs_transformers.py [--threads N] [--rounds 5] [--cases train prefill ...] [--json FILE]
 
 Each side runs in a process of its own with the same threads, in turn: while one works the others wait, and each round
-runs twice, timed the second time. transformers runs eagerly and under torch.compile, and the better of the two counts.
+runs twice, timed the second time. This project trains by its own step and generates by the engine that people run.
+transformers runs eagerly and under torch.compile, and the better of the two counts.
 Rates are medians over the rounds. The share of the peak is the model's own arithmetic over that of a large matrix
 product, measured between the rounds.
 """
@@ -20,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Literal
 
+import numpy as np
 import rich.console
 import rich.table
 
@@ -99,7 +101,9 @@ def run_ours(case: str, rounds: int) -> Callable[[], float]:
     import jax
     import jax.numpy as jnp
 
-    from dsv2_jax.model import cache, transformer
+    from dsv2_jax.inference.engine import Capacity, Engine
+    from dsv2_jax.inference.request import Request
+    from dsv2_jax.model import transformer
     from dsv2_jax.training.step import create, train_step
 
     dtype = "bfloat16" if case == "train_bf16" else "float32"
@@ -128,34 +132,23 @@ def run_ours(case: str, rounds: int) -> Callable[[], float]:
 
         return _timed(step)
 
-    network = transformer.Transformer(SMALL, compute, unrolled=True)
-    unrolled = jax.block_until_ready(transformer.unstack(params))
-    size = 1 if case == "prefill" else rows(case)
-    length, slots = (PROMPT, PROMPT) if case == "prefill" else (CONTEXT, CONTEXT + NEW * (2 * rounds + 1))
+    size, length, new = (1, PROMPT, 1) if case == "prefill" else (rows(case), CONTEXT, NEW * (2 * rounds + 1) + 32)
+    engine = Engine(params, SMALL, compute=compute, capacity=Capacity(rows=size, length=length + new))
+    draws = np.random.default_rng(1)
 
-    def call(params: Any, tokens_BT: jax.Array, store: Any, prefill: bool) -> tuple[jax.Array, Any]:
-        positions_BT = store.length + jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        out: Any = network.apply(
-            {"params": params}, tokens_BT, positions_BT, jnp.ones_like(tokens_BT), cache=store, prefill=prefill
-        )
-        return jnp.argmax(transformer.logits(params, out.hidden_BTD[:, -1:]), axis=-1), out.cache
-
-    jitted = jax.jit(call, static_argnames="prefill", donate_argnames="store")
-    prompt_BT = jax.random.randint(jax.random.key(1), (size, length), 0, SMALL.vocab_size)
-
-    def fill() -> tuple[jax.Array, Any]:
-        store = cache.empty(SMALL, size, slots, jnp.float32)
-        return jax.block_until_ready(jitted(unrolled, prompt_BT, store, prefill=True))
+    def prompt() -> Request:
+        """A new one each time: the engine computes none twice."""
+        return Request(prompt=tuple(draws.integers(0, SMALL.vocab_size, length).tolist()), max_new=new)
 
     if case == "prefill":
-        return _timed(fill)
-    last_BT, store = fill()
+        return _timed(lambda: engine.generate([prompt()]))
+    waiting = {engine.add(prompt()) for _ in range(size)}
+    while waiting:  # until every context is in the cache
+        waiting -= {event.id for event in engine.step()}
 
     def decode() -> None:
-        nonlocal last_BT, store
         for _ in range(NEW):
-            last_BT, store = jitted(unrolled, last_BT, store, prefill=False)
-            last_BT.block_until_ready()  # generation looks at every token
+            assert len(engine.step()) == size
 
     return _timed(decode)
 

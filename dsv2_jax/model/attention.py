@@ -1,8 +1,9 @@
 """Multi-head latent attention in its two forms (section 2.1, App. C), and grouped-query attention beside it.
 
-Expanded (training, prefill): keys and values of every head are made from the latent, then plain attention.
-Absorbed (decode): W^UK goes into the query and W^UV behind the sum, so all heads share one 576-wide key, the cache's
-own rows, and no key or value is ever made. Both are the same function.
+Expanded (training, evaluation): keys and values of every head are computed from the latent, then plain attention.
+Absorbed (generation): W^UK is multiplied into the query and W^UV is applied after the sum, so all heads share one
+576-wide key, the cache's own rows, and no key or value is ever computed. Both are the same function. `absorbed` is
+the second form in its readable shape; generation runs it over pages, in `paged.latent`.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from dsv2_jax.config import SINGLE, Mesh, Model
-from dsv2_jax.model import cache as caches
 from dsv2_jax.model import paged, rope
 from dsv2_jax.model.blockwise import attention as blockwise_attention
 from dsv2_jax.model.layers import Kernels, rms_norm
@@ -30,25 +30,23 @@ Params = dict[str, Array]
 class Where(NamedTuple):
     """Where the tokens of a call stand.
 
-    phases_BTR: RoPE's cos and sin. segments_BT, segments_BS int32: a query attends the slots of its own segment.
-    offset: slot of the first query. A static int says that nothing is cached before it.
+    phases_BTR: RoPE's cos and sin. segments_BT, segments_BS int32: a query attends the keys of its own segment.
     """
 
     phases_BTR: tuple[Array, Array]
     segments_BT: Array
     segments_BS: Array
-    offset: Array | int
 
 
 def attend(
     p: Params,
     x_BTD: Array,
     where: Where | paged.Where,
-    cache: caches.Layer | None,
+    cache: paged.Layer | None,
     model: Model,
     mesh: Mesh = SINGLE,
     kernels: Kernels = "xla",
-) -> tuple[Array, caches.Layer | None]:
+) -> tuple[Array, paged.Layer | None]:
     """Attention of the config's kind: (result [B, T, D], the layer's cache with these tokens written, or None)."""
     form = latent_attention if model.attention.kind == "mla" else grouped_query_attention
     o_BTHV, cache = form(p, x_BTD, where, cache, model, mesh, kernels)
@@ -59,12 +57,12 @@ def latent_attention(
     p: Params,
     x_BTD: Array,
     where: Where | paged.Where,
-    cache: caches.Layer | None,
+    cache: paged.Layer | None,
     model: Model,
     mesh: Mesh = SINGLE,
     kernels: Kernels = "xla",
-) -> tuple[Array, caches.Layer | None]:
-    """MLA before W^O, [B, T, H, V]: absorbed over a cache that holds earlier tokens, expanded otherwise."""
+) -> tuple[Array, paged.Layer | None]:
+    """MLA before W^O, [B, T, H, V]: absorbed over the pages of a cache, expanded without one."""
     if "w_dq_DQ" in p:
         c_q_BTQ = rms_norm(project(x_BTD, p["w_dq_DQ"]), p["norm_q_Q"], LATENT_EPSILON)
         q_nope_BTHN = project(c_q_BTQ, p["w_uq_QHN"])
@@ -78,15 +76,8 @@ def latent_attention(
     if isinstance(where, paged.Where):
         assert cache is not None
         return paged.latent(p, q_nope_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR, where, cache, model)
-    if cache is not None:
-        cache = {
-            "latent_BSC": caches.write(cache["latent_BSC"], latent_BSC, where.offset),
-            "rope_BSR": caches.write(cache["rope_BSR"], k_rope_BSR, where.offset),
-        }
-        if not isinstance(where.offset, int):
-            return absorbed(p, q_nope_BTHN, q_rope_BTHR, cache["latent_BSC"], cache["rope_BSR"], where, model), cache
     latent_BSC, k_rope_BSR = context.whole(latent_BSC, mesh), context.whole(k_rope_BSR, mesh)
-    return expanded(p, q_nope_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR, where, model, mesh, kernels), cache
+    return expanded(p, q_nope_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR, where, model, mesh, kernels), None
 
 
 def expanded(
@@ -114,48 +105,37 @@ def expanded(
 def absorbed(
     p: Params, q_nope_BTHN: Array, q_rope_BTHR: Array, latent_BSC: Array, k_rope_BSR: Array, where: Where, model: Model
 ) -> Array:
-    """The same sum with W^UK in the query and W^UV behind it: multi-query attention over the cache (App. C)."""
-    float32 = {"preferred_element_type": jnp.float32}
-    dtype, slots = q_nope_BTHN.dtype, jnp.arange(latent_BSC.shape[1])
-    latent_BSC, k_rope_BSR = latent_BSC.astype(dtype), k_rope_BSR.astype(dtype)
-    q_BTHC = jnp.einsum("bthn,chn->bthc", q_nope_BTHN, p["w_uk_CHN"], **float32).astype(dtype)
-    scores_BHTS = jnp.einsum("bthc,bsc->bhts", q_BTHC, latent_BSC, **float32)
-    scores_BHTS += jnp.einsum("bthr,bsr->bhts", q_rope_BTHR, k_rope_BSR, **float32)
-    times_T = where.offset + jnp.arange(q_BTHC.shape[1])
-    sees_BTS = (slots <= times_T[:, None]) & (where.segments_BT[:, :, None] == where.segments_BS[:, None])
+    """The same function with W^UK in the query and W^UV after the sum: multi-query attention on latents (App. C)."""
+    q_BTHC = jnp.einsum("bthn,chn->bthc", q_nope_BTHN, p["w_uk_CHN"])
+    scores_BHTS = jnp.einsum("bthc,bsc->bhts", q_BTHC, latent_BSC) + jnp.einsum(
+        "bthr,bsr->bhts", q_rope_BTHR, k_rope_BSR
+    )
+    causal_TS = jnp.tri(q_BTHC.shape[1], latent_BSC.shape[1], dtype=bool)
+    sees_BTS = causal_TS & (where.segments_BT[:, :, None] == where.segments_BS[:, None])
     scores_BHTS = jnp.where(sees_BTS[:, None], scores_BHTS * rope.softmax_scale(model), _MASKED)
-    weights_BHTS = jax.nn.softmax(scores_BHTS, axis=-1).astype(dtype)
-    o_BTHC = jnp.einsum("bhts,bsc->bthc", weights_BHTS, latent_BSC, **float32).astype(dtype)
-    return jnp.einsum("bthc,chv->bthv", o_BTHC, p["w_uv_CHV"], **float32).astype(dtype)
+    o_BTHC = jnp.einsum("bhts,bsc->bthc", jax.nn.softmax(scores_BHTS, axis=-1), latent_BSC)
+    return jnp.einsum("bthc,chv->bthv", o_BTHC, p["w_uv_CHV"])
 
 
 def grouped_query_attention(
     p: Params,
     x_BTD: Array,
     where: Where | paged.Where,
-    cache: caches.Layer | None,
+    cache: paged.Layer | None,
     model: Model,
     mesh: Mesh = SINGLE,
     kernels: Kernels = "xla",
-) -> tuple[Array, caches.Layer | None]:
+) -> tuple[Array, paged.Layer | None]:
     """GQA before W^O, [B, T, H, V]; MHA with as many KV heads as heads, MQA with one (App. D.1)."""
     q_BTHR = rope.rotated(x_BTD, p["w_q_DHR"], where.phases_BTR)
     k_BSJR, v_BSJV = rope.rotated(x_BTD, p["w_k_DJR"], where.phases_BTR), project(x_BTD, p["w_v_DJV"])
     if isinstance(where, paged.Where):
         assert cache is not None
         return paged.grouped_queries(q_BTHR, k_BSJR, v_BSJV, where, cache, model)
-    if cache is not None:
-        cache = {
-            "key_BSJR": caches.write(cache["key_BSJR"], k_BSJR, where.offset),
-            "value_BSJV": caches.write(cache["value_BSJV"], v_BSJV, where.offset),
-        }
-        if not isinstance(where.offset, int):
-            k_BSJR, v_BSJV = (cache[name].astype(x_BTD.dtype) for name in ("key_BSJR", "value_BSJV"))
     k_BSJR, v_BSJV = context.whole(k_BSJR, mesh), context.whole(v_BSJV, mesh)
-    # One query is no work for a matrix unit, and the kernel would have the cache with heads first.
-    if kernels == "pallas" and x_BTD.shape[1] > 1:
-        return _causal(_flash(k_BSJR, None, v_BSJV, where, model), (q_BTHR, None), where, mesh), cache
-    return _causal(_blockwise(k_BSJR, v_BSJV, where, model), (q_BTHR,), where, mesh), cache
+    if kernels == "pallas":
+        return _causal(_flash(k_BSJR, None, v_BSJV, where, model), (q_BTHR, None), where, mesh), None
+    return _causal(_blockwise(k_BSJR, v_BSJV, where, model), (q_BTHR,), where, mesh), None
 
 
 # (this device's queries, or a run of them, [B, T, H, *] in the parts that a form takes, their segments, the slot of the
@@ -166,7 +146,7 @@ Attention = Callable[[tuple[Array | None, ...], Array, Array | int], Array]
 def _causal(attention: Attention, queries: tuple[Array | None, ...], where: Where, mesh: Mesh) -> Array:
     """Attention of this device's queries: with context parallelism they are two chunks, far from each other."""
     if mesh.context == 1:
-        return attention(queries, where.segments_BT, where.offset)
+        return attention(queries, where.segments_BT, 0)
     halves = zip(*(jnp.split(q, 2, axis=1) if q is not None else (None, None) for q in queries), strict=True)
     segments, length = jnp.split(where.segments_BT, 2, axis=1), where.segments_BT.shape[1] // 2
     parts = zip(halves, segments, context.places(mesh), strict=True)
@@ -174,12 +154,12 @@ def _causal(attention: Attention, queries: tuple[Array | None, ...], where: Wher
 
 
 def _blockwise(k_BSJK: Array, v_BSJV: Array, where: Where, model: Model) -> Attention:
-    scale, segments_BS = rope.softmax_scale(model), _segments_of(k_BSJK, where)
+    scale = rope.softmax_scale(model)
 
     def run(queries: tuple[Array | None, ...], segments_BT: Array, offset: Array | int) -> Array:
         (q_BTHK,) = queries
         assert q_BTHK is not None
-        segments = {"segments_BT": segments_BT, "segments_BS": segments_BS}
+        segments = {"segments_BT": segments_BT, "segments_BS": where.segments_BS}
         return blockwise_attention(q_BTHK, k_BSJK, v_BSJV, scale=scale, offset=offset, **segments)
 
     return run
@@ -187,20 +167,16 @@ def _blockwise(k_BSJK: Array, v_BSJV: Array, where: Where, model: Model) -> Atte
 
 def _flash(k_BSJN: Array, k_rope_BSR: Array | None, v_BSJV: Array, where: Where, model: Model) -> Attention:
     """By the kernels, which want heads before tokens and the shared rope key once."""
-    scale, segments_BS = rope.softmax_scale(model), _segments_of(k_BSJN, where)
+    scale = rope.softmax_scale(model)
     k_BJSN, v_BJSV = k_BSJN.swapaxes(1, 2), v_BSJV.swapaxes(1, 2)
 
     def run(queries: tuple[Array | None, ...], segments_BT: Array, offset: Array | int) -> Array:
         q_BHTN, q_BHTR = (None if q is None else q.swapaxes(1, 2) for q in queries)
         assert q_BHTN is not None
-        segments = {"segments_BT": segments_BT, "segments_BS": segments_BS}
+        segments = {"segments_BT": segments_BT, "segments_BS": where.segments_BS}
         o_BHTV = kernel_attention(
             q_BHTN, q_BHTR, k_BJSN, k_rope_BSR, v_BJSV, scale=scale, offset=offset, implementation="pallas", **segments
         )
         return o_BHTV.swapaxes(1, 2)
 
     return run
-
-
-def _segments_of(keys_BSJK: Array, where: Where) -> Array:
-    return where.segments_BS[:, : keys_BSJK.shape[1]]  # a cache has more slots than a prefill has keys

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from dsv2_jax.config import AXES, SINGLE, Compute, Mesh, Model
-from dsv2_jax.model import cache as caches
 from dsv2_jax.model import paged, parameters, rope
 from dsv2_jax.model.attention import Where, attend
 from dsv2_jax.model.layers import Kernels, cast, compute_dtype, declare, kernels, rms_norm, swiglu
@@ -36,7 +35,7 @@ class Output(NamedTuple):
     """hidden_BTD: after the last norm, in the compute dtype. statistics: `mixture`'s, each with a leading L."""
 
     hidden_BTD: Array
-    cache: caches.Cache | paged.Cache | None
+    cache: paged.Cache | None
     statistics: dict[str, Array]
 
 
@@ -53,11 +52,11 @@ class Layer(nn.Module):
     def __call__(
         self,
         x_BTD: Array,
-        cache: caches.Layer | None,
+        cache: paged.Layer | None,
         where: Where | paged.Where,
         exempt_B: Array | None,
         experts_BTK: Array | None,
-    ) -> tuple[Array, tuple[caches.Layer | None, dict[str, Array]]]:
+    ) -> tuple[Array, tuple[paged.Layer | None, dict[str, Array]]]:
         """(x [B, T, D] behind the layer, (its cache, its statistics)). experts_BTK: see `router.route`."""
         p = declare(self, self.model, parameters.layer_names(self.model, self.sparse))
         p = sharding.gather(p, self.model, self.mesh)
@@ -131,38 +130,30 @@ class Transformer(nn.Module):
         segments_BT: Array,
         *,
         exempt_B: Array | None = None,
-        cache: caches.Cache | paged.Cache | None = None,
-        prefill: bool = False,
+        cache: paged.Cache | None = None,
         micro_batches: int = 1,
         experts_BTLK: Array | None = None,
     ) -> Output:
         """Runs tokens int32 at positions int32; a token attends earlier tokens of its segment (int32, 0 is padding).
 
         exempt_B bool: given in training only, then experts' budgets hold for all other sequences. cache: only when
-        unrolled; the tokens are written behind its filled slots, or, with B = 1, where its plan says. prefill: the
-        cache is known to be empty, so the expanded form serves. micro_batches: how many follow each other in the rows,
-        for a pipeline to work on; the result is then of this stage's part of the positions. experts_BTLK: those that
-        tokens go to in each MoE layer, whatever its router says; not with a pipeline.
+        unrolled and with B = 1; the tokens are written where its plan says. micro_batches: how many follow each other
+        in the rows, for a pipeline to work on; the result is then of this stage's part of the positions. experts_BTLK:
+        those that tokens go to in each MoE layer, whatever its router says; not with a pipeline.
         """
         experts_LBTK = None if experts_BTLK is None else jnp.moveaxis(experts_BTLK, 2, 0)
-        segments_BS = context.whole(segments_BT, self.mesh)
         phases_BTR = rope.phases(self.model, positions_BT)
-        where: Any = Where(phases_BTR, segments_BT, segments_BS, 0)
-        if isinstance(cache, paged.Cache):
+        where: Any = Where(phases_BTR, segments_BT, context.whole(segments_BT, self.mesh))
+        if cache is not None:
             where = paged.Where(phases_BTR, segments_BT, cache.plan, cache.form)
-        elif cache is not None:
-            offset = 0 if prefill else cache.length
-            where = where._replace(offset=offset, segments_BS=caches.write(cache.segments_BS, segments_BT, offset))
         x_BTD = Embed(self.model, self.mesh, name="embed")(tokens_BT, compute_dtype(self.compute))
         if self.unrolled:
             x_BTD, layers, statistics = self._unrolled(x_BTD, cache, where, exempt_B, experts_LBTK)
         else:
             assert cache is None, "a cache needs the unrolled form"
             x_BTD, layers, statistics = self._scanned(x_BTD, where, exempt_B, micro_batches, experts_LBTK)
-        if isinstance(cache, paged.Cache):
+        if cache is not None:
             cache = cache._replace(layers=layers)
-        elif cache is not None:
-            cache = caches.Cache(layers, where.segments_BS, cache.length + tokens_BT.shape[1])
         return Output(Head(self.model, self.mesh, name="head")(x_BTD), cache, statistics)
 
     def _kinds(self) -> list[tuple[str, int]]:
@@ -191,7 +182,6 @@ class Transformer(nn.Module):
         count: int,
         experts_LBTK: Array | None = None,
     ) -> Any:
-        # The offset is a static 0 here; as a traced scan input it would lose that.
         call = functools.partial(_scan_body, where=where, exempt_B=exempt_B)
         policy = REMAT[self.compute.remat]
         body = call if policy is None else nn.remat(call, policy=policy, prevent_cse=False)
@@ -206,7 +196,7 @@ class Transformer(nn.Module):
 
         def stage(layer: Layer, x_BTD: Array, inputs: Any) -> tuple[Array, dict[str, Array]]:
             phases, segments_BT, segments_BS, exempt_B = inputs
-            here = Where(phases, segments_BT, segments_BS, 0)
+            here = Where(phases, segments_BT, segments_BS)
             layers = self.model.moe_layers // self.mesh.pipeline
             x_BTD, statistics = self._scan(layer, x_BTD, here, exempt_B, layers)
             return x_BTD, {name: x for name, x in statistics.items() if name != "experts_BTK"}
@@ -219,12 +209,12 @@ class Transformer(nn.Module):
     def _unrolled(
         self,
         x_BTD: Array,
-        cache: caches.Cache | paged.Cache | None,
+        cache: paged.Cache | None,
         where: Any,
         exempt_B: Array | None,
         experts_LBTK: Array | None,
     ) -> Any:
-        layers: list[caches.Layer | None] = []
+        layers: list[paged.Layer | None] = []
         statistics: list[dict[str, Array]] = []
         names = [(kind, i) for kind, count in self._kinds() for i in range(count)]
         call: Any = functools.partial(_call, where=where, exempt_B=exempt_B)
@@ -245,7 +235,7 @@ class Transformer(nn.Module):
 def _call(
     layer: Layer,
     x_BTD: Array,
-    cache: caches.Layer | None,
+    cache: paged.Layer | None,
     experts_BTK: Array | None,
     *,
     where: Where,

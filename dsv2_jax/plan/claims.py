@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from configs import layouts, models
-from dsv2_jax.config import Attention, Config, Model, Moe
-from dsv2_jax.model import cache, transformer
+from dsv2_jax.config import SINGLE, Attention, Config, Model, Moe
+from dsv2_jax.model import paged, transformer
 from dsv2_jax.plan.compile import Topology
 from dsv2_jax.plan.estimate import Estimate
 from dsv2_jax.plan.largest import largest
@@ -32,10 +32,9 @@ class Claim:
 
 
 def cached_numbers(model: Model) -> int:
-    """Numbers that one token leaves in the cache, counted in real arrays of a cache of one row."""
-    held = cache.empty(model, 1, _SLOTS, jnp.bfloat16)
-    assert all(x.shape[:2] == (1, _SLOTS) for layer in held.layers for x in layer.values())
-    return sum(x.size for layer in held.layers for x in layer.values()) // _SLOTS
+    """Numbers that one token leaves in the cache, counted in the arrays of one page."""
+    page = paged.empty(model, SINGLE, 1, _SLOTS, "compute", jnp.dtype(jnp.bfloat16))
+    return sum(x.size for layer in page for x in layer.values()) // _SLOTS
 
 
 def parameters(model: Model) -> int:

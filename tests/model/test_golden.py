@@ -1,7 +1,6 @@
 """The whole network against the golden models: float64 references, and transformers where they record no float64."""
 
 import dataclasses
-import functools
 import json
 from pathlib import Path
 
@@ -13,8 +12,8 @@ from safetensors.numpy import load_file
 
 from dsv2_jax import config as configs
 from dsv2_jax.hf import convert, names
-from dsv2_jax.model import cache as caches
-from dsv2_jax.model import rope, transformer
+from dsv2_jax.inference import programs
+from dsv2_jax.model import paged, rope, transformer
 from dsv2_jax.training import step
 from dsv2_jax.training.loss import loss
 
@@ -125,24 +124,23 @@ def test_loss_and_the_gradient_of_every_parameter(case, remat):
 
 
 def test_prefill_then_decode_through_the_latent_cache_is_the_full_pass(case):
+    """A prompt in two chunks, then a token at a time, over pages of 64 that lie in no order."""
     _, model, params, golden = case
-    ids = golden["ids_long"][:, :300]
-    net, unstacked = transformer.Transformer(model, COMPUTE, unrolled=True), transformer.unstack(params)
-    batch = packed(ids)
-
-    @functools.partial(jax.jit, static_argnames="prefill")
-    def apply(p, inputs, cache, prefill):
-        return net.apply({"params": p}, *inputs, cache=cache, prefill=prefill)
-
-    cache, logits = caches.empty(model, 1, 304, jnp.float32), []
-    for start, stop in [(0, 180), (180, 296), *((i, i + 1) for i in range(296, 300))]:
-        inputs = [batch[n][:, start:stop] for n in ("tokens_BT", "positions_BT", "segments_BT")]
-        out = apply(unstacked, inputs, cache, prefill=start == 0)
-        cache = out.cache
-        logits.append(transformer.logits(params, out.hidden_BTD))
-    assert int(cache.length) == 300
-    mine = np.concatenate(logits, axis=1)
-    np.testing.assert_allclose(mine, golden["logits_long_np64"][:, :300], atol=5e-4, rtol=0)
+    ids, slots, table = golden["ids_long"][0, :300], 64, np.array([3, 1, 5, 2, 4])
+    setup = programs.Setup(model=model, compute=COMPUTE, form="compute", weights="compute", devices=None)
+    prepared, layers, found = programs.prepare(params, setup), programs.empty(setup, 6, slots), []
+    block = paged.block(model)
+    for start, stop in [(0, 192), (192, 296), *((i, i + 1) for i in range(296, 300))]:
+        single, count = stop - start == 1, stop - start
+        chunk = 0 if single else -(-count // block) * block
+        call = programs.blank(1, 1, chunk, chunk // block, len(table))
+        here, times = slice(0, 1) if single else slice(1, 1 + count), np.arange(start, stop)
+        call.tokens_ZT[0, here], call.real_ZT[0, here], call.times_ZT[0, here] = ids[start:stop], 1, times
+        call.page_ZT[0, here], call.table_ZNP[0, 0], call.used_Z[0] = table[times // slots], table, chunk // block
+        rows_ZND, chunk_ZCD, layers, _ = programs.forward(prepared, layers, call, setup=setup)
+        hidden_ZND = rows_ZND if single else chunk_ZCD[:, :count]
+        found.append(programs.logits(prepared["head"], hidden_ZND, setup=setup)[0])
+    np.testing.assert_allclose(np.concatenate(found), golden["logits_long_np64"][0, :300], atol=5e-4, rtol=0)
 
 
 def test_adamw_steps_reach_the_recorded_losses(case):

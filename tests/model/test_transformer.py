@@ -1,8 +1,7 @@
-"""The parameter tree and its first values; packing, padding, layer forms and caches for every kind of attention."""
+"""The parameter tree and its first values; packing, padding and layer forms for every kind of attention."""
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +10,8 @@ import pytest
 from hf_cases import gqa, lite, random_params
 
 from configs import PRESETS, models
-from dsv2_jax.config import Attention, Compute, Model, Moe
-from dsv2_jax.model import cache as caches
-from dsv2_jax.model import parameters, transformer
+from dsv2_jax.config import SINGLE, Attention, Compute, Model, Moe
+from dsv2_jax.model import attention, paged, parameters, rope, transformer
 from dsv2_jax.model.layers import cast
 
 EXACT = Compute(dtype="float32", remat="none")
@@ -149,38 +147,48 @@ def test_gradients_unrolled_are_those_of_the_scan(remat):
     assert transformer.arrange(params, deep) is params
 
 
-def test_unrolled_expanded_and_absorbed_forms_agree_with_the_scanned_one(case):
-    """Rows padded on the left, as generation has them: prefill, then a token at a time from the cache."""
+def test_the_unrolled_form_agrees_with_the_scanned_one(case):
     model, params = case
     a, b = two_documents()
-    full = np.asarray(logits_of(params, *rows([(0, a)], [(0, b)]), model=model))
-    tokens, positions, segments = rows([(5, a)], [(0, b)], width=17)
-    net, unstacked = transformer.Transformer(model, EXACT, unrolled=True), transformer.unstack(params)
+    inputs = rows([(5, a)], [(0, b)])
+    scanned = logits_of(params, *inputs, model=model)
+    unrolled = logits_of(transformer.unstack(params), *inputs, model=model)
+    np.testing.assert_allclose(unrolled, scanned, atol=5e-5)
 
-    @functools.partial(jax.jit, static_argnames="prefill")
-    def run(cache, tokens, positions, segments, prefill):
-        out: Any = net.apply({"params": unstacked}, tokens, positions, segments, cache=cache, prefill=prefill)
-        return transformer.logits(unstacked, out.hidden_BTD), out.cache
 
-    cache, found = caches.empty(model, 2, 20, jnp.float32), []
-    for start, stop in [(0, 12), *((t, t + 1) for t in range(12, 17))]:
-        part = (x[:, start:stop] for x in (tokens, positions, segments))
-        logits, cache = run(cache, *part, prefill=start == 0)
-        found.append(logits)
-    assert int(cache.length) == 17
-    mine = np.concatenate(found, axis=1)
-    np.testing.assert_allclose(mine[0, 5:], full[0, :12], atol=5e-5)
-    np.testing.assert_allclose(mine[1], full[1, :17], atol=5e-5)
+def test_the_absorbed_form_is_the_expanded_one():
+    """Sections 2.1.2 and App. C, with two documents and padding in a row; both held to float64."""
+    model, rng = models.tiny(), np.random.default_rng(0)
+    a, (b, t) = model.attention, (2, 12)
+    h, c, n, r, v = a.num_attention_heads, a.kv_lora_rank, a.qk_nope_head_dim, a.qk_rope_head_dim, a.v_head_dim
+    shapes = [(b, t, h, n), (b, t, h, r), (b, t, c), (b, t, r), (c, h, n), (c, h, v)]
+    q_nope, q_rope, latent, k_rope, w_uk, w_uv = exact = [rng.standard_normal(shape) for shape in shapes]
+    segments = np.array([[1] * 7 + [2] * 5, [1] * 9 + [0] * 3])
+    where = attention.Where((jnp.zeros(()), jnp.zeros(())), jnp.asarray(segments), jnp.asarray(segments))
+    *tokens, w_uk_CHN, w_uv_CHV = (jnp.asarray(x, jnp.float32) for x in exact)
+    p = {"w_uk_CHN": w_uk_CHN, "w_uv_CHV": w_uv_CHV}
+    expanded = attention.expanded(p, *tokens, where, model, SINGLE, "xla")
+    absorbed = attention.absorbed(p, *tokens, where, model)
+
+    scores = np.einsum("bthn,bshn->bhts", q_nope, np.einsum("bsc,chn->bshn", latent, w_uk))
+    scores = rope.softmax_scale(model) * (scores + np.einsum("bthr,bsr->bhts", q_rope, k_rope))
+    sees = np.tri(t, dtype=bool) & (segments[:, :, None] == segments[:, None])
+    weights = np.where(sees[:, None], np.exp(scores - scores.max(axis=-1, keepdims=True)), 0)
+    weights /= weights.sum(axis=-1, keepdims=True)
+    want = np.einsum("bhts,bshv->bthv", weights, np.einsum("bsc,chv->bshv", latent, w_uv))
+    real = segments > 0
+    for got in (expanded, absorbed):
+        np.testing.assert_allclose(np.asarray(got)[real], want[real], rtol=0, atol=1e-5 * np.abs(want).max())
 
 
 def test_the_cache_holds_what_the_table_says(case):
     """Table 1: elements a token over all layers."""
     model, _ = case
-    cache = caches.empty(model, 1, 7, jnp.float32)
-    a, layers = model.attention, model.num_hidden_layers
+    layers = paged.empty(model, SINGLE, 3, 7, "compute", jnp.dtype(jnp.float32))
+    a = model.attention
     width = a.kv_lora_rank + a.qk_rope_head_dim if a.kind == "mla" else 2 * a.num_key_value_heads * a.v_head_dim
-    assert sum(leaf.size for leaf in jax.tree.leaves(cache.layers)) == 7 * layers * width
-    assert model.cache_elements == layers * width
+    assert sum(leaf.size for leaf in jax.tree.leaves(layers)) == 3 * 7 * model.num_hidden_layers * width
+    assert model.cache_elements == model.num_hidden_layers * width
 
 
 @pytest.mark.parametrize("name", ["mla", "gqa"])
