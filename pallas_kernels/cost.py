@@ -6,22 +6,21 @@ nothing. Compared with it is the roofline: the time for the useful FLOPs at the 
 at the HBM's bandwidth, whichever is longer. XLA's own operations around the kernels are not counted.
 """
 
+import argparse
 import dataclasses
+import difflib
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import jax
 
-from dsv2_jax import cli
 from pallas_kernels import bundles, compiler, machine
 from pallas_kernels.chips import CHIPS
 from pallas_kernels.ops import OPS, Op
 
-_USAGE = f"""usage: python -m pallas_kernels.cost OP --chip CHIP --shape SHAPE [--tune] [--json FILE]
-ops: {", ".join(OPS)}"""
 _NEAR = 1.05  # differences below are none: the smaller blocks, which come first, serve short inputs better
 _HOTTEST = 4  # straight runs of bundles that are shown
 
@@ -89,10 +88,13 @@ def cost(fn: Callable, args: Sequence[Any], chip: str, *, flops: float, bytes: f
     )
 
 
-def check(name: str, names: Mapping[str, Any], kind: str) -> None:
+def check(name: str, names: Iterable[str], kind: str) -> None:
     """Raises ValueError, with the nearest name, for one that does not exist."""
+    names = list(names)
     if name not in names:
-        raise ValueError(f"unknown {kind} '{name}'{cli.nearest(name, names) or '; there are ' + ', '.join(names)}")
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+        raise ValueError(f"unknown {kind} '{name}'; {hint}")
 
 
 def _kernel_cost(kernel: compiler.Kernel, chip: str) -> KernelCost:
@@ -145,29 +147,40 @@ def show(cost: Cost) -> str:
     return "\n".join(lines + [f"  doubt: {doubt}" for doubt in cost.doubts])
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """What a kernel costs on a chip that is not here."""
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
 
-    chip: str  # v5e, v5p, v6e or tpu7x
-    shape: str  # v2, v2_lite or nano
-    tune: bool = False  # try all candidates for the block sizes; print the table's entry for the best
-    json: Path | None = None  # the figures, for a program
+
+def _parsed() -> argparse.Namespace:
+    """The command line. Raises ValueError for a mistake in it."""
+    parser = _Parser(prog="python -m pallas_kernels.cost", description="Estimates what a kernel costs, without a TPU.")
+    flags = [
+        parser.add_argument("op", help=f"one of {', '.join(OPS)}"),
+        parser.add_argument("--chip", required=True, help=f"one of {', '.join(CHIPS)}"),
+        parser.add_argument("--shape", required=True, help="a shape of the op: v2, v2_lite or nano"),
+        parser.add_argument("--tune", action="store_true", help="try all candidates for the block sizes"),
+        parser.add_argument("--json", type=Path, help="write the figures to this file"),
+    ]
+    options, unknown = parser.parse_known_args()
+    for word in unknown:
+        check(word, [name for flag in flags for name in flag.option_strings], "flag")
+    check(options.op, OPS, "op")
+    check(options.chip, CHIPS, "chip")
+    check(options.shape, OPS[options.op].shapes, "shape")
+    return options
 
 
 def main() -> int:
     """The command line."""
-    op, *rest = sys.argv[1:] or ["--help"]
-    if op in ("-h", "--help"):
-        print(_USAGE)
-        return 0
-    check(op, OPS, "op")
-    options = cli.parse(Options, rest, f"python -m pallas_kernels.cost {op}")
-    check(options.chip, CHIPS, "chip")
-    check(options.shape, OPS[op].shapes, "shape")
+    try:
+        options = _parsed()
+    except ValueError as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        return 2
     jax.config.update("jax_platforms", "cpu")  # else JAX looks for a TPU, at length
-    found = tune(OPS[op], options.chip, options.shape) if options.tune else None
-    result = found or op_cost(OPS[op], options.chip, options.shape)
+    found = tune(OPS[options.op], options.chip, options.shape) if options.tune else None
+    result = found or op_cost(OPS[options.op], options.chip, options.shape)
     print(show(result))
     if options.json:
         options.json.write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n", encoding="utf-8")
@@ -202,4 +215,4 @@ def tune(op: Op, chip: str, shape: str) -> Cost:
 
 
 if __name__ == "__main__":
-    cli.main(main)
+    sys.exit(main())

@@ -1,7 +1,7 @@
 """Rows to learn looking things up from: pieces of a corpus with a fact in them, and a question about it behind.
 
-They are worded as the needles of `evaluation/needle.py` are, so a model that has read them has practised that test,
-with the same words; its haystacks it has not seen. A row is made when it is read, of its index alone: always the same.
+Facts and questions are those of `data/facts.py`. A row is computed from its index when it is read, so it is always the
+same.
 """
 
 import random
@@ -9,9 +9,9 @@ import random
 import numpy as np
 
 from dsv2_jax.config import check
+from dsv2_jax.data.facts import LANGUAGES
 from dsv2_jax.data.packing import Batch, Rows, write_segment
 from dsv2_jax.data.tokenizer import Tokenizer
-from dsv2_jax.evaluation.needle import LANGUAGES
 
 
 class RetrievalRows(Rows):

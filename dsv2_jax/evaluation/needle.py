@@ -7,7 +7,6 @@ tested is whether it is found, not whether a small model can spell it.
 
 import dataclasses
 import random
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,43 +16,12 @@ import rich.console
 import rich.table
 
 from dsv2_jax.config import check
+from dsv2_jax.data.facts import LANGUAGES
 
 if TYPE_CHECKING:
     from dsv2_jax.data.tokenizer import Tokenizer
     from dsv2_jax.inference.engine import Capacity
     from dsv2_jax.loading import Loaded
-
-
-class Phrases(NamedTuple):
-    """How a needle and its question are worded; places fill {place}, and a secret word {word}."""
-
-    needle: str
-    question: str
-    places: tuple[str, ...]
-    secrets: Sequence[str]  # common words
-
-
-_ENGLISH = re.findall(
-    r"\w+",
-    """fire gold earth heaven sun sword horse house crown hand heart night world death love blood
-    queen king tongue soul brother father sea wind field letter dream truth honour grace hope sorrow""",
-)
-
-# What training on retrieval documents reads (data/retrieval.py) is worded alike; their texts differ.
-LANGUAGES = {
-    "english": Phrases(
-        "\nThe secret word of {place} is {word}.\n",
-        "\nQuestion: What is the secret word of {place}?\nAnswer: The secret word of {place} is",
-        ("Paris", "London", "Rome", "Venice", "Cairo", "Athens", "Vienna", "Lisbon", "Berlin", "Oslo"),
-        _ENGLISH,
-    ),
-    "chinese": Phrases(
-        "\n{place}的暗号是 {word}。\n",
-        "\n问：{place}的暗号为何？\n答：{place}的暗号是",
-        ("长安", "洛阳", "成都", "荆州", "许昌", "建业", "徐州", "汉中", "襄阳", "江陵"),
-        "天地山水火木金石日月风雨龙虎马牛草城门车船刀弓酒书剑江河海春秋玉",
-    ),
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
