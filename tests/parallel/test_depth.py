@@ -1,4 +1,4 @@
-"""Depth costs no compilation: the step of 60 layers is as large a program as that of few, traced and compiled."""
+"""Depth costs no compilation: the step of 60 layers is as large a program as that of few, as XLA receives it."""
 
 import dataclasses
 import re
@@ -69,11 +69,9 @@ def test_programs_do_not_grow_with_depth(mesh, few):
     sizes = []
     for layers in (few, 60):
         traced = traced_step(layers, mesh)
-        hlo = traced.lower().compile().as_text()
-        assert hlo
-        instructions = re.findall(r"^\s+(?:ROOT )?%?[\w.-]+ = ", hlo, re.MULTILINE)
+        instructions = re.findall(r"^\s+%[\w.:#-]+ = ", traced.lower().as_text(), re.MULTILINE)
         sizes.append((len(list(equations(traced.jaxpr))), len(instructions)))
-    (traced_few, compiled_few), (traced_60, compiled_60) = sizes
-    assert traced_few > 500 and compiled_few > 500
+    (traced_few, lowered_few), (traced_60, lowered_60) = sizes
+    assert traced_few > 500 and lowered_few > 500
     assert traced_few / 1.3 < traced_60 < traced_few * 1.3
-    assert compiled_few / 1.3 < compiled_60 < compiled_few * 1.3
+    assert lowered_few / 1.3 < lowered_60 < lowered_few * 1.3

@@ -53,7 +53,8 @@ def started(run, command, processes, devices):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    environment = {**os.environ, "XLA_FLAGS": flags}
     those = []
     for index in range(processes):
         own = [sys.executable, str(ROOT / command[0]), *command[1:]]

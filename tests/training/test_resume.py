@@ -37,7 +37,7 @@ def flags(tmp_path_factory):
 
 def start(run, flags):
     """train.py as a user starts it, on one CPU device."""
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment = {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"}
     command = [sys.executable, str(ROOT / "train.py"), "tiny", "--workdir", str(run), *flags]
     return subprocess.Popen(
         command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
