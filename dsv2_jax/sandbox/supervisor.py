@@ -30,6 +30,9 @@ _MOST_OUTPUT = 1 << 16  # bytes that are kept
 _MOST_CREATED, _LARGEST_FILE = 256, 1 << 20  # so a scratch folder holds 256 MiB at most
 _MOST_THREADS = 1024
 _USERS = range(61184, 65520)  # which Linux distributions leave to services without a user of their own
+# To give away a folder, empty it again, end a process of another user, and become one: CHOWN, DAC_OVERRIDE, FOWNER,
+# KILL, SETGID, SETUID of capabilities(7).
+_CAPABILITIES = 1 << 0 | 1 << 1 | 1 << 3 | 1 << 5 | 1 << 6 | 1 << 7
 _RECEIVE, _SEND, _CONTINUE = 0xC0502100, 0xC0182101, 1  # of seccomp_unotify(2)
 _numbers = itertools.count(os.getpid())
 
@@ -106,12 +109,15 @@ def _supervise(children: Sequence["_Child"], seconds: float) -> Outcome:
 
 def own_user() -> int | None:
     """A user's number for a child, another one each time; None without the right to change users."""
-    return _USERS[next(_numbers) % len(_USERS)] if os.geteuid() == 0 and _can_change_users() else None
+    return _USERS[next(_numbers) % len(_USERS)] if _can_change_users() else None
 
 
 @functools.cache
 def _can_change_users() -> bool:
-    """Root of a small user namespace does not have these numbers."""
+    """Containers may leave root few capabilities, and root of a small user namespace does not have these numbers."""
+    held = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("CapEff:"))
+    if ~int(held.split()[1], 16) & _CAPABILITIES:
+        return False
     with tempfile.NamedTemporaryFile() as file:
         try:
             os.chown(file.name, _USERS[0], _USERS[0])

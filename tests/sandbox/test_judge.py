@@ -1,5 +1,8 @@
 """Tests that a program cannot pass by anything but its answers."""
 
+import concurrent.futures
+import os
+
 import pytest
 
 from dsv2_jax import sandbox
@@ -161,6 +164,17 @@ def test_a_wrong_program_fails_whatever_it_tries(name):
 )
 def test_what_has_no_end_is_ended(program, tests):
     assert sandbox.judge(program, tests, seconds=1.0).code is None
+
+
+def test_threads_may_judge_side_by_side_and_nothing_is_left_open():
+    sandbox.judge("", "")
+    before = len(os.listdir("/proc/self/fd"))
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = pool.map(
+            lambda n: sandbox.judge(f"def f(): return {n}", "assert f() % 3 == 0", seconds=30).code, range(12)
+        )
+        assert list(found) == [0, 1, 1] * 4
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -17,6 +18,7 @@ from dsv2_jax import sandbox
 from dsv2_jax.sandbox import supervisor
 from dsv2_jax.sandbox.child import seccomp
 
+ROOT = Path(__file__).parents[2]
 ORDINARY = [
     # modules that programs import
     """
@@ -311,6 +313,32 @@ _remove = supervisor.remove
 def _size(folder):
     found = subprocess.run(["du", "-sk", folder], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     return int(found.stdout.split()[0]) << 10
+
+
+def test_a_program_ends_with_the_process_that_runs_it():
+    command = [sys.executable, "-c", "from dsv2_jax import sandbox; sandbox.run('while True: pass', seconds=60)"]
+    with subprocess.Popen(command, cwd=ROOT) as runs:
+        children = Path(f"/proc/{runs.pid}/task/{runs.pid}/children")
+        program = _soon(lambda: [pid for pid in children.read_text().split() if _is_running(pid)])[0]
+        runs.kill()
+    _soon(lambda: not _is_running(program))
+
+
+def _is_running(pid):
+    """Whether it has locked itself up: then it has two filters more than this process."""
+    return os.path.exists(f"/proc/{pid}") and _filters(pid) == _filters("self") + 2
+
+
+def _filters(pid):
+    return int(re.findall(r"Seccomp_filters:\s*(\d+)", Path(f"/proc/{pid}/status").read_text())[0])
+
+
+def _soon(condition):
+    end = time.monotonic() + 30
+    while not (found := condition()):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    return found
 
 
 def test_threads_are_bounded():

@@ -24,7 +24,7 @@ def passes(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
 
     Functions that the prompt gives in full are the tests' own too, so that an answer cannot replace them.
     """
-    given = ast.parse(doc["prompt"])
+    given = ast.parse(f"{doc['prompt']}\n    pass")  # whose last function has a body then
     given.body = [part for part in given.body if getattr(part, "name", None) != doc["entry_point"]]
     tests = f"{ast.unparse(given)}\n{doc['test']}\ncheck({doc['entry_point']})"
     return {"pass_at_1": verifiers.code({"tests": tests, "seconds": 10.0}, doc["prompt"] + results[0])}
