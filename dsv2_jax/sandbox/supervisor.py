@@ -13,6 +13,7 @@ import functools
 import itertools
 import json
 import os
+import platform
 import select
 import socket
 import struct
@@ -52,7 +53,7 @@ def run(program: str, *, seconds: float = 5.0, memory: int = 1 << 29, text_in: s
     at most 1 MiB each. Raises RuntimeError where the system cannot lock it up: Linux with Landlock (5.13 or newer) and
     seccomp on x86-64 or ARM is needed.
     """
-    _check_system()
+    check_system()
     return _run(program, seconds, memory, text_in)
 
 
@@ -63,7 +64,7 @@ def judge(program: str, tests: str, *, seconds: float = 5.0, memory: int = 1 << 
     called in the other process, and what they compare are copies (`child/remote.py`), so nothing that the program
     does to its own process makes them pass. Raises RuntimeError as `run` does.
     """
-    _check_system()
+    check_system()
     to_program, to_tests = os.pipe(), os.pipe()
     ends = {"tests": (to_tests[0], to_program[1]), "serve": (to_program[0], to_tests[1])}
     with contextlib.ExitStack() as stack:
@@ -79,11 +80,15 @@ def judge(program: str, tests: str, *, seconds: float = 5.0, memory: int = 1 << 
 
 
 @functools.cache
-def _check_system() -> None:
-    harmless = _run("", 30.0, 1 << 29, "")
-    if harmless.code != 0:
+def check_system() -> None:
+    """Locks up a harmless program. Raises RuntimeError where that is impossible."""
+    why = f"there is no sandbox for {sys.platform} on {platform.machine()}"
+    if sys.platform == "linux" and platform.machine() in seccomp.ARCHITECTURES:
+        harmless = _run("", 30.0, 1 << 29, "")
+        if harmless.code == 0:
+            return
         why = (harmless.output.strip().splitlines() or ["it takes too long"])[-1]
-        raise RuntimeError(f"programs cannot be locked up on this system (Linux 5.13 with Landlock is needed): {why}")
+    raise RuntimeError(f"programs cannot be locked up on this system (Linux 5.13 with Landlock is needed): {why}")
 
 
 def _run(program: str, seconds: float, memory: int, text_in: str) -> Outcome:

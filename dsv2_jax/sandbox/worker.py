@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dsv2_jax.sandbox.supervisor import CHILD, own_user
+from dsv2_jax.sandbox.supervisor import CHILD, check_system, own_user
 
 _START_SECONDS = 120.0
 _MEMORY = 1 << 30  # bytes of address space
@@ -50,6 +50,7 @@ class _Worker:
     """One process. It ends when this one does: its input ends then."""
 
     def __init__(self, file: Path, function: str, seconds: float):
+        check_system()
         settings = {
             "kind": "worker",
             "file": str(file),

@@ -56,7 +56,7 @@ CREATING = ("mkdir", "mkdirat", "symlink", "symlinkat", "link", "linkat")  # and
 _SECCOMP = (317, 277)
 _MODE_FILTER, _NEW_LISTENER = 1, 1 << 3
 
-_ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, name in seccomp's data
+ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, name in seccomp's data
 _LOAD, _AND, _EQUAL, _ANY_BIT, _END = 0x20, 0x54, 0x15, 0x45, 0x06  # classic BPF
 _ALLOW, _ASK, _KILL = 0x7FFF0000, 0x7FC00000, 0x80000000
 _REFUSE, _MISSING = 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS
@@ -71,8 +71,8 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def column() -> int:
-    """Where this machine's numbers stand in the tables. Raises OSError for a machine without any."""
-    return _architecture()[0]
+    """Where this machine's numbers stand in the tables."""
+    return ARCHITECTURES[platform.machine()][0]
 
 
 def creating_calls() -> list[Instruction]:
@@ -121,14 +121,8 @@ def load(program: Sequence[Instruction], *, listener: bool = False) -> int:
     return found
 
 
-def _architecture() -> tuple[int, int]:
-    if platform.machine() not in _ARCHITECTURES:
-        raise OSError(errno.ENOSYS, f"no table of system calls for {platform.machine()}")
-    return _ARCHITECTURES[platform.machine()]
-
-
 def _filter(blocks: list[list[Instruction]], otherwise: int) -> list[Instruction]:
-    first = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, _architecture()[1]), _end(_KILL), (_LOAD, 0, 0, 0)]
+    first = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, ARCHITECTURES[platform.machine()][1]), _end(_KILL), (_LOAD, 0, 0, 0)]
     return [*first, *(line for block in blocks for line in block), _end(otherwise)]
 
 
