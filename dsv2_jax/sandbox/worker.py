@@ -16,14 +16,15 @@ from typing import Any
 from dsv2_jax.sandbox.supervisor import CHILD, check_system, own_user
 
 _START_SECONDS = 120.0
+_WAIT = 10  # seconds on the clock for each second of CPU time, since cores are shared
 _MEMORY = 1 << 30  # bytes of address space
 
 
 class Workers:
     """Calls a function of a Python file in processes without files, network or other processes.
 
-    Threads may share it: each call has a process of its own, which later calls use again. A call that takes longer than
-    `seconds`, or more than 1 GiB, is answered with None, and so is one that raises. Arguments and results are JSON.
+    Threads may share it: each call has a process of its own, which later calls use again. A call that takes more than
+    `seconds` of CPU time, or 1 GiB, is answered with None, and so is one that raises. Arguments and results are JSON.
     """
 
     def __init__(self, file: Path, function: str, seconds: float):
@@ -38,7 +39,7 @@ class Workers:
         except IndexError:
             worker = _Worker(self._file, self._function, self._seconds)
         try:
-            answer = worker.ask(arguments, self._seconds)
+            answer = worker.ask(arguments, _WAIT * self._seconds)
         except (EOFError, OSError, TimeoutError):
             worker.end()
             return None
