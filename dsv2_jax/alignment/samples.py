@@ -11,7 +11,7 @@ import grain
 import jax.numpy as jnp
 import numpy as np
 
-from dsv2_jax.alignment import objective
+from dsv2_jax.alignment import objective, verifiers
 from dsv2_jax.config import Config, check
 from dsv2_jax.data import chat
 from dsv2_jax.data.corpora import Corpus, Source
@@ -42,7 +42,7 @@ class Prompts(grain.DatasetIterator[Question]):
     """Prompts without end, in an order that the seed draws anew each epoch. Its state is the number of the next one.
 
     Prompts are rendered in the chat template. Those that leave no room for a response are passed over; raises
-    ValueError if that is all of them.
+    ValueError if that is all of them, and for an item without what the rewards need.
     """
 
     def __init__(self, config: Config, corpus: Corpus, words: Tokenizer):
@@ -85,6 +85,7 @@ class Prompts(grain.DatasetIterator[Question]):
         found = []
         for number in range(len(source)):
             item = json.loads(source[number]["text"])
+            verifiers.check_item(self._config.grpo.rewards, item, source[number]["name"].decode())
             asked = item["prompt"]
             messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
             ids = chat.encode(messages, self._words, generation=True).ids

@@ -1,5 +1,6 @@
 """What the offline task files name: a data set each, and HumanEval's score by the sandbox."""
 
+import ast
 from typing import Any
 
 from dsv2_jax.alignment import verifiers
@@ -19,6 +20,11 @@ chengyu_cloze = sets.load("chengyu_cloze")
 
 
 def passes(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """pass@1: 1 if prompt and answer, run in the sandbox of `alignment/sandbox.py`, pass the problem's tests."""
-    tests = f"{doc['test']}\ncheck({doc['entry_point']})"
+    """pass@1: 1 if prompt and answer, run in the sandbox, pass the problem's tests.
+
+    Functions that the prompt gives in full are the tests' own too, so that an answer cannot replace them.
+    """
+    given = ast.parse(f"{doc['prompt']}\n    pass")  # whose last function has a body then
+    given.body = [part for part in given.body if getattr(part, "name", None) != doc["entry_point"]]
+    tests = f"{ast.unparse(given)}\n{doc['test']}\ncheck({doc['entry_point']})"
     return {"pass_at_1": verifiers.code({"tests": tests, "seconds": 10.0}, doc["prompt"] + results[0])}
