@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-import eval as evaluation
 from configs import PRESETS
 from dsv2_jax import cli, generate
+from dsv2_jax import eval as evaluation
 from dsv2_jax.config import Config
 from dsv2_jax.hf import __main__ as hf_commands
 from dsv2_jax.model import parameters
