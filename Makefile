@@ -1,5 +1,6 @@
 # make demo: train, evaluate, sample and export a small DeepSeek-V2.   make align: fine-tune it and train it by GRPO.
-# make eval: the whole evaluation.   make test, make prove, make lint: for developers.
+# make eval: the whole evaluation.   make wheel: dist/*.whl, for other machines.   make test, make prove, make lint: for
+# developers.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -18,7 +19,7 @@ ANSWER ?= 128
 OWN := offline_boolq,offline_openbookqa,offline_commonsenseqa,offline_truthfulqa_100
 CHINESE := offline_chengyu_meaning,offline_chengyu_cloze
 
-.PHONY: demo align eval test prove lint
+.PHONY: demo align eval wheel test prove lint
 
 demo: $(VENV)/.installed
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(PY) train.py nano --workdir $(RUN)
@@ -45,6 +46,11 @@ eval: $(VENV)/.installed
 	$(PY) eval.py --checkpoint $(CHECKPOINT) --tasks deepseek_v2_base,$(OWN),$(CHINESE) --offline --limit $(LIMIT) --max-gen-toks $(ANSWER) \
 	  --needle --haystack.lengths $(NEEDLES) --haystack.picture $(REPORT)/needle.png --samples $(REPORT)/samples \
 	  --json $(REPORT)/eval.json --page $(REPORT)/eval.html
+
+# Without what an earlier build left: files that the tree has no more would come along.
+wheel:
+	rm -rf build dist
+	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 test: $(VENV)/.installed-dev
 	$(PY) -m pytest -n 2 -m "not slow and not tpu"

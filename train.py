@@ -1,66 +1,6 @@
-"""Trains a preset: python train.py PRESET [--section.field VALUE ...]."""
+"""Trains a preset: python train.py PRESET [--section.field VALUE ...]. The program is dsv2_jax/train.py."""
 
-import inspect
-import sys
-
-from configs import PRESETS
-from dsv2_jax import cli
-
-
-def main() -> int:
-    """Reads the command line, trains, and says where everything is."""
-    if not sys.argv[1:]:
-        cli.fail(f"name a preset: {', '.join(PRESETS)}; --help says what they are")
-    name, *flags = sys.argv[1:]
-    if name in ("-h", "--help"):
-        print(usage())
-        return 0
-    if name not in PRESETS:
-        cli.fail(f"unknown preset '{name}'{cli.nearest(name, PRESETS) or '; there are ' + ', '.join(PRESETS)}")
-    config = cli.parse(PRESETS[name](), flags, prog=f"train.py {name}")
-
-    from dsv2_jax.alignment import grpo
-    from dsv2_jax.parallel import processes, xla  # here, so that mistakes and --help are answered at once
-    from dsv2_jax.training import loop
-
-    xla.choose()
-    cli.keep_compiled_programs()
-    cli.keep_freed_memory()
-    with processes.joined(config.processes):
-        outcome = grpo.train(config) if config.grpo.group else loop.train(config)
-        first = processes.is_first()
-    run = config.workdir
-    if not outcome.finished:
-        if first:
-            print(f"stopped after step {outcome.progress.step:,} and saved; the same command goes on from there")
-        return loop.STOPPED
-    if not first:
-        return 0
-    print(f"checkpoint  {run / 'checkpoints' / str(outcome.progress.step)}")
-    print(f"metrics     {run / 'metrics.jsonl'}")
-    if config.grpo.group:
-        print(f"samples     {run / 'samples.jsonl'}")
-        print(f"plots       {run / 'plots'}")
-        print(f"held out    {outcome.held_out['held_out_reward']:.4f} reward")
-        return 0
-    print(f"plots       {run / 'plots'}")
-    if config.model.head == "score":
-        print(f"held out    {outcome.held_out['held_out_accuracy']:.4f} accuracy")
-        return 0
-    print(f"held out    {outcome.held_out['held_out_bits_per_byte']:.4f} bits per byte")
-    return 0
-
-
-def usage() -> str:
-    """How to call this, and the presets with what each is."""
-    width = max(map(len, PRESETS))
-    presets = "\n".join(f"  {name:{width}}  {(inspect.getdoc(f) or '').splitlines()[0]}" for name, f in PRESETS.items())
-    return (
-        "usage: python train.py PRESET [--section.field VALUE ...]\n\n"
-        f"presets:\n{presets}\n\n"
-        "python train.py PRESET --help lists every flag. A run found in --workdir is resumed."
-    )
-
+from dsv2_jax.train import command
 
 if __name__ == "__main__":
-    cli.main(main)
+    command()

@@ -1,6 +1,6 @@
 """Presets by name: each a function that returns a whole config."""
 
-from configs import align, extend, pretrain
+from dsv2_jax.presets import align, extend, pretrain
 
 PRESETS = {
     preset.__name__: preset

@@ -3,8 +3,8 @@
 import dataclasses
 from pathlib import Path
 
-from configs import models
 from dsv2_jax.config import Batch, Cadence, Compute, Config, Data, Grpo, Optimizer
+from dsv2_jax.presets import models
 
 
 def v2_sft() -> Config:

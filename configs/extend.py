@@ -7,8 +7,8 @@ settings stand in place of the checkpoint's own. They are kept with the run and 
 import dataclasses
 from pathlib import Path
 
-from configs import models, pretrain
 from dsv2_jax.config import Batch, Cadence, Compute, Config, Data, Model, Optimizer
+from dsv2_jax.presets import models, pretrain
 
 _STEPS, _SEQUENCES, _LENGTH = 1000, 576, 32_768
 _FACTOR = 40.0  # s; alpha 1 and beta 32 are the defaults of the settings

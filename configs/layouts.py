@@ -2,9 +2,9 @@
 
 import dataclasses
 
-from configs import PRESETS
 from dsv2_jax.config import Config, Mesh
 from dsv2_jax.inference.engine import Capacity
+from dsv2_jax.presets import PRESETS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ import tyro
 
 T = TypeVar("T")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-_PROJECT = Path(__file__).resolve().parent.parent
+_OURS = {"dsv2_jax", "pallas_kernels", "configs", "__main__"}
 
 
 def main(function: Callable[[], int | None]) -> NoReturn:
@@ -88,6 +88,12 @@ def read_ids(path: Path) -> np.ndarray:
     return ids_BT
 
 
+def called(otherwise: str) -> str:
+    """What this command is called in its usage: a console command by its name, else as the argument says."""
+    name = Path(sys.argv[0]).name
+    return name if name.startswith("dsv2-") else otherwise
+
+
 def keep_compiled_programs() -> None:
     """Keeps compiled programs on disk, so that a command that runs again starts fast: the same bytes, so the same bits.
 
@@ -139,8 +145,9 @@ def _unknown(token: str, names: list[str]) -> str:
 
 
 def _is_ours(error: BaseException) -> bool:
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-    return raised_in.is_relative_to(_PROJECT) and "site-packages" not in raised_in.relative_to(_PROJECT).parts
+    """Whether our code raised it: told by the module's name, since an installed copy lies among the libraries."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").partition(".")[0] in _OURS
 
 
 def _sentence(error: BaseException) -> str:

@@ -1,6 +1,7 @@
 """python -m dsv2_jax.generate --checkpoint DIR --prompt TEXT: continues a text, streamed to the terminal."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ class Generate:
 
 def main() -> None:
     """The command line."""
-    args = cli.parse(Generate, prog="python -m dsv2_jax.generate")
+    args = cli.parse(Generate, prog=cli.called("python -m dsv2_jax.generate"))
     from dsv2_jax import loading
 
     cli.keep_compiled_programs()
@@ -81,5 +82,7 @@ def stream(loaded: Any, args: Generate, sampling: Sampling) -> None:
     print()
 
 
+command = functools.partial(cli.main, main)
+
 if __name__ == "__main__":
-    cli.main(main)
+    command()

@@ -104,7 +104,7 @@ def test_a_check_of_ours_is_a_mistake_and_a_librarys_error_a_failure(capsys):
 
 
 def test_presets_are_named(capsys, monkeypatch):
-    import train
+    from dsv2_jax import train
 
     monkeypatch.setattr("sys.argv", ["train.py", "--help"])
     assert train.main() == 0

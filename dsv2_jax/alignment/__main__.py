@@ -6,6 +6,7 @@ Every stage is a run of train.py of its own, so the same command goes on where i
 """
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -15,8 +16,6 @@ from pathlib import Path
 from dsv2_jax import cli
 from dsv2_jax.alignment import report
 from dsv2_jax.training import metrics
-
-_TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +29,7 @@ class Align:
 
 def main() -> int:
     """Runs the stages that are not done yet, and reports."""
-    align = cli.parse(Align, prog="dsv2_jax.alignment")
+    align = cli.parse(Align, prog=cli.called("python -m dsv2_jax.alignment"))
     if not any(line.get("held_out_whole") for line in metrics.read(align.base)):  # not there, or not finished
         stage("nano", align.base)
     fine_tuned, scored = align.workdir / "sft", align.workdir / "reward"
@@ -52,11 +51,13 @@ def stage(preset: str, run: Path, *flags: str) -> None:
         return
     print(f"\n== {preset} -> {run}", flush=True)
     begin = time.monotonic()
-    done = subprocess.run([sys.executable, _TRAIN, preset, "--workdir", run, *flags], check=False)
+    done = subprocess.run([sys.executable, "-m", "dsv2_jax.train", preset, "--workdir", run, *flags], check=False)
     if done.returncode:
         sys.exit(done.returncode)
     seconds.write_text(json.dumps(time.monotonic() - begin))
 
 
+command = functools.partial(cli.main, main)
+
 if __name__ == "__main__":
-    cli.main(main)
+    command()

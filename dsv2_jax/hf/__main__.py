@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +12,6 @@ import rich.console
 import rich.progress
 
 from dsv2_jax import cli, hf
-
-_USAGE = """usage: python -m dsv2_jax.hf export --checkpoint DIR --out HF_DIR [--dtype bfloat16]
-       python -m dsv2_jax.hf import --hf HF_DIR --out DIR"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,21 +33,23 @@ class Import:
 
 def main() -> None:
     """The command line."""
-    command, *rest = sys.argv[1:] or ["--help"]
-    if command == "export":
-        export = cli.parse(Export, rest, "python -m dsv2_jax.hf export")
+    called = cli.called("python -m dsv2_jax.hf")
+    verb, *rest = sys.argv[1:] or ["--help"]
+    if verb == "export":
+        export = cli.parse(Export, rest, f"{called} export")
         with _bar("exporting") as progress:
             hf.export(export.checkpoint, export.out, export.dtype, progress=progress)
         print(f"exported {export.checkpoint} to {export.out}")
-    elif command == "import":
-        import_ = cli.parse(Import, rest, "python -m dsv2_jax.hf import")
+    elif verb == "import":
+        import_ = cli.parse(Import, rest, f"{called} import")
         with _bar("importing") as progress:
             hf.import_(import_.hf, import_.out, progress=progress)
         print(f"imported {import_.hf} into {import_.out}")
-    elif command in ("-h", "--help"):
-        print(_USAGE)
+    elif verb in ("-h", "--help"):
+        print(f"usage: {called} export --checkpoint DIR --out HF_DIR [--dtype bfloat16]")
+        print(f"       {called} import --hf HF_DIR --out DIR")
     else:
-        cli.fail(f"unknown command {command}{cli.nearest(command, ('export', 'import'))}; there are export and import")
+        cli.fail(f"unknown command {verb}{cli.nearest(verb, ('export', 'import'))}; there are export and import")
 
 
 @contextlib.contextmanager
@@ -93,5 +93,7 @@ def _lines(title: str) -> hf.Progress:
     return update
 
 
+command = functools.partial(cli.main, main)
+
 if __name__ == "__main__":
-    cli.main(main)
+    command()

@@ -1,6 +1,7 @@
 """python -m dsv2_jax.plan PRESET --topology v5p:8x8x8 [--json FILE] [--hlo FILE.gz] [--section.field VALUE ...]."""
 
 import dataclasses
+import functools
 import gzip
 import json
 import sys
@@ -11,7 +12,6 @@ from typing import Any
 
 import jax
 
-from configs import PRESETS, layouts
 from dsv2_jax import cli
 from dsv2_jax.config import Config, check
 from dsv2_jax.inference.engine import Capacity
@@ -20,10 +20,12 @@ from dsv2_jax.plan.compile import Topology, compiled, laid_out
 from dsv2_jax.plan.estimate import Estimate, estimate
 from dsv2_jax.plan.program import Work
 from dsv2_jax.plan.remedies import remedies
+from dsv2_jax.presets import PRESETS, layouts
 
-_USAGE = f"""usage: python -m dsv2_jax.plan PRESET --topology CHIP:XxYxZ [--forward | --decode | --search] [--json FILE]
+_CALLED = cli.called("python -m dsv2_jax.plan")
+_USAGE = f"""usage: {_CALLED} PRESET --topology CHIP:XxYxZ [--forward | --decode | --search] [--json FILE]
        [--hlo FILE.gz] [--html FILE] [--section.field VALUE ...]
-       python -m dsv2_jax.plan claims [--topology CHIP:XxYxZ] [--serving CHIP:XxYxZ] [--json FILE]
+       {_CALLED} claims [--topology CHIP:XxYxZ] [--serving CHIP:XxYxZ] [--json FILE]
 Compiles a preset's training step for TPUs that are not here, or its forward pass, or a decode step of its engine; says
 if it fits and what it takes.
 presets: {", ".join(PRESETS)}; every flag of train.py may follow"""
@@ -63,7 +65,7 @@ def main() -> int:
         return 0
     say = _progress()
     if name == "claims":
-        options = cli.parse(Claims, flags, prog="python -m dsv2_jax.plan claims")
+        options = cli.parse(Claims, flags, prog=f"{_CALLED} claims")
         compiles = (lambda c, t, work: planned(c, t, say, work)[0]) if options.compile else None
         rows = claims.claims(Topology(options.topology), Topology(options.serving), compiles)
         print(claims.show(rows))
@@ -104,7 +106,7 @@ def main() -> int:
 
 def _parsed(name: str, flags: list[str]) -> Plan:
     """The flags over the preset, in its layout for the topology if one is listed."""
-    prog = f"python -m dsv2_jax.plan {name}"
+    prog = f"{_CALLED} {name}"
     wanted = cli.parse(Plan(**vars(PRESETS[name]())), flags, prog=prog)
     if not wanted.topology:
         cli.fail("--topology is missing: CHIP:XxYxZ, such as v5p:4x8x8")
@@ -140,5 +142,7 @@ def _progress() -> Callable[[str], None]:
     return lambda text: print(f"{time.monotonic() - start:5.0f} s  {text}", file=sys.stderr, flush=True)
 
 
+command = functools.partial(cli.main, main)
+
 if __name__ == "__main__":
-    cli.main(main)
+    command()

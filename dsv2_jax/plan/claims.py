@@ -7,13 +7,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from configs import layouts, models
 from dsv2_jax.config import SINGLE, Attention, Config, Model, Moe
 from dsv2_jax.model import paged, transformer
 from dsv2_jax.plan.compile import Topology
 from dsv2_jax.plan.estimate import Estimate
 from dsv2_jax.plan.largest import largest
 from dsv2_jax.plan.program import Work
+from dsv2_jax.presets import layouts, models
 
 _BITS, _DENSE_BITS = 6, 16  # of a cached number: the paper's quantised cache (3.2.3), and the dense model's
 _SLOTS = 8

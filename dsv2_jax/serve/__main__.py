@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import functools
 import signal
 import sys
 from pathlib import Path
@@ -35,7 +36,7 @@ class Serve:
 
 def main() -> None:
     """The command line."""
-    args = cli.parse(Serve, prog="python -m dsv2_jax.serve")
+    args = cli.parse(Serve, prog=cli.called("python -m dsv2_jax.serve"))
     from dsv2_jax import loading
     from dsv2_jax.inference.engine import Engine
     from dsv2_jax.parallel import mesh
@@ -78,5 +79,7 @@ async def serve(server, args: Serve) -> None:
     await runner.cleanup()
 
 
+command = functools.partial(cli.main, main)
+
 if __name__ == "__main__":
-    cli.main(main)
+    command()
