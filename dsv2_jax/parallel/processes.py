@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import distributed  # nothing public gives the client of the coordination service
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from dsv2_jax import cli
@@ -109,7 +109,7 @@ def together(what: str, *, first_alone: bool = False) -> Iterator[None]:
             for other in range(1, count()):
                 _hear(f"{meeting}/{other}")
             _tell(f"{meeting}/all", _DONE)
-            distributed.global_state.client.key_value_delete(f"meetings/{number - 1}")  # all have left it
+            _service().key_value_delete(f"meetings/{number - 1}")  # all have left it
     except (_MistakeElsewhere, FailedElsewhere, jax.errors.JaxRuntimeError):
         raise  # all know it, or nobody can be told
     except BaseException as error:
@@ -124,8 +124,13 @@ class _MistakeElsewhere(ValueError):
     pass
 
 
+def _service() -> Any:
+    """The client of the coordination service: nothing public gives it."""
+    return distributed.global_state.client
+
+
 def _tell(key: str, outcome: str) -> None:
-    distributed.global_state.client.key_value_set(key, outcome, allow_overwrite=True)
+    _service().key_value_set(key, outcome, allow_overwrite=True)
 
 
 def _hear(key: str) -> None:
@@ -133,7 +138,7 @@ def _hear(key: str) -> None:
     end = time.monotonic() + _MEETING
     while True:
         try:
-            outcome = distributed.global_state.client.blocking_key_value_get(key, _LISTENING * 1000)
+            outcome = _service().blocking_key_value_get(key, _LISTENING * 1000)
             break
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error) or time.monotonic() > end:

@@ -176,7 +176,7 @@ def main(folder: Path) -> None:
     ).devices
     print("tracing", flush=True)
     asked = request["work"]
-    work: Work = asked if isinstance(asked, str) else Capacity(**asked)
+    work: Any = asked if isinstance(asked, str) else Capacity(**asked)
     program, hlo = compile_step(config, list(devices), work)
     if hlo:
         with gzip.open(folder / HLO, "wt", compresslevel=3) as file:
