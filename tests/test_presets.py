@@ -39,7 +39,8 @@ def shrunk(config: Config, folder) -> Config:
 
     Lengths of rows, positions and answers are divided by the same number: what did not fit does not fit here either.
     """
-    model, k = config.model, max(1, config.batch.length // LENGTH)
+    shortest = 512 if config.data.retrieval_share else LENGTH  # a fact and its question take more
+    model, k = config.model, max(1, config.batch.length // shortest)
     wide = model.attention.kind == "mla"
     attention = dataclasses.replace(
         model.attention,
