@@ -24,6 +24,13 @@ LAYOUTS = {
         mesh=Mesh(fsdp=8, expert=8, context=8), sequences=576, remat="full", micro_size=192
     ),
     ("dense_67b", "v5p:4x8x8"): Layout(mesh=Mesh(fsdp=256), sequences=1024, remat="attention"),
+    # The sampler keeps whole what the expert axis does not split, and 5 of the 160 experts of a layer.
+    ("v2_grpo_reasoning", "v5p:4x8x8"): Layout(
+        mesh=Mesh(fsdp=8, expert=32), sequences=1024, remat="full", micro_size=256
+    ),
+    ("v2_grpo_preference", "v5p:4x8x8"): Layout(
+        mesh=Mesh(fsdp=8, expert=32), sequences=1024, remat="full", micro_size=256
+    ),
 }
 
 

@@ -40,10 +40,18 @@ def main(function: Callable[[], int | None]) -> NoReturn:
         print("interrupted", file=sys.stderr)
         code = 130
     except (ValueError, FileNotFoundError) as error:
-        if isinstance(error, ValueError) and not _is_ours(error):
+        sentence = mistake(error)
+        if sentence is None:
             raise
-        fail(_sentence(error))
+        fail(sentence)
     sys.exit(code or 0)
+
+
+def mistake(error: BaseException) -> str | None:
+    """What to tell the user of a mistake that is the user's, as `main` sees it; None of any other error."""
+    if isinstance(error, FileNotFoundError) or (isinstance(error, ValueError) and _is_ours(error)):
+        return _sentence(error)
+    return None
 
 
 def fail(message: str) -> NoReturn:

@@ -16,6 +16,7 @@ import numpy as np
 
 from dsv2_jax import loading
 from dsv2_jax.alignment import policy, verifiers
+from dsv2_jax.alignment.pool import RewardPool
 from dsv2_jax.alignment.sampler import Sampler
 from dsv2_jax.alignment.samples import Prompts, Sample, Samples, arrays
 from dsv2_jax.config import Config, check
@@ -62,21 +63,24 @@ def train(config: Config) -> loop.Outcome:
     with Checkpoints(config.workdir, config.cadence.keep) as checkpoints, Stop() as stop:
         start = functools.partial(loading.params_for, config, mesh)
         state, progress = checkpoints.restore(initial_state, prompts, shardings, start)
-        sampler = Sampler(config, state.params, words, mesh)
         with (
+            RewardPool([name for name in config.grpo.rewards if name in verifiers.REWARDS]) as rewards,
             metrics.Log(config, progress) as log,
             Samples(config.workdir / "samples.jsonl", progress.step) as drawn,
             Samples(config.workdir / "held_out.jsonl", progress.step + 1) as greedy,
         ):
+            sampler = Sampler(config, words, mesh, rewards)
 
-            def evaluate() -> None:
+            def evaluate(state: State) -> State:
+                state = moved(state, host)
                 samples, figures = sampler.evaluate(prompts, state.params)
                 greedy.add(progress.step, samples)
                 log.figures(progress, figures)
+                return moved(state, shardings.optimizer)
 
             if not progress.step:
-                evaluate()
-            while progress.step < config.grpo.steps and not stop.asked(progress.step):
+                state = evaluate(state)
+            while progress.step < config.grpo.steps and not stop.asked():
                 state = moved(state, host)
                 samples, took = sampler(prompts, state.params, progress.step)
                 state = moved(state, shardings.optimizer)
@@ -84,7 +88,7 @@ def train(config: Config) -> loop.Outcome:
                 state, progress = update(config, mesh, state, reference, samples, progress, took, log)
                 last = progress.step >= config.grpo.steps
                 if progress.step % config.cadence.evaluate < steps or last:
-                    evaluate()
+                    state = evaluate(state)
                 if progress.step % config.cadence.save < steps or last:
                     log.flush()
                     checkpoints.save(state, prompts, progress)

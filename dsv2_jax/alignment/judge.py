@@ -23,18 +23,24 @@ class Judge:
     """A reward model. All processes call it alike."""
 
     def __init__(self, folder: Path, config: Config, words: Tokenizer, mesh: jax.sharding.Mesh | None):
-        """Raises ValueError if the folder holds no reward model, or one that reads other tokens than the policy."""
+        """Raises ValueError if the folder holds no reward model, or one for other tokens or shorter texts."""
         loaded = loading.load(folder, mesh)
         check(loaded.model.head == "score", f"{folder} holds no reward model (model.head score), so it rewards nothing")
         same = loaded.need_tokenizer().identity == words.identity
         check(same, f"the reward model in {folder} has another tokenizer than the policy")
+        length, positions = config.batch.length, loaded.model.max_position_embeddings
+        check(
+            length <= positions,
+            f"the reward model in {folder} has {positions} positions, but conversations may have {length} tokens "
+            "(batch.length)",
+        )
         self._config, self._params, self._mesh = dataclasses.replace(config, model=loaded.model), loaded.params, mesh
         self._rows = config.batch.micro_size or config.batch.size
         self._feed = Feed(mesh, config.mesh, self._rows)
 
     def __call__(self, sequences: Sequence[Sequence[int]]) -> np.ndarray:
-        """The score of each sequence of ids, at its last one; float32."""
-        count, length = len(sequences), self._config.batch.length + 1
+        """The score of each sequence of at most `batch.length` ids, at its last one; float32."""
+        count, length = len(sequences), self._config.batch.length
         rows = blank_batch(-(-count // self._rows) * self._rows, length)
         for row, ids in enumerate(sequences):
             rows["tokens_BT"][row, : len(ids)] = ids

@@ -16,17 +16,27 @@ from jax import Array
 from dsv2_jax.config import Config
 from dsv2_jax.evaluation import perplexity
 from dsv2_jax.model import transformer
-from dsv2_jax.parallel import collectives
+from dsv2_jax.parallel import collectives, pipeline
 from dsv2_jax.parallel.feed import Feed
 from dsv2_jax.training.loss import balanced
 
 _FEWEST = 4  # tokens of an answer behind its prompt: begin, something, end; bounds the preferences of a row
 
 
-def scores(params: Any, batch: dict[str, Array], config: Config) -> tuple[Array, dict[str, Array]]:
-    """The score at every position, float32 [B, T], of float32 parameters; and the layers' statistics."""
+def scores(
+    params: Any, batch: dict[str, Array], config: Config, micro_batches: int = 1
+) -> tuple[Array, dict[str, Array]]:
+    """The score at every position, float32 [B, T], of float32 parameters; and the layers' statistics.
+
+    micro_batches: those that follow each other in the rows, for a pipeline; of one, a stage gets a part of T.
+    """
     out, w_score_D = transformer.forward_masters(
-        params, batch, model=config.model, compute=config.compute, mesh=config.mesh
+        params,
+        batch,
+        model=config.model,
+        compute=config.compute,
+        mesh=config.mesh,
+        micro_batches=micro_batches,
     )
     return out.hidden_BTD.astype(jnp.float32) @ w_score_D, out.statistics
 
@@ -39,6 +49,7 @@ def loss(
     exempt_B: Array | None,
     total_weight: Array | float,
     share: Array | float,
+    micro_batches: int = 1,
 ) -> tuple[Array, dict[str, Array]]:
     """One micro-batch's part of a step's loss and metrics, under the convention of `training.loss.loss`.
 
@@ -48,19 +59,21 @@ def loss(
     """
     del exempt_B
     mesh, (_, t) = config.mesh, batch["ends_BT"].shape
-    score_BT, statistics = scores(params, batch, config)
+    score_BT, statistics = scores(params, batch, config, micro_batches)
+    if mesh.pipeline > 1:
+        batch = {name: pipeline.part(leaf, mesh) for name, leaf in batch.items()}
 
     def by_preference(x_BT: Array) -> Array:
         one = functools.partial(jax.ops.segment_sum, num_segments=max(1, t * mesh.context // _FEWEST))
         # Both answers' ends may lie on devices far apart.
-        return collectives.add(jax.vmap(one)(x_BT, batch["pairs_BT"]), ("context",), mesh)
+        return collectives.add(jax.vmap(one)(x_BT, batch["pairs_BT"]), ("context", "pipeline"), mesh)
 
     lead_BP = by_preference(score_BT * batch["ends_BT"])
     value_BP, weight_BP = by_preference(batch["values_BT"]), by_preference(batch["weights_BT"])
     pair_BP = by_preference((batch["ends_BT"] < 0).astype(jnp.float32)) > 0
     each_BP = jnp.where(pair_BP, jax.nn.softplus(value_BP - lead_BP), (lead_BP - value_BP) ** 2)
     right_BP = jnp.where(pair_BP, lead_BP > 0, jnp.abs(lead_BP - value_BP) < 0.5)
-    alike = mesh.size("context", "tensor")  # devices that hold the same preferences
+    alike = mesh.size("pipeline", "context", "tensor")  # devices that hold the same preferences
 
     def mean(x_BP: Array) -> Array:
         return (x_BP * weight_BP).sum() / (total_weight * alike)

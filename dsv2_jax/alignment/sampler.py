@@ -10,42 +10,45 @@ import numpy as np
 
 from dsv2_jax.alignment import verifiers
 from dsv2_jax.alignment.judge import Judge
+from dsv2_jax.alignment.pool import RewardPool
 from dsv2_jax.alignment.samples import Prompts, Question, Sample
 from dsv2_jax.config import Config
 from dsv2_jax.data.tokenizer import Tokenizer
 from dsv2_jax.inference.engine import Capacity, Engine
 from dsv2_jax.inference.request import Request, Result
 from dsv2_jax.inference.sampling import Sampling
-from dsv2_jax.parallel import processes
-from dsv2_jax.parallel.mesh import platform
+from dsv2_jax.parallel.mesh import BATCH, platform
 
-_ROWS = 64  # responses that are drawn at a time, of each group of devices
+_MOST_ROWS = 64  # responses that are drawn at a time, of each group of devices
+
+
+def capacity(config: Config, kind: str) -> Capacity:
+    """What the engine takes on: all responses of an iteration at once, up to 64 a group of devices.
+
+    kind: `tpu` or `cpu`. The engine computes a prompt once for its group, in whole pages: small ones, where no kernel
+    asks for large ones.
+    """
+    each = -(-config.grpo.prompts * config.grpo.group // config.mesh.size(*BATCH))
+    return Capacity(rows=min(_MOST_ROWS, each), length=config.batch.length, page=128 if kind == "tpu" else 16)
 
 
 class Sampler:
-    """Draws and rewards responses, the same in every process.
+    """Draws and rewards responses, the same in every process. Between calls it holds no weights of the policy."""
 
-    The engine computes a prompt once for its group, in whole pages: small ones, where no kernel asks for large ones.
-    """
-
-    def __init__(self, config: Config, params: Any, words: Tokenizer, mesh: jax.sharding.Mesh | None):
+    def __init__(self, config: Config, words: Tokenizer, mesh: jax.sharding.Mesh | None, rewards: RewardPool):
+        """rewards: those that are no reward models. Raises ValueError for a reward model that does not fit."""
         g = config.grpo
         self._config, self._words = config, words
-        capacity = Capacity(
-            rows=min(_ROWS, g.prompts * g.group),
-            length=config.batch.length + 1,
-            page=128 if platform() == "tpu" else 16,
-        )
         self._engine = Engine(
-            params,
+            None,
             config.model,
             compute=config.compute,
-            capacity=capacity,
+            capacity=capacity(config, platform()),
             words=words,
             mesh=mesh,
             routes=config.model.moe_layers > 0,
         )
-        self._rewards = {name: verifiers.REWARDS[name] for name in g.rewards if name in verifiers.REWARDS}
+        self._rewards = rewards
         others = (name for name in g.rewards if name not in verifiers.REWARDS)
         self._judges = {name: Judge(Path(name), config, words, mesh) for name in others}
 
@@ -87,7 +90,7 @@ class Sampler:
 
     def _ask(self, params: Any, asked: Sequence[Question], temperature: float, seeds: np.ndarray) -> list[Result]:
         self._engine.replace(params)
-        return self._engine.generate(
+        answers = self._engine.generate(
             [
                 Request(
                     prompt=ids,
@@ -99,14 +102,12 @@ class Sampler:
                 for (_, ids), seed in zip(asked, seeds, strict=True)
             ]
         )
+        self._engine.release()  # their memory is the update's
+        return answers
 
     def _rewarded(self, asked: Sequence[Question], answers: Sequence[Result]) -> list[Sample]:
         texts = [self._words.decode(t for t in answer.tokens if t != self._words.eos_id) for answer in answers]
-        verdicts = np.zeros((len(asked), len(self._rewards)))
-        if processes.is_first():  # programs of the model run once, and a verdict that hangs on time is the same in all
-            for row, ((item, _), text) in enumerate(zip(asked, texts, strict=True)):
-                verdicts[row] = [reward(item, text) for reward in self._rewards.values()]
-        rewards = dict(zip(self._rewards, processes.of_the_first(verdicts).T, strict=True))
+        rewards = self._rewards([item for item, _ in asked], texts)
         whole = [(*ids, *answer.tokens) for (_, ids), answer in zip(asked, answers, strict=True)]
         rewards |= {name: judge(whole) for name, judge in self._judges.items()}
         return [

@@ -89,7 +89,7 @@ class Prompts(grain.DatasetIterator[Question]):
             asked = item["prompt"]
             messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
             ids = chat.encode(messages, self._words, generation=True).ids
-            if len(ids) + self._config.grpo.max_new <= self._config.batch.length + 1:
+            if len(ids) + self._config.grpo.max_new <= self._config.batch.length:
                 found.append((item, tuple(ids.tolist())))
         return found
 

@@ -4,7 +4,7 @@ engine = Engine(params, model)
 results = engine.generate([Request(prompt=(1, 2, 3), max_new=8)])      # a batch
 id = engine.add(request); events = engine.step(); engine.cancel(id)    # a server
 engine.score([[1, 2, 3, 4]])                                           # log-probabilities of given tokens
-engine.replace(params)                                                 # new weights, the same programs
+engine.replace(params); engine.release()                               # new weights, the same programs; none
 """
 
 import dataclasses
@@ -87,7 +87,8 @@ class Engine:
         mesh: jax.sharding.Mesh | None = None,
         routes: bool = False,
     ):
-        """params: the tree of `parameters.tree`; on a mesh with axes data, fsdp, expert and tensor.
+        """params: the tree of `parameters.tree`; on a mesh with axes data, fsdp, expert and tensor. None: `replace`
+        brings them before the first request.
 
         words: needed for text and stop strings. routes: results tell `experts`. Processes that share the mesh call it
         alike and all get all answers. Raises ValueError for a capacity or mesh that the model does not fit.
@@ -104,7 +105,7 @@ class Engine:
         self._lanes = [Scheduler(c.pages, c.page, c.rows, c.chunk, self._block) for _ in range(self.setup.lanes)]
         self._layers = programs.empty(self.setup, c.pages, c.page)
         self._routes = Routes(model, self.setup.lanes, c.pages, c.page) if routes else None
-        self._prepared = programs.prepare(params, self.setup)
+        self._prepared: Any = None if params is None else programs.prepare(params, self.setup)
         self._lane_of: dict[int, tuple[Scheduler, Running]] = {}
         self._ids = itertools.count()
         chunks = [64 * n for n in _powers(2, c.chunk // 64)]
@@ -114,12 +115,17 @@ class Engine:
     def replace(self, params: Any) -> None:
         """Goes on with other weights of the same shapes; what was computed with the old ones is not reused.
 
-        Raises ValueError while requests run.
+        The old ones are let go first: both are never held at once. Raises ValueError while requests run.
         """
+        self.release()
+        self._prepared = programs.prepare(params, self.setup)
+
+    def release(self) -> None:
+        """Lets go of the weights until `replace` brings others. Raises ValueError while requests run."""
         check(not self._lane_of, "weights cannot be replaced while requests run")
         for lane in self._lanes:
             lane.pages.forget()
-        self._prepared = programs.prepare(params, self.setup)
+        self._prepared = None
 
     def warm(self) -> None:
         """Compiles every program that a step can need: from here on nothing is compiled."""
@@ -244,6 +250,7 @@ class Engine:
 
     def _forward(self, call: programs.Call) -> tuple[jax.Array, jax.Array]:
         """Computes a call: `programs.forward`'s hidden states. The cache and what is kept beside it take it in."""
+        assert self._prepared is not None, "the engine has no weights: `replace` brings them"
         rows_ZND, chunk_ZCD, self._layers, experts_ZTLK = programs.forward(
             self._prepared, self._layers, call, setup=self.setup
         )

@@ -108,19 +108,23 @@ def prepare(params: Any, setup: Setup) -> Any:
     What `hf.load_quantized` read is that already.
     """
     if {"dense", "moe"} & params.keys():
-        return _prepare(setup)(params)
+        return preparation(setup)(params)
     params = paged.by_head(_with_embedding_cast(params, setup))
     return jax.device_put(params, sharding.on(setup.devices, _param_specs(params, setup)))
 
 
 @functools.cache
-def _prepare(setup: Setup) -> Any:
-    """From the layout of training to that of generation in one program.
+def preparation(setup: Setup) -> Any:
+    """The program that takes parameters from the layout of training to that of generation.
 
     An array at a time, two processes may begin the transfers in unlike orders, and wait for each other for ever.
     """
     specs = _param_specs(_prepared_shapes(setup), setup)
-    return jax.jit(functools.partial(_prepared, setup=setup), out_shardings=sharding.on(setup.devices, specs))
+
+    def prepare_weights(params: Any) -> Any:
+        return _prepared(params, setup)
+
+    return jax.jit(prepare_weights, out_shardings=sharding.on(setup.devices, specs))
 
 
 def _prepared(params: Any, setup: Setup) -> Any:

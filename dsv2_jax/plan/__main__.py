@@ -15,7 +15,7 @@ import jax
 from dsv2_jax import cli
 from dsv2_jax.config import Config, check
 from dsv2_jax.inference.engine import Capacity
-from dsv2_jax.plan import claims, largest, page, report, search
+from dsv2_jax.plan import claims, grpo, largest, page, report, search
 from dsv2_jax.plan.compile import Topology, compiled, laid_out
 from dsv2_jax.plan.estimate import Estimate, estimate
 from dsv2_jax.plan.program import Work
@@ -27,7 +27,7 @@ _USAGE = f"""usage: {_CALLED} PRESET --topology CHIP:XxYxZ [--forward | --decode
        [--hlo FILE.gz] [--html FILE] [--section.field VALUE ...]
        {_CALLED} claims [--topology CHIP:XxYxZ] [--serving CHIP:XxYxZ] [--json FILE]
 Compiles a preset's training step for TPUs that are not here, or its forward pass, or a decode step of its engine; says
-if it fits and what it takes.
+if it fits and what it takes. Of a preset of GRPO, an iteration: weights prepared, responses sampled, an update.
 presets: {", ".join(PRESETS)}; every flag of train.py may follow"""
 
 
@@ -87,6 +87,8 @@ def main() -> int:
         check(isinstance(work, Capacity), "--largest is for a decode step: add --decode")
         assert isinstance(work, Capacity)
         work, _ = largest.largest(config, topology, work, lambda c, t, w: planned(c, t, say, w)[0])
+    if config.grpo.group and work == "step":
+        return _grpo(name, plan, config, topology)
     result, text = planned(config, topology, say, work)
     print(report.show(result))
     _write(plan.json, dataclasses.asdict(result))
@@ -100,6 +102,22 @@ def main() -> int:
         cli.fail(
             f"{name} does not fit {topology.name}: a device needs {m.peak / 2**30:.2f} GiB and has "
             f"{m.size / 2**30:.2f}; " + remedies(config, topology, lambda c, t, w: planned(c, t, say, w)[0], work)
+        )
+    return 0
+
+
+def _grpo(name: str, plan: Plan, config: Config, topology: Topology) -> int:
+    check(not (plan.html or plan.hlo), "--html and --hlo are of one program, and an iteration of GRPO has several")
+    say = _progress()
+    found = grpo.iteration(config, topology, lambda c, t, w: planned(c, t, say, w)[0])
+    print(grpo.show(found))
+    _write(plan.json, grpo.figures(found))
+    if not found.fits:
+        worst = max(found.phases, key=lambda phase: phase.peak)
+        cli.fail(
+            f"{name} does not fit {topology.name}: {worst.name} needs {worst.peak / 2**30:.2f} GiB of a device's "
+            f"{found.size / 2**30:.2f}; --mesh.expert splits the sampler's weights, --grpo.offload and a smaller "
+            "--batch.micro_size save most of the rest"
         )
     return 0
 

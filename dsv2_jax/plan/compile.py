@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dsv2_jax import cli
-from dsv2_jax.config import Batch, Cadence, Config, Data, Processes, check, to_json
+from dsv2_jax.config import Batch, Cadence, Config, Data, Grpo, Processes, check, to_json
 from dsv2_jax.inference import programs
 from dsv2_jax.inference.engine import Capacity
 from dsv2_jax.parallel import sharding, xla
@@ -26,6 +26,8 @@ from pallas_kernels.chips import CHIPS, PLANNED, Chip
 _ROOT = Path(__file__).resolve().parent.parent.parent
 # What a compiled step depends on; the rest of plan/ only reads it.
 _CODE = (
+    "dsv2_jax/alignment/objective.py",
+    "dsv2_jax/alignment/policy.py",
     "dsv2_jax/config.py",
     "dsv2_jax/evaluation/perplexity.py",
     "dsv2_jax/inference",
@@ -93,9 +95,10 @@ def laid_out(config: Config, topology: Topology, work: Work = "step") -> Config:
     """
     mesh = config.mesh.resolve(topology.devices * config.mesh.slices)
     sharding.check_model(config.model, mesh)
-    batch, tokens = config.batch, config.tokens
+    batch, tokens, stage = config.batch, config.tokens, config.grpo
     if isinstance(work, Capacity):
         programs.check_mesh(mesh)
+        stage = Grpo()
         batch = Batch(size=work.rows * mesh.size(*BATCH), length=work.length)
         tokens = batch.size * batch.length
     else:
@@ -113,7 +116,9 @@ def laid_out(config: Config, topology: Topology, work: Work = "step") -> Config:
         tokens=tokens,
         compute=compute,
         mesh=mesh,
+        grpo=stage,
         workdir=Path(),
+        init=None,
         resume=True,
         data=Data(),
         cadence=Cadence(),
@@ -126,7 +131,7 @@ def compiled(
 ) -> tuple[Program, str]:
     """The program of a config's step on the topology, and its HLO ("" where it does not fit the chips' HBM).
 
-    say: is told what goes on. work: a forward pass or a decode step instead. The result is kept in the folder of
+    say: is told what goes on. work: another program instead of the step. The result is kept in the folder of
     compiled programs, named after the config, the topology, the source of the step, the compiler's options and version.
     Raises ValueError if the config or the topology cannot be, and RuntimeError with the compiler's own words for
     anything else.

@@ -74,7 +74,7 @@ class Estimate:
     topology: str
     chips: int
     devices: int
-    work: str  # step, forward or decode
+    work: str  # step, forward, weights or decode
     mesh: dict[str, int]
     remat: str
     sequences: int
@@ -139,7 +139,9 @@ def estimate(
         "micro_batches": batch.size // rows,
         "length": batch.length,
         "weights": work.weights if isinstance(work, Capacity) else "compute",
-        "dropping": bool(config.model.moe_layers and config.model.moe.capacity_factor and work == "step"),
+        "dropping": bool(
+            config.model.moe_layers and config.model.moe.capacity_factor and work == "step" and not config.grpo.group
+        ),
         "fits": program.fits,
         "memory": Memory(
             size=program.limit or chip.hbm_size,
@@ -173,7 +175,7 @@ def estimate(
         xla = config.compute.kernels == "xla"
         played = timeline.play(module, torus, prices.seconds, unsolved_seconds=None if xla else 0.0)
         doubt = "counted once" if xla else "none are counted, as of a balanced router"
-        tokens = batch.size * batch.length
+        tokens = 0 if work == "weights" else batch.size * batch.length
     time = _time(module, played, prices)
     return Estimate(
         **common,

@@ -1,4 +1,4 @@
-"""The training step of a config, its forward pass or a decode step, compiled for TPUs that are not there.
+"""A program of a config, such as its training step or its engine's decode step, compiled for TPUs that are not there.
 
 `python -m dsv2_jax.plan.program FOLDER`, a process of its own, reads FOLDER/request.json and leaves program.json and,
 if the program fits the chips, hlo.txt.gz: the optimised and scheduled program of one device.
@@ -21,8 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv2_jax import config as settings
+from dsv2_jax.alignment import policy
 from dsv2_jax.config import Config
 from dsv2_jax.evaluation.perplexity import sums_of_batch
+from dsv2_jax.inference import programs
 from dsv2_jax.inference.engine import Capacity
 from dsv2_jax.model import transformer
 from dsv2_jax.parallel import mesh as device_mesh
@@ -33,8 +35,10 @@ from dsv2_jax.training.step import create, state_specs, train_step
 from pallas_kernels.chips import PLANNED
 
 REQUEST, PROGRAM, HLO = "request.json", "program.json", "hlo.txt.gz"
-_BATCH = ("tokens_BT", "targets_BT", "positions_BT", "segments_BT", "bytes_BT", "weights_BT")
-Work = Literal["step", "forward"] | Capacity  # training, a forward pass, or a decode step of an engine of that size
+_INTS, _FLOATS = ("tokens_BT", "targets_BT", "positions_BT", "segments_BT"), ("weights_BT",)
+_GRPO_FLOATS = ("sampler_BT", "advantages_BT", "old_BT", "reference_BT")
+# Training, a forward pass, the masters' way into the engine's layout, or a decode step of an engine of that size.
+Work = Literal["step", "forward", "weights"] | Capacity
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -65,13 +69,13 @@ def arguments(config: Config, devices: jax.sharding.Mesh) -> tuple[Any, Any]:
 
     state = jax.eval_shape(lambda: create(transformer.init(config.model, jax.random.key(0)), config))
     state = jax.tree.map(placed, state, sharding.on(devices, state_specs(config)))
-    batch = {
-        name: placed(
-            jax.ShapeDtypeStruct(shape, jnp.float32 if name == "weights_BT" else jnp.int32),
-            sharding.on(devices, sharding.batch_spec(name)),
-        )
-        for name in _BATCH
-    }
+    leaves: dict[str, Any] = dict.fromkeys(_INTS, jnp.int32) | dict.fromkeys(_FLOATS, jnp.float32)
+    leaves |= dict.fromkeys(_GRPO_FLOATS, jnp.float32) if config.grpo.group else {"bytes_BT": jnp.int32}
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in leaves.items()}
+    if config.grpo.replay:
+        chosen = config.model.moe_layers, config.model.moe.num_experts_per_tok
+        batch["experts_BTLK"] = jax.ShapeDtypeStruct((*shape, *chosen), jnp.int16)
+    batch = {name: placed(leaf, sharding.on(devices, sharding.batch_spec(name))) for name, leaf in batch.items()}
     return state, batch
 
 
@@ -83,8 +87,9 @@ def shard_bytes(tree: Any) -> int:
 def compile_step(config: Config, devices: list[Any], work: Work = "step") -> tuple[Program, str]:
     """Compiles a step for these devices, whose number is that of `config.mesh`: (the program, its HLO, "" if too big).
 
-    work: the forward pass of a batch instead, as evaluation runs it and a prefill would: nothing is dropped; or a
-    decode step, of a capacity that is resolved. Raises ValueError if the config cannot be laid over the devices.
+    work: the forward pass of a batch instead, as evaluation runs it and a prefill would: nothing is dropped; or the
+    engine's weights made of the masters; or a decode step, of a capacity that is resolved. Raises ValueError if the
+    config cannot be laid over the devices.
     """
     start = time.monotonic()
     mesh = device_mesh.make(config.mesh, devices)
@@ -100,9 +105,12 @@ def compile_step(config: Config, devices: list[Any], work: Work = "step") -> tup
         params = state.params
         if work == "forward":
             lowered = sums_of_batch.lower(params, batch, config=config, mesh=mesh, loss=loss)
+        elif work == "weights":
+            batch = ()
+            lowered = programs.preparation(decode.setup_of(config, Capacity(), mesh)).lower(params)
         else:
-            optimizer = state.optimizer
-            lowered = train_step.lower(state, batch, 1e-3, config=config, mesh=mesh)
+            optimizer, own_loss = state.optimizer, policy.loss if config.grpo.group else loss
+            lowered = train_step.lower(state, batch, 1e-3, config=config, loss=own_loss, mesh=mesh)
     used, limit, hlo = 0, 0, ""
     print("compiling", flush=True)
     with tempfile.TemporaryDirectory() as dumps:
@@ -110,7 +118,7 @@ def compile_step(config: Config, devices: list[Any], work: Work = "step") -> tup
         dump = {
             "xla_dump_to": dumps,
             "xla_dump_hlo_as_text": True,
-            "xla_dump_hlo_module_re": ".*(train_step|sums_of_batch|decode_step).*",
+            "xla_dump_hlo_module_re": ".*(train_step|sums_of_batch|prepare_weights|decode_step).*",
         }
         try:
             memory = lowered.compile(xla.OPTIONS | dump).memory_analysis()
@@ -168,7 +176,7 @@ def main(folder: Path) -> None:
     ).devices
     print("tracing", flush=True)
     asked = request["work"]
-    work: Work = asked if asked in ("step", "forward") else Capacity(**asked)
+    work: Any = asked if isinstance(asked, str) else Capacity(**asked)
     program, hlo = compile_step(config, list(devices), work)
     if hlo:
         with gzip.open(folder / HLO, "wt", compresslevel=3) as file:

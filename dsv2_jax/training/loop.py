@@ -88,7 +88,7 @@ def train(config: Config) -> Outcome:
                 log.say(f"{batches.left_out:,} {config.data.form} longer than a row: {'cut' if cut else 'dropped'}")
             if progress.step:
                 log.say(f"going on from step {progress.step:,} in {run}")
-            while progress.tokens < config.tokens and not stop.asked(progress.step):
+            while progress.tokens < config.tokens and not stop.asked():
                 rows = optimizer.batch_size(config, progress.tokens)
                 lr = optimizer.learning_rate(config, progress.step, progress.tokens)
                 batch = feed(step_batch(batches, rows // micro_rows))

@@ -51,7 +51,7 @@ def judged(tmp_path_factory, words, config):
 def test_scores_are_those_of_each_conversation_alone(judged, words, config, mesh):
     run, params, ours = judged
     rng = np.random.default_rng(0)
-    sequences = [rng.integers(0, 384, n).tolist() for n in (LENGTH + 1, 9) * 5]
+    sequences = [rng.integers(0, 384, n).tolist() for n in (LENGTH, 9) * 5]
     devices = device_mesh.make(mesh, jax.devices()[: mesh.size("fsdp", "expert")])
     found = Judge(run, dataclasses.replace(config, mesh=mesh), words, devices)(sequences)
     for ids, score in zip(sequences, found, strict=True):
@@ -67,3 +67,16 @@ def test_a_model_that_scores_nothing_is_refused(tmp_path, words, config):
     checkpoint.keep_tokenizer(run, words.save)
     with pytest.raises(ValueError, match="holds no reward model"):
         Judge(run, config, words, None)
+
+
+def test_a_model_of_fewer_positions_than_a_conversation_has_tokens_is_refused(judged, words, config, tmp_path):
+    """It would read the last angle of its table for all that lies beyond."""
+    _, params, ours = judged
+    short = dataclasses.replace(ours, model=dataclasses.replace(ours.model, max_position_embeddings=LENGTH))
+    run = tmp_path / "run"
+    checkpoint.save_params(run, short, params)
+    checkpoint.keep_tokenizer(run, words.save)
+    Judge(run, config, words, None)
+    longer = dataclasses.replace(config, batch=Batch(size=8, length=LENGTH + 1))
+    with pytest.raises(ValueError, match="has 24 positions, but conversations may have 25 tokens"):
+        Judge(run, longer, words, None)

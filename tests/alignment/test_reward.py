@@ -13,10 +13,14 @@ from transformers import AutoModelForSequenceClassification
 from configs import pretrain
 from dsv2_jax import hf, loading
 from dsv2_jax.alignment import reward
-from dsv2_jax.config import Batch, Cadence, Compute, Data, Mesh, Optimizer
+from dsv2_jax.config import AXES, Batch, Cadence, Compute, Data, Mesh, Optimizer
 from dsv2_jax.data.preferences import Preference, PreferenceRows
 from dsv2_jax.model import transformer
+from dsv2_jax.parallel import mesh as device_mesh
+from dsv2_jax.parallel import sharding
+from dsv2_jax.parallel.feed import Feed
 from dsv2_jax.training import checkpoint, loop
+from dsv2_jax.training.step import create, state_specs, train_step
 
 
 def ids(*numbers):
@@ -129,3 +133,35 @@ def test_a_reward_model_wants_preferences(model, tmp_path):
     config = dataclasses.replace(pretrain.tiny(), workdir=tmp_path, model=model, mesh=Mesh(fsdp=8))
     with pytest.raises(ValueError, match="learns from preferences"):
         loop.train(config)
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [Mesh(pipeline=2, fsdp=1), pytest.param(Mesh(pipeline=2, fsdp=2, context=2), marks=pytest.mark.slow)],
+    ids=["pipeline", "pipeline+fsdp+context"],
+)
+def test_a_step_in_a_pipeline_is_that_of_one_device(model, params, mesh, tmp_path):
+    """Two micro-batches; pairs whose ends lie in parts of a row that are of different stages."""
+    rng = np.random.default_rng(0)
+    pairs = [
+        Preference((ids(*rng.integers(0, 384, n)), ids(*rng.integers(0, 384, 32 - n))), 0.25 * n) for n in range(4, 12)
+    ]
+    leaves = PreferenceRows(pairs, 32).batch(range(8))
+    leaves = {name: leaf.reshape(2, 4, 32) for name, leaf in leaves.items()}
+    found = []
+    for sizes in (Mesh(fsdp=1), mesh):
+        config = dataclasses.replace(
+            pretrain.tiny(), workdir=tmp_path, model=model, batch=Batch(size=8, micro_size=4, length=32), mesh=sizes,
+            optimizer=Optimizer(epsilon=1e-4), compute=Compute(dtype="float32", remat="none"),
+        )  # fmt: skip
+        devices = device_mesh.make(sizes, jax.devices()[: sizes.size(*AXES)])
+        state = jax.device_put(create(jax.device_get(params), config), sharding.on(devices, state_specs(config)))
+        batch = Feed(devices, sizes, 4)(leaves)
+        state, metrics = train_step(state, batch, 1e-3, config=config, loss=reward.loss, mesh=devices)
+        found.append(jax.device_get((metrics, state.params, state.optimizer[0].mu)))
+    (alone, *those_alone), (piped, *those_piped) = found
+    assert alone.keys() == piped.keys() and alone["tokens"] == 8
+    for name, value in alone.items():
+        np.testing.assert_allclose(piped[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+    for a, b in zip(jax.tree.leaves(those_piped), jax.tree.leaves(those_alone), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())

@@ -1,6 +1,7 @@
 """The engine against transformers and against itself: requests that come and go, shared prompts, few pages, scores."""
 
 import functools
+import weakref
 from pathlib import Path
 
 import jax
@@ -11,6 +12,7 @@ import transformers
 
 from dsv2_jax.config import Compute, Mesh
 from dsv2_jax.hf import load_params
+from dsv2_jax.inference import programs
 from dsv2_jax.inference.engine import Capacity, Engine
 from dsv2_jax.inference.request import Request
 from dsv2_jax.inference.sampling import Sampling
@@ -233,3 +235,23 @@ def test_meshes_that_split_layers_or_sequences_are_refused(loaded):
     mesh = device_mesh.make(Mesh(fsdp=1, context=8))
     with pytest.raises(ValueError, match=r"mesh\.pipeline and mesh\.context must be 1"):
         Engine(params, model, mesh=mesh)
+
+
+def test_weights_are_let_go_before_others_come(loaded, monkeypatch):
+    """Both at once would take twice the memory; between `release` and `replace` there are none."""
+    model, params = loaded
+    engine = Engine(params, model, compute=COMPUTE, capacity=CAPACITY)
+    old = [weakref.ref(leaf) for leaf in jax.tree.leaves(engine._prepared)]
+    real, alive = programs.prepare, []
+
+    def prepare(*arguments):
+        alive.append(sum(ref() is not None for ref in old))
+        return real(*arguments)
+
+    monkeypatch.setattr(programs, "prepare", prepare)
+    engine.replace(params)
+    assert alive == [0]
+    engine.release()
+    assert engine.weight_bytes == 0
+    with pytest.raises(AssertionError, match="no weights"):
+        engine.generate(requests(1))

@@ -1,9 +1,12 @@
-"""GRPO in two processes: the samples and the bits of one, optimizer state on the host or not."""
+"""GRPO in two processes: the samples and the bits of one, optimizer state on the host or not, and a SIGTERM."""
 
 import json
+import signal
 
 import pytest
-from test_processes import finish, output, training
+from test_processes import disturb, finish, output, training
+
+from dsv2_jax.training import checkpoint, loop
 
 pytestmark = pytest.mark.slow
 
@@ -16,20 +19,27 @@ def lasting(lines):
     return [line for line in kept if len(line) > 2]
 
 
-def test_two_processes_draw_and_update_as_one(tmp_path):
-    text, prompts = tmp_path / "text.txt", tmp_path / "prompts.jsonl"
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    """A base model of a little text, and GRPO on it: two optimizer steps an iteration."""
+    folder = tmp_path_factory.mktemp("grpo")
+    text, prompts = folder / "text.txt", folder / "prompts.jsonl"
     text.write_text("\n".join(f"User: pick {n}\n\nAssistant: {n % 10}" for n in range(900)))
-    lines = [json.dumps({"prompt": f"pick {n}", "most_characters": 4}) for n in range(40)]
+    lines = [json.dumps({"prompt": f"pick {n}", "most_characters": 7}) for n in range(40)]
     prompts.write_text("\n".join(lines))
-    data = ["--data.folder", str(tmp_path / "data"), "--model.moe.budget_sequences", "1"]
+    data = ["--data.folder", str(folder / "data"), "--model.moe.budget_sequences", "1"]
     base = ["--data.source", str(text), "--batch.size", "8", "--tokens", str(10 * 8 * 32)]
-    finish(tmp_path / "base", [*data, *base, "--mesh.fsdp", "8"], 1, 8)
-    flags = [
-        *data, "--init", str(tmp_path / "base"), "--data.source", str(prompts), "--data.form", "prompts",
+    finish(folder / "base", [*data, *base, "--mesh.fsdp", "8"], 1, 8)
+    return [
+        *data, "--init", str(folder / "base"), "--data.source", str(prompts), "--data.form", "prompts",
         "--data.held_out_fraction", "0.2", "--batch.size", "16", "--batch.length", "40", "--mesh.fsdp", "4",
-        "--mesh.expert", "2", "--grpo.group", "4", "--grpo.prompts", "8", "--grpo.steps", "4", "--grpo.max_new", "4",
+        "--mesh.expert", "2", "--grpo.group", "4", "--grpo.prompts", "8", "--grpo.max_new", "4",
         "--grpo.rewards", "brevity", "--grpo.replay", "--cadence.evaluate", "2", "--cadence.save", "2",
     ]  # fmt: skip
+
+
+def test_two_processes_draw_and_update_as_one(tmp_path, flags):
+    flags = [*flags, "--grpo.steps", "4"]
     one = finish(tmp_path / "one", flags, 1, 8)
     two = finish(tmp_path / "two", [*flags, "--grpo.offload"], 2, 4)
     assert lasting(two) == lasting(one)
@@ -40,3 +50,16 @@ def test_two_processes_draw_and_update_as_one(tmp_path):
     # A run that ended is found ended, by both.
     with training(tmp_path / "two", flags, 2, 4) as started:
         assert [process.wait(timeout=200) for process in started] == [0, 0], output(tmp_path / "two", 1)
+
+
+def test_both_processes_stop_at_sigterm_between_iterations_of_two_steps(tmp_path, flags):
+    run = tmp_path / "run"
+    codes, _ = disturb(run, [*flags, "--grpo.steps", "1000", "--cadence.evaluate", "1000"], 1, signal.SIGTERM, 4)
+    assert codes == [loop.STOPPED] * 2, output(run, 0)
+    stopped = checkpoint.latest_step(run)
+    assert stopped % 2 == 0 and 4 <= stopped < 100
+    codes, _ = disturb(
+        run, [*flags, "--grpo.steps", "1000", "--cadence.evaluate", "1000"], 0, signal.SIGTERM, stopped + 2
+    )
+    assert codes == [loop.STOPPED] * 2, output(run, 0)
+    assert checkpoint.latest_step(run) > stopped
