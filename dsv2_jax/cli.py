@@ -8,6 +8,7 @@ import ctypes
 import dataclasses
 import difflib
 import io
+import math
 import os
 import re
 import sys
@@ -201,9 +202,12 @@ def _plain_words() -> tyro.constructors.ConstructorRegistry:
     def number(kind: type, words: str) -> None:
         def read(texts: list[str]) -> Any:
             try:
-                return kind(texts[0])
+                value = kind(texts[0])
             except ValueError:
                 raise ValueError(f"'{texts[0]}' is not {words}") from None
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"'{texts[0]}' is not finite")
+            return value
 
         @registry.primitive_rule
         def rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:

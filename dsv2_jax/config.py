@@ -418,6 +418,7 @@ class Config:
     grpo: Grpo = Grpo()
 
     def __post_init__(self) -> None:
+        _check_finite(self)
         check(
             self.batch.length <= self.model.max_position_embeddings,
             f"batch.length ({self.batch.length}) exceeds model.max_position_embeddings "
@@ -443,6 +444,18 @@ class Config:
             not shared or micro % shared == 0,
             f"moe.budget_sequences ({shared}) must divide the {micro} sequences of a micro-batch",
         )
+
+
+def _check_finite(value: Any, name: str = "") -> None:
+    """Raises ValueError naming a setting, however deep, that is NaN or infinite: most comparisons let these through."""
+    if dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            _check_finite(getattr(value, field.name), f"{name}.{field.name}".lstrip("."))
+    elif isinstance(value, tuple):
+        for one in value:
+            _check_finite(one, name)
+    elif isinstance(value, float):
+        check(math.isfinite(value), f"{name} must be a finite number, not {value}")
 
 
 def to_json(value: Any) -> str:

@@ -145,6 +145,9 @@ def evaluate(loaded: Any, args: Evaluate, mesh: Any) -> dict[str, Any]:
     feed = Feed(mesh, config.mesh, rows)
     batches = pipeline.batches_of_text(texts, words, rows=rows, length=length, mine=feed.mine)
     figures = perplexity.evaluate(loaded.params, _progress(batches), config=config, feed=feed, mesh=mesh)
+    check(
+        math.isfinite(figures["nll"]), f"the loss of {args.checkpoint} on this text is {figures['nll']}, not a number"
+    )
     load_LE = figures.pop("load_LE", None)
     whole = "".join(texts).encode()
     figures["xz_bits_per_byte"] = 8 * len(lzma.compress(whole, preset=9)) / len(whole)

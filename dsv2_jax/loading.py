@@ -14,7 +14,7 @@ from dsv2_jax.data.tokenizer import Tokenizer
 from dsv2_jax.inference.quantize import Weights
 from dsv2_jax.model import parameters
 from dsv2_jax.parallel.mesh import sizes
-from dsv2_jax.training import checkpoint
+from dsv2_jax.training import checkpoint, integrity
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,8 @@ def load(folder: Path, mesh: jax.sharding.Mesh | None = None, weights: Weights =
     weights: of a Hugging Face folder, int8 or float8 reads what the engine holds, matrix by matrix, and never all of
     the model in float32: good for the engine alone.
 
-    Raises FileNotFoundError if there is no checkpoint, ValueError for files that are damaged or do not fit together.
+    Raises FileNotFoundError if there is no checkpoint, ValueError for files that are damaged, hold NaN or infinity, or
+    do not fit together.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no checkpoint in {folder}: there is no such folder")
@@ -53,6 +54,7 @@ def load(folder: Path, mesh: jax.sharding.Mesh | None = None, weights: Weights =
     else:
         config, params = checkpoint.restore_params(folder, mesh=mesh)
         words = tokenizer.load(folder / "tokenizer") if (folder / "tokenizer").is_dir() else None
+    integrity.check_finite(params, str(folder))
     if words is not None:
         check(
             words.vocab_size <= config.model.vocab_size,

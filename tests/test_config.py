@@ -115,3 +115,37 @@ def test_impossible_configs(build, words):
 def test_a_check_runs_on_replace_too():
     with pytest.raises(ValueError, match=r"batch\.length"):
         dataclasses.replace(PRESETS["tiny"](), batch=Batch(size=4, length=2048))
+
+
+def floats(value, path=()):
+    """Where a config holds floats."""
+    if isinstance(value, float):
+        yield path
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from floats(getattr(value, field.name), (*path, field.name))
+    elif isinstance(value, tuple):
+        for i, one in enumerate(value):
+            yield from floats(one, (*path, i))
+
+
+def replaced(value, path, new):
+    if not path:
+        return new
+    if isinstance(value, tuple):
+        return (*value[: path[0]], replaced(value[path[0]], path[1:], new), *value[path[0] + 1 :])
+    return dataclasses.replace(value, **{path[0]: replaced(getattr(value, path[0]), path[1:], new)})
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_no_number_is_nan_or_infinite(bad):
+    config = PRESETS["nano"]()
+    paths = list(floats(config))
+    assert ("optimizer", "weight_decay") in paths and ("model", "moe", "expert_balance") in paths and len(paths) > 25
+    for path in paths:
+        with pytest.raises(ValueError, match=r"must|exceeds"):
+            replaced(config, path, bad)
+    text = to_json(config)
+    assert from_json(type(config), text) == config
+    with pytest.raises(ValueError, match=r"optimizer\.weight_decay must be a finite number, not nan"):
+        from_json(type(config), text.replace('"weight_decay": 0.1', '"weight_decay": NaN'))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import json
 import shutil
 import subprocess
@@ -15,10 +16,12 @@ import pytest
 from hf_cases import GOLDEN, give_tokenizer, make_run, random_params
 
 from configs import models
+from dsv2_jax import hf, loading
 from dsv2_jax.config import Batch, Compute, Config
 from dsv2_jax.data import tokenizer
 from dsv2_jax.evaluation import perplexity
 from dsv2_jax.model import transformer
+from dsv2_jax.training import checkpoint
 
 ROOT = Path(__file__).parent.parent
 EXACT = Compute(dtype="float32", remat="none")
@@ -185,3 +188,34 @@ def test_perplexity_of_nothing_is_refused(tmp_path):
     config = Config(workdir=tmp_path, model=models.tiny(), batch=Batch(size=2, length=16), tokens=1000)
     with pytest.raises(ValueError, match="it holds no token to predict"):
         perplexity.evaluate({}, [], config=config)
+
+
+def damaged(folder, run, name, number):
+    """A copy of the run with one weight of the last layer replaced."""
+    config, params = checkpoint.restore_params(run)
+    params["head"][name] = params["head"][name].at[0].set(number)
+    checkpoint.save_params(folder, dataclasses.replace(config, workdir=folder), params, step=7)
+    shutil.copytree(run / "tokenizer", folder / "tokenizer")
+    return folder
+
+
+def test_weights_that_are_not_finite_are_refused(run, tmp_path):
+    folder = damaged(tmp_path / "nan", run, "norm_D", jnp.nan)
+    hf.export(folder, tmp_path / "hf")
+    (tmp_path / "text").write_text("hello there")
+    told = "hold NaN or infinity: head.norm_D"
+    refused(told, "eval.py", "--checkpoint", folder, "--text", tmp_path / "text", "--json", tmp_path / "out.json")
+    assert not (tmp_path / "out.json").exists()
+    for weights in ("compute", "int8"):
+        with pytest.raises(ValueError, match=told):
+            loading.load(tmp_path / "hf", weights=weights)
+
+
+def test_a_loss_that_is_not_finite_is_no_figure(run, tmp_path):
+    """Finite weights whose logits overflow."""
+    evaluation = importlib.import_module("eval")
+    folder = damaged(tmp_path / "huge", run, "norm_D", 3e38)
+    (tmp_path / "text").write_text("hello there")
+    args = evaluation.Evaluate(checkpoint=folder, text=tmp_path / "text", length=16)
+    with pytest.raises(ValueError, match=r"the loss of .*huge on this text is (nan|inf), not a number"):
+        evaluation.evaluate(loading.load(folder), args, None)

@@ -44,6 +44,53 @@ def test_export_import_export_is_the_same_to_the_byte(exported, dtype, tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"a", "b", "run"}
 
 
+def test_what_lies_beside_is_left_alone(exported, tmp_path):
+    """Also a folder of the name that an import once wrote into and cleared; and nothing of a failed one stays."""
+    run, hf, _ = exported
+    theirs = tmp_path / "run.partial"
+    theirs.mkdir()
+    (theirs / "precious").write_text("x")
+    import_(hf, tmp_path / "run")
+    with pytest.raises(ValueError, match="is not an empty folder"):
+        import_(hf, tmp_path / "run")
+    with pytest.raises(ZeroDivisionError):
+        export(run, tmp_path / "hf", progress=lambda *_: 1 // 0)
+    assert (theirs / "precious").read_text() == "x"
+    assert {p.name for p in tmp_path.iterdir()} == {"run", "run.partial"}
+
+
+def test_of_two_imports_the_second_to_end_is_refused(exported, tmp_path):
+    _, hf, params = exported
+
+    def meanwhile(done, total):
+        if done == total and not (tmp_path / "run").exists():
+            import_(hf, tmp_path / "run")
+
+    with pytest.raises(ValueError, match="was written by another process meanwhile"):
+        import_(hf, tmp_path / "run", progress=meanwhile)
+    jax.tree.map(np.testing.assert_array_equal, checkpoint.restore_params(tmp_path / "run")[1], params)
+    assert {p.name for p in tmp_path.iterdir()} == {"run"}
+
+
+@pytest.mark.parametrize("made_by", ["orbax", "import"])
+def test_damage_is_not_exported(exported, tmp_path, made_by):
+    run, hf, _ = exported
+    if made_by == "orbax":
+        shutil.copytree(run, tmp_path / "run")
+    else:
+        import_(hf, tmp_path / "run")
+    parameters = (tmp_path / "run").glob("checkpoints/*/params/**/*")
+    path = max((p for p in parameters if p.is_file()), key=lambda p: p.stat().st_size)
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 4
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match=r"the checkpoint of step \d in .*run is damaged: "):
+        export(tmp_path / "run", tmp_path / "hf")
+    with pytest.raises(ValueError, match=r"the checkpoint of step \d in .*run is damaged: "):
+        checkpoint.restore_params(tmp_path / "run")
+    assert {p.name for p in tmp_path.iterdir()} == {"run"}
+
+
 def test_import_is_a_run_that_orbax_restores(exported, tmp_path):
     _, hf, params = exported
     import_(hf, tmp_path / "run")

@@ -29,9 +29,11 @@ from dsv2_jax.parallel.feed import Feed
 from dsv2_jax.parallel.processes import Stop
 from dsv2_jax.training import checkpoint, loop, metrics, optimizer, plots
 from dsv2_jax.training.checkpoint import Checkpoints, Progress
+from dsv2_jax.training.lease import leased
 from dsv2_jax.training.step import State, create, state_specs, train_step
 
 
+@leased
 def train(config: Config) -> loop.Outcome:
     """Trains the policy that `config.init` holds until `config.grpo.steps` steps or SIGTERM; `loop.train`'s manners.
 

@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +19,7 @@ import tensorflow_datasets as tfds
 
 from dsv2_jax.config import Data, check
 from dsv2_jax.data import builtin, chat
+from dsv2_jax.storage import published
 
 
 class Document(NamedTuple):
@@ -321,7 +321,7 @@ def _build(
     plan: _Plan,
     notices: dict[str, str],
 ) -> None:
-    with published(folder) as scratch:
+    with published(folder, first_wins=True) as scratch:
         builder = kind(documents, plan, data_dir=scratch, file_format="array_record")
         tfds.disable_progress_bar()
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download, and there is none
@@ -332,23 +332,3 @@ def _build(
             (scratch / "notices" / name).write_text(text)
         facts = {"digest": plan.digest, "documents": Path(builder.data_dir).relative_to(scratch).as_posix()}
         (scratch / "corpus.json").write_text(json.dumps(facts, indent=2))
-
-
-@contextlib.contextmanager
-def published(folder: Path) -> Iterator[Path]:
-    """Gives an empty folder to write into, which gets its name at the end, when all of it is there.
-
-    Of two processes that write the same, the first wins.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".incoming-", dir=folder.parent))
-    scratch.chmod(0o755)  # mkdtemp's own mode would shut others out
-    try:
-        yield scratch
-        try:
-            os.rename(scratch, folder)
-        except OSError:
-            if not folder.exists():
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

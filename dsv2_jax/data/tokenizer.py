@@ -22,7 +22,8 @@ from sentencepiece import sentencepiece_model_pb2
 
 from dsv2_jax.config import Data, check
 from dsv2_jax.data import chat
-from dsv2_jax.data.corpora import Corpus, published
+from dsv2_jax.data.corpora import Corpus
+from dsv2_jax.storage import published
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 
@@ -158,7 +159,7 @@ def for_config(data: Data, vocab_size: int, corpus: Corpus) -> Tokenizer:
         recipe = f"{_RECIPE} {corpus.digest} {vocab_size} {sentencepiece.__version__}"
         folder = data.folder / "tokenizers" / hashlib.blake2b(recipe.encode(), digest_size=8).hexdigest()
         if not folder.exists():
-            with published(folder) as scratch:
+            with published(folder, first_wins=True) as scratch:
                 train((example["text"].decode() for example in corpus.train), vocab_size, scratch)
         tokenizer = load(folder)
     check(

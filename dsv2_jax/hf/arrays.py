@@ -4,6 +4,7 @@ Orbax keeps each leaf as one zarr array named `part.leaf`. Reading goes by what 
 zarr 2 or 3); writing makes plain zarr files, a chunk per layer and expert, with the metadata that Orbax itself writes.
 """
 
+import collections
 import json
 import math
 from pathlib import Path
@@ -14,43 +15,82 @@ import tensorstore as ts
 
 from dsv2_jax.config import check
 from dsv2_jax.model.parameters import letters
+from dsv2_jax.training import checkpoint, integrity
 
 Tree = dict[str, dict[str, tuple[int, ...]]]
 
 _CHUNK_BYTES = 2**26
-_HANDLER = "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler"
+_HANDLERS = {
+    "params": "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler",
+    "checksums": "orbax.checkpoint._src.handlers.json_checkpoint_handler.JsonCheckpointHandler",
+}
 
 
-class Reader:
-    """The parameters in a folder `checkpoints/<step>/params`."""
+class _Slices:
+    """What reader and writer share: the checksums of the slices that went through them."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[tuple[str, str], ts.TensorStore] = {}
+        self._sums: collections.Counter[str] = collections.Counter()
+
+    def sums(self) -> dict[str, int]:
+        """The checksums of the parameters, as a checkpoint holds them, once every slice has come by."""
+        return {name: total % 2**32 for name, total in self._sums.items()}
+
+    def _count(self, part: str, name: str, index: tuple[int, ...], values: np.ndarray) -> None:
+        shape = self._arrays[part, name].shape
+        self._sums[f"params.{part}.{name}"] += integrity.sum_of_slice(values, shape, index)
+
+
+class Reader(_Slices):
+    """The parameters in a folder `RUN/checkpoints/<step>/params`."""
 
     def __init__(self, folder: Path, tree: Tree) -> None:
-        """Raises ValueError unless the folder holds exactly this tree of shapes."""
+        """Raises ValueError unless the folder holds exactly this tree of shapes, and if it is damaged."""
+        super().__init__()
+        self._run, self._step = folder.parents[2], int(folder.parent.name)
         path = folder / "_METADATA"
         check(path.is_file(), f"no parameters in {folder}: {path.name} is missing")
-        metadata = json.loads(path.read_text(encoding="utf-8"))
-        found = {".".join(k["key"] for k in leaf["key_metadata"]) for leaf in metadata["tree_metadata"].values()}
+        with checkpoint.reading(self._run, self._step):
+            metadata = json.loads(path.read_text(encoding="utf-8"))
+            found = {".".join(k["key"] for k in leaf["key_metadata"]) for leaf in metadata["tree_metadata"].values()}
         wanted = {f"{part}.{name}" for part, names in tree.items() for name in names}
         check(
             found == wanted,
             f"{folder} does not hold the model that the run's config.json describes: "
             f"missing {sorted(wanted - found)}, unknown {sorted(found - wanted)}",
         )
-        self._arrays = {
-            (part, name): _open(folder, metadata, part, name, shape)
-            for part, names in tree.items()
-            for name, shape in names.items()
-        }
+        for part, names in tree.items():
+            for name, shape in names.items():
+                with checkpoint.reading(self._run, self._step):
+                    array = self._arrays[part, name] = _open(folder, metadata, part, name, shape)
+                check(
+                    array.shape == shape,
+                    f"{folder}: {part}.{name} has the shape {list(array.shape)}; the run's config.json describes "
+                    f"{list(shape)}",
+                )
 
     def read(self, part: str, name: str, index: tuple[int, ...]) -> np.ndarray:
-        """`params[part][name][index]`, float32."""
-        return self._arrays[part, name][index].read().result().astype(np.float32, copy=False)
+        """`params[part][name][index]`, float32. Raises ValueError if the checkpoint is damaged."""
+        with checkpoint.reading(self._run, self._step):
+            values = self._arrays[part, name][index].read().result().astype(np.float32, copy=False)
+        self._count(part, name, index, values)
+        return values
+
+    def check_intact(self) -> None:
+        """Raises ValueError if what was read, all of it slice by slice, is not what was saved."""
+        checkpoint.check_intact(self._run, self._step, self.sums)
 
 
-class Writer:
-    """Makes the folder `checkpoints/<step>`, whose item `params` is this tree in float32, to be filled by `write`."""
+class Writer(_Slices):
+    """Makes the folder `checkpoints/<step>`, whose item `params` is this tree in float32.
+
+    It is whole when `write` has got every slice and `finish` was called.
+    """
 
     def __init__(self, folder: Path, tree: Tree) -> None:
+        super().__init__()
+        self._folder = folder
         params = folder / "params"
         (params / "array_metadatas").mkdir(parents=True)
         leaves = [(part, name, shape) for part, names in tree.items() for name, shape in names.items()]
@@ -86,11 +126,17 @@ class Writer:
         }
         _write_json(params / "_METADATA", metadata)
         _write_json(params / "array_metadatas" / "process_0", {"array_metadatas": array_metadatas})
-        _write_json(folder / "_CHECKPOINT_METADATA", {"item_handlers": {"params": _HANDLER}, "custom_metadata": {}})
+        _write_json(folder / "_CHECKPOINT_METADATA", {"item_handlers": _HANDLERS, "custom_metadata": {}})
 
     def write(self, part: str, name: str, index: tuple[int, ...], values: np.ndarray) -> None:
         """`params[part][name][index] = values`."""
         self._arrays[part, name][index].write(values).result()
+        self._count(part, name, index, values)
+
+    def finish(self) -> None:
+        """Writes the checksums."""
+        (self._folder / "checksums").mkdir()
+        _write_json(self._folder / "checksums" / "metadata", self.sums())
 
 
 def _open(folder: Path, metadata: dict[str, Any], part: str, name: str, shape: tuple[int, ...]) -> ts.TensorStore:
@@ -99,10 +145,6 @@ def _open(folder: Path, metadata: dict[str, Any], part: str, name: str, shape: t
     store = {"driver": "ocdbt", "base": base, "path": key} if metadata["use_ocdbt"] else base + key
     spec = {"driver": "zarr3" if metadata["use_zarr3"] else "zarr", "kvstore": store}
     array = ts.open(spec, open=True, read=True).result()
-    check(
-        array.shape == shape,
-        f"{folder}: {part}.{name} has the shape {list(array.shape)}; the run's config.json describes {list(shape)}",
-    )
     lead = _leading(name, shape)
     chunks = [c or n for c, n in zip(array.chunk_layout.read_chunk.shape or shape, shape, strict=True)]
     if all(c == 1 for c in chunks[:lead]):

@@ -1,11 +1,9 @@
 """Runs to Hugging Face folders and back, tensor by tensor; a folder appears whole under its name or not at all."""
 
-import contextlib
 import itertools
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from dsv2_jax.inference import quantize
 from dsv2_jax.model import parameters
 from dsv2_jax.parallel import sharding
 from dsv2_jax.parallel.mesh import sizes
+from dsv2_jax.storage import published
 from dsv2_jax.training import checkpoint
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all, of the Hugging Face side
@@ -42,7 +41,8 @@ def export(
 
     `dtype` is float32 or bfloat16 (rounded to nearest). No file holds more than `shard_bytes` unless one tensor does.
     In memory is one tensor at a time, and the chunks of the checkpoint that it shares. Raises ValueError if `out` is
-    not empty or the model has no Hugging Face architecture, FileNotFoundError if there is no checkpoint.
+    not empty, the model has no Hugging Face architecture or the checkpoint is damaged, FileNotFoundError if there is
+    no checkpoint.
     """
     model = checkpoint.read_config(run).model
     folder = run / "checkpoints" / str(checkpoint.latest_step(run)) / "params"
@@ -51,7 +51,8 @@ def export(
     settings = to_hf_config(model, dtype, bos, eos)
     reader = arrays.Reader(folder, parameters.tree(model))
     todo = list(tensors(model))
-    with _whole(out) as partial:
+    _check_free(out)
+    with published(out) as partial:
         _write_json(partial / "config.json", settings)
         _write_json(partial / "generation_config.json", {"bos_token_id": bos, "eos_token_id": eos})
         if vocabulary:
@@ -65,6 +66,8 @@ def export(
             files.write(stored[tensor.hf], tensor.layout.to_hf(slices))
             done += stored[tensor.hf].size
             progress(done, total)
+        reader.check_intact()
+        os.sync()
 
 
 def import_(hf: Path, out: Path, progress: Progress = _silent) -> None:
@@ -76,7 +79,8 @@ def import_(hf: Path, out: Path, progress: Progress = _silent) -> None:
     """
     model, found = open_checked(hf)
     vocabulary = _tokenizer(hf, model)
-    with _whole(out) as partial:
+    _check_free(out)
+    with published(out) as partial:
         data = Data(tokenizer=str(out / "tokenizer" / "tokenizer.json")) if vocabulary else Data()
         batch = Batch(length=min(Batch.length, model.max_position_embeddings))
         checkpoint.write_config(partial, Config(workdir=out, model=model, data=data, batch=batch))
@@ -84,6 +88,8 @@ def import_(hf: Path, out: Path, progress: Progress = _silent) -> None:
             vocabulary.save(partial / "tokenizer")
         writer = arrays.Writer(partial / "checkpoints" / "0", parameters.tree(model))
         _fill(model, found, writer.write, progress)
+        writer.finish()
+        os.sync()
 
 
 def open_checked(hf: Path) -> tuple[Model, dict[str, files.Stored]]:
@@ -197,20 +203,8 @@ def _fill(
         progress(done, total)
 
 
-@contextlib.contextmanager
-def _whole(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write into, renamed to `out` at the end; what a killed process left there is cleared."""
+def _check_free(out: Path) -> None:
     check(not out.exists() or (out.is_dir() and not any(out.iterdir())), f"{out} exists and is not an empty folder")
-    partial = out.absolute().with_name(out.absolute().name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
-    os.sync()
-    os.replace(partial, out)
 
 
 def _layer(tensor: Tensor) -> tuple[int, int]:

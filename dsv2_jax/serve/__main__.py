@@ -22,7 +22,9 @@ class Serve:
     name: str = ""  # what the model is called; empty: as its folder
     api_key_file: Path | None = None  # clients must send what is in it
     most_requests: int = 256  # that wait or run; more are refused with 429
+    most_connections: int = 512  # that are open; more are refused with 503
     body_bytes: int = 1 << 20  # of a request
+    idle_seconds: float = 60.0  # that a client may take to send a request or to take an answer, and between requests
     drain_seconds: float = 30.0  # that SIGTERM leaves running requests
     capacity: Capacity = dataclasses.field(default_factory=Capacity)
     compute: Compute = dataclasses.field(default_factory=Compute)
@@ -30,7 +32,8 @@ class Serve:
 
     def __post_init__(self) -> None:
         check(0 <= self.port < 65536, f"port must lie in 0 to 65535, not {self.port}")
-        check(self.most_requests > 0 and self.body_bytes > 0, "most_requests and body_bytes must be positive")
+        for name in ("most_requests", "most_connections", "body_bytes", "idle_seconds"):
+            check(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
         check(self.drain_seconds >= 0, f"drain_seconds must not be negative, not {self.drain_seconds}")
 
 
@@ -40,7 +43,7 @@ def main() -> None:
     from dsv2_jax import loading
     from dsv2_jax.inference.engine import Engine
     from dsv2_jax.parallel import mesh
-    from dsv2_jax.serve.app import Server
+    from dsv2_jax.serve.app import Limits, Server
 
     cli.keep_compiled_programs()
     key = ""
@@ -56,27 +59,24 @@ def main() -> None:
     print("compiling", file=sys.stderr, flush=True)
     engine.warm()
     name = args.name or args.checkpoint.resolve().name
-    server = Server(engine, words, name, most=args.most_requests, body_bytes=args.body_bytes, key=key)
+    limits = Limits(requests=args.most_requests, body_bytes=args.body_bytes, idle_seconds=args.idle_seconds)
+    server = Server(engine, words, name, limits, key=key)
     asyncio.run(serve(server, args))
 
 
 async def serve(server, args: Serve) -> None:
     """Serves until SIGTERM or SIGINT, then takes no more and lets running requests end."""
-    from aiohttp import web
+    from dsv2_jax.serve.connections import listening
 
     stop = asyncio.Event()
     for sign in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(sign, stop.set)
-    # A handler whose client has left is cancelled, and with it the request's sequences.
-    runner = web.AppRunner(server.application, handler_cancellation=True, shutdown_timeout=1.0)
-    await runner.setup()
-    await web.TCPSite(runner, args.host, args.port).start()
-    host, port = runner.addresses[0][:2]
-    print(f"serving {server.name} on http://{host}:{port}/v1", flush=True)
-    await stop.wait()
-    print("stopping: no more requests are taken", file=sys.stderr, flush=True)
-    await server.drain(args.drain_seconds)
-    await runner.cleanup()
+    limits = {"most": args.most_connections, "idle_seconds": args.idle_seconds}
+    async with listening(server.application, args.host, args.port, **limits) as (host, port):
+        print(f"serving {server.name} on http://{host}:{port}/v1", flush=True)
+        await stop.wait()
+        print("stopping: no more requests are taken", file=sys.stderr, flush=True)
+        await server.drain(args.drain_seconds)
 
 
 command = functools.partial(cli.main, main)

@@ -1,7 +1,9 @@
 """The HTTP side: paths, the key, limits, streams, and what a client is told when something is wrong."""
 
 import asyncio
+import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import hmac
 import json
@@ -19,18 +21,29 @@ from dsv2_jax.serve.protocol import Call
 from dsv2_jax.serve.worker import Busy, Stream, Worker
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+_READERS = 4  # threads that turn texts into ids; the tokenizer releases the GIL meanwhile
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What clients may ask of a server."""
+
+    requests: int = 256  # that wait or run, those included whose text is being read
+    body_bytes: int = 1 << 20  # of a request
+    idle_seconds: float = 60.0  # that a client may take to send a body, or to take a part of its stream
 
 
 class Server:
     """One engine behind HTTP. `application` is what aiohttp runs."""
 
-    def __init__(self, engine: Engine, words: Tokenizer, name: str, *, most: int, body_bytes: int, key: str = ""):
+    def __init__(self, engine: Engine, words: Tokenizer, name: str, limits: Limits, *, key: str = ""):
         self.engine, self.words, self.name, self.key = engine, words, name, key
         self.metrics = Metrics()
         self.metrics.watch(engine)
         self.draining = False
-        self._most = most
-        self.application = web.Application(client_max_size=body_bytes, middlewares=[self._guard])
+        self._limits = limits
+        self._reading = 0  # calls whose text is being read
+        self.application = web.Application(client_max_size=limits.body_bytes, middlewares=[self._guard])
         self.application.cleanup_ctx.append(self._working)
         self.application.add_routes(
             [
@@ -51,8 +64,10 @@ class Server:
                     await asyncio.sleep(0.02)
 
     async def _working(self, _: web.Application) -> AsyncIterator[None]:
-        self.worker = Worker(self.engine, self._most, self.metrics.observe)
+        self.worker = Worker(self.engine, self._limits.requests, self.metrics.observe)
+        self._readers = concurrent.futures.ThreadPoolExecutor(_READERS, "reader")
         yield
+        self._readers.shutdown(wait=False, cancel_futures=True)
         await self.worker.close()
 
     @web.middleware
@@ -74,6 +89,7 @@ class Server:
             return self._count(request, _error(503 if self.draining else 429, str(error), {"Retry-After": "1"}))
         except web.HTTPException as error:
             told = {404: f"there is nothing at {request.path}", 413: "the body is too large"}
+            told[408] = f"the body did not come within {self._limits.idle_seconds:g} seconds"
             return self._count(request, _error(error.status, told.get(error.status, error.reason)))
         except RuntimeError as error:
             return self._count(request, _error(500, str(error)))
@@ -88,22 +104,42 @@ class Server:
         begin = now()
         if self.draining:
             raise Busy("the server is stopping")
-        try:
-            body = json.loads(await request.read())
-        except (ValueError, RecursionError):
-            raise ValueError("the body is not JSON") from None
-        call = protocol.understand(kind, body, self.name, self.words, self.engine.capacity.length)
+        call = await self._call(kind, request)
         streams = self.worker.submit(call.requests)
         self.metrics.prompt_tokens.inc(sum(len(r.prompt) for r in call.requests[:: call.n]))
         try:
             if call.stream:
                 return await self._stream(call, streams, request, begin)
             results = await asyncio.gather(*(self._whole(stream, begin) for stream in streams))
-            return web.json_response(protocol.answer(call, results, self.words))
+            answer = await asyncio.to_thread(protocol.answer, call, results, self.words)
+            return web.json_response(answer, dumps=_dumps)
         finally:
             for stream in streams:
                 stream.cancel()
             self.metrics.seconds.observe(now() - begin)
+
+    async def _call(self, kind: protocol.Kind, request: web.Request) -> Call:
+        """What the body asks for. A thread reads it: long texts take seconds, and the event loop serves everybody."""
+        try:
+            async with asyncio.timeout(self._limits.idle_seconds):
+                body = await request.read()
+        except TimeoutError:
+            raise web.HTTPRequestTimeout from None
+        count = self.worker.open + self._reading
+        if count >= self._limits.requests:
+            raise Busy(f"{count} requests wait or run, and at most {self._limits.requests} may")
+        self._reading += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._readers, self._understand, kind, body)
+        finally:
+            self._reading -= 1
+
+    def _understand(self, kind: protocol.Kind, body: bytes) -> Call:
+        try:
+            value = json.loads(body, parse_constant=_no_constant)
+        except (ValueError, RecursionError):
+            raise ValueError("the body is not JSON") from None
+        return protocol.understand(kind, value, self.name, self.words, self.engine.capacity.length)
 
     async def _whole(self, stream: Stream, begin: float) -> Result:
         result, first = None, True
@@ -124,8 +160,14 @@ class Server:
         await response.prepare(request)
 
         async def send(value: Any) -> None:
-            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            await response.write(f"data: {text}\n\n".encode())
+            text = value if isinstance(value, str) else _dumps(value)
+            try:
+                async with asyncio.timeout(self._limits.idle_seconds):
+                    await response.write(f"data: {text}\n\n".encode())
+            except TimeoutError:
+                if request.transport is not None:
+                    request.transport.abort()  # to close it would wait for what the client does not take
+                raise ConnectionResetError("the client takes nothing") from None
 
         async def forward(index: int, stream: Stream) -> Result:
             result, first = None, True
@@ -133,7 +175,8 @@ class Server:
                 if first:
                     self.metrics.first_token.observe(now() - begin)
                 if event.text or event.reason or first or call.logprobs:
-                    await send(protocol.chunk(call, index, event, self.words, first))
+                    make = functools.partial(protocol.chunk, call, index, event, self.words, first)
+                    await send(await asyncio.to_thread(make) if call.echo and first else make())
                 result, first = event.result, False
             assert result is not None
             return result
@@ -159,6 +202,14 @@ class Server:
 
     async def _metrics(self, _: web.Request) -> web.Response:
         return web.Response(body=self.metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4"})
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _error(status: int, message: str, headers: dict[str, str] | None = None) -> web.Response:

@@ -1,6 +1,8 @@
 """OpenAI's requests, checked word by word, and the answers in their form."""
 
 import dataclasses
+import itertools
+import math
 import secrets
 import time
 from collections.abc import Sequence
@@ -55,9 +57,11 @@ def understand(kind: Kind, body: Any, model: str, words: Tokenizer, longest: int
     for name, neutral in (("presence_penalty", 0), ("frequency_penalty", 0), ("best_of", body.get("n", 1))):
         check(body.get(name, neutral) == neutral, f"{name} is not supported; leave it out")
     check(not body.get("suffix"), "suffix is not supported; leave it out")
-    prompts = _prompts(body, words) if kind == "completion" else [chat_prompt(body.get("messages"), words)]
-    n = _get(body, "n", int, 1)
-    check(n >= 1 and n * len(prompts) <= _MOST, f"n times the prompts must lie in 1 to {_MOST}")
+    texts = _prompts(body) if kind == "completion" else [body.get("messages")]
+    n = _get(body, "n", int, 1)  # limits are looked at before the work that they bound
+    check(n >= 1 and n * len(texts) <= _MOST, f"n times the prompts must lie in 1 to {_MOST}")
+    encode = _encode if kind == "completion" else chat_prompt
+    prompts = [encode(text, words) for text in texts]
     echo = _get(body, "echo", bool, False)
     logprobs, top = _logprobs(kind, body)
     limit = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
@@ -114,19 +118,19 @@ def chat_prompt(messages: Any, words: Tokenizer) -> list[int]:
     return chat.encode(read, words, generation=True).ids.tolist()
 
 
-def _prompts(body: dict, words: Tokenizer) -> list[list[int]]:
+def _prompts(body: dict) -> list[Any]:
+    """The prompts of a completion, not looked into yet."""
     prompt = body.get("prompt")
     check(prompt is not None, "prompt is missing")
-    many = prompt if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else [prompt]
-    found = []
-    for one in many:
-        if isinstance(one, str):
-            found.append([words.bos_id, *words.encode(_text("prompt", one))])
-        else:
-            fine = isinstance(one, list) and one and all(isinstance(i, int) and not isinstance(i, bool) for i in one)
-            check(bool(fine), "prompt must be a text, a list of texts, a list of token ids, or a list of such lists")
-            found.append(one)
-    return found
+    return prompt if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else [prompt]
+
+
+def _encode(prompt: Any, words: Tokenizer) -> list[int]:
+    if isinstance(prompt, str):
+        return [words.bos_id, *words.encode(_text("prompt", prompt))]
+    fine = isinstance(prompt, list) and prompt and all(isinstance(i, int) and not isinstance(i, bool) for i in prompt)
+    check(bool(fine), "prompt must be a text, a list of texts, a list of token ids, or a list of such lists")
+    return prompt
 
 
 def _text(where: str, value: Any) -> str:
@@ -177,6 +181,7 @@ def _get(body: dict, name: str, kind: Any, default: Any) -> Any:
     value = body.get(name, default)
     words = {int: "a whole number", str: "a text", bool: "true or false"}.get(kind, "a number")
     fine = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    fine = fine and (not isinstance(value, float) or math.isfinite(value))  # 1e999 is JSON
     check(fine, f"{name} must be {words}, not {value!r}")
     return value
 
@@ -258,7 +263,7 @@ def _columns(told: Sequence[tuple[int, float | None, Sequence[tuple[int, float]]
         "tokens": texts,
         "token_logprobs": [logprob for _, logprob, _ in told],
         "top_logprobs": [{words.decode([t]): p for t, p in top} or None for _, _, top in told],
-        "text_offset": [sum(map(len, texts[:i])) for i in range(len(texts))],
+        "text_offset": list(itertools.accumulate(map(len, texts[:-1]), initial=0)) if texts else [],
     }
 
 

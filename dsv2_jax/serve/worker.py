@@ -1,6 +1,7 @@
 """The engine's own thread, and how requests of the event loop reach it and its events come back."""
 
 import asyncio
+import math
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -24,10 +25,13 @@ class Stream:
         self._worker = worker
 
     async def __aiter__(self) -> AsyncIterator[Event]:
+        """The events. Raises RuntimeError when the engine has failed, and for probabilities that are no numbers."""
         while not self.ended:
             event = await self.events.get()
             if isinstance(event, Exception):
                 raise event
+            if not _finite(event):
+                raise RuntimeError("the model computes NaN or infinity for this request: its weights are damaged")
             self.ended = event.result is not None
             yield event
 
@@ -35,7 +39,14 @@ class Stream:
         """The engine drops the request, unless it has ended."""
         if not self.ended:
             self.ended = True
+            self.events.put_nowait(RuntimeError("the request was cancelled"))  # wakes who waits for the next event
             self._worker.drop(self)
+
+
+def _finite(event: Event) -> bool:
+    scores = event.result.scores if event.result is not None else ()
+    told = [event.logprob if event.token is not None else 0.0, *(p for _, p in event.top), *(p for p, _ in scores)]
+    return all(map(math.isfinite, told))
 
 
 class Worker:

@@ -2,19 +2,23 @@
 
     config.json            the config that made the run
     tokenizer/             its tokenizer
-    checkpoints/<step>/    params, optimizer, data (the input pipeline's state), progress (step and tokens)
+    checkpoints/<step>/    params, optimizer, data (the input pipeline's state), progress (step and tokens), and
+                           checksums of all of these, which are checked on restore
+    lease                  says which process trains here; empty when none does
     metrics.jsonl          a line for every log and evaluation      tensorboard/   the same for TensorBoard
     plots/                 PNG files, drawn at the end
 
 Orbax writes a checkpoint beside its final name and renames it when every byte is down, in the background.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,7 @@ from dsv2_jax.config import Config, check, from_json, to_json
 from dsv2_jax.model import parameters
 from dsv2_jax.parallel import processes, sharding
 from dsv2_jax.parallel.mesh import sizes
+from dsv2_jax.training import integrity
 from dsv2_jax.training.step import State
 
 # What a run may change when it goes on: none of it changes what one step computes from the same state and batch.
@@ -49,6 +54,7 @@ FREE = (
     "grpo.offload",
 )
 
+_WRITTEN = ("data", "progress")  # items of a checkpoint in JSON
 _WORTH_SLICING = 64 * 2**20  # bytes of a stacked parameter
 
 
@@ -80,13 +86,14 @@ class Checkpoints:
         """Saves in the background; returns when the state's buffers may be donated. A step already there stays."""
         if progress.step in self._manager.all_steps():
             return
+        written = {"data": batches.get_state(), "progress": dataclasses.asdict(progress)}
+        checksums = _checksums({"params": state.params, "optimizer": state.optimizer}, written)
         self._manager.save(
             progress.step,
             args=ocp.args.Composite(
                 params=_in_slices(state.params),
                 optimizer=ocp.args.StandardSave(state.optimizer),
-                data=ocp.args.JsonSave(batches.get_state()),
-                progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
+                **{name: ocp.args.JsonSave(item) for name, item in (written | {"checksums": checksums}).items()},
             ),
         )
 
@@ -101,43 +108,56 @@ class Checkpoints:
 
         With `start`, the initial state is built around the parameters that it returns. Either is laid out by
         `shardings`, whatever the layout of the run that saved it. Raises ValueError for a checkpoint of parameters
-        alone.
+        alone, and for a damaged one.
         """
-        step = self._manager.latest_step()
-        if step is None:
+        steps = whole_steps(self._run)
+        if not steps:
             if start is None:
                 return jax.jit(initial, out_shardings=shardings)(), Progress()
             around = jax.jit(lambda p: initial()._replace(params=p), out_shardings=shardings, donate_argnums=0)
             return around(start()), Progress()
+        step = steps[-1]
         check(
-            (self._run / "checkpoints" / str(step) / "optimizer").exists(),
+            (_folder(self._run, step) / "optimizer").exists(),
             f"the checkpoint of step {step} in {self._run} holds parameters only, as an imported model's does: "
             "it can be evaluated, but there is no training to go on with",
         )
         shapes = jax.tree.map(
             lambda s, on: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=on), jax.eval_shape(initial), shardings
         )
-        items = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(shapes.params),
-                optimizer=ocp.args.StandardRestore(shapes.optimizer),
-                data=ocp.args.JsonRestore(),
-                progress=ocp.args.JsonRestore(),
-            ),
-        )
+        with reading(self._run, step):
+            items = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardRestore(shapes.params),
+                    optimizer=ocp.args.StandardRestore(shapes.optimizer),
+                    data=ocp.args.JsonRestore(),
+                    progress=ocp.args.JsonRestore(),
+                ),
+            )
+            progress = Progress(**items["progress"])
+        arrays, written = ({name: items[name] for name in names} for names in (("params", "optimizer"), _WRITTEN))
+        check_intact(self._run, step, lambda: _checksums(arrays, written))
         batches.set_state(items["data"])
-        steps = jax.device_put(np.int32(step), shardings.step)
-        return State(items["params"], items["optimizer"], steps), Progress(**items["progress"])
+        return State(items["params"], items["optimizer"], jax.device_put(np.int32(step), shardings.step)), progress
+
+
+def whole_steps(run: Path) -> list[int]:
+    """The steps of the run's whole checkpoints, oldest first.
+
+    Orbax gives a checkpoint its name when it is whole. A folder of that name without metadata is something else: what
+    an interrupted copy or removal left.
+    """
+    folders = (run / "checkpoints").glob("*")
+    return sorted(int(f.name) for f in folders if f.name.isdigit() and (f / "params" / "_METADATA").is_file())
 
 
 def latest_step(run: Path) -> int:
     """The step of the run's newest whole checkpoint. Raises FileNotFoundError if the folder holds none."""
-    folder = run / "checkpoints"
-    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    steps = whole_steps(run)
     if not steps:
         raise FileNotFoundError(f"no checkpoint in {run}: a run's folder holds config.json and checkpoints/<step>/")
-    return max(steps)
+    return steps[-1]
 
 
 def read_config(run: Path) -> Config:
@@ -152,23 +172,27 @@ def restore_params(run: Path, step: int | None = None, mesh: jax.sharding.Mesh |
     """The config and the float32 parameters of a run: the tree of `parameters.tree`, from the newest or a given step.
 
     With a mesh, laid over it by `sharding.param_specs`, else on the first device. Raises FileNotFoundError if run or
-    step is missing, ValueError if the checkpoint is not what the config says.
+    step is missing, ValueError if the checkpoint is damaged or not what the config says.
     """
     config = read_config(run)
     step = latest_step(run) if step is None else step
-    folder = epath.Path(run).absolute() / "checkpoints" / str(step) / "params"
+    folder = epath.Path(_folder(run, step)).absolute() / "params"
     if not folder.is_dir():
         raise FileNotFoundError(f"no parameters of step {step} in {run}: {folder} is missing")
     expected = parameters.tree(config.model)
     reader = ocp.StandardCheckpointHandler()  # a Checkpointer around it would warn that one item is not a checkpoint
-    stored = jax.tree.map(lambda array: tuple(array.shape), reader.metadata(folder).tree)
+    with reading(run, step):
+        stored = jax.tree.map(lambda array: tuple(array.shape), reader.metadata(folder).tree)
     check_shapes(expected, stored, run)
     placed = sharding.on(mesh, sharding.param_specs(config.model, sizes(mesh)))
     shapes = {
         part: {name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=placed[part][name]) for name, shape in n.items()}
         for part, n in expected.items()
     }
-    return config, reader.restore(folder, args=ocp.args.StandardRestore(shapes))
+    with reading(run, step):
+        params = reader.restore(folder, args=ocp.args.StandardRestore(shapes))
+    check_intact(run, step, lambda: _checksums({"params": params}, {}))
+    return config, params
 
 
 def save_params(run: Path, config: Config, params: dict, step: int = 0) -> None:
@@ -181,31 +205,105 @@ def save_params(run: Path, config: Config, params: dict, step: int = 0) -> None:
     run.mkdir(parents=True, exist_ok=True)
     write_config(run, config)
     with ocp.CheckpointManager((run / "checkpoints").absolute()) as manager:
-        progress = dataclasses.asdict(Progress(step=step))
+        written = {"progress": dataclasses.asdict(Progress(step=step))}
+        checksums = _checksums({"params": params}, written)
         manager.save(
             step,
-            args=ocp.args.Composite(params=_in_slices(params), progress=ocp.args.JsonSave(progress)),
+            args=ocp.args.Composite(
+                params=_in_slices(params),
+                **{name: ocp.args.JsonSave(item) for name, item in (written | {"checksums": checksums}).items()},
+            ),
         )
+
+
+@contextlib.contextmanager
+def reading(run: Path, step: int) -> Iterator[None]:
+    """Around the reading of a checkpoint: whatever a library raises about its files becomes one line.
+
+    What devices and other processes raise is a RuntimeError, and passes.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError):
+        raise
+    except Exception as error:
+        first_line = (str(error).splitlines() or [""])[0]
+        damage = f"the checkpoint of step {step} in {run} is damaged: {type(error).__name__}: {first_line}"
+        raise ValueError(f"{damage}; {_way_on(run, step)}") from error
+
+
+def check_intact(run: Path, step: int, found: Callable[[], dict[str, Any]]) -> None:
+    """Raises ValueError naming the first item whose checksum is not the one that was saved with the checkpoint.
+
+    found: the checksums of what was read, all of them or some. A checkpoint saved without checksums is not checked,
+    and a line on stderr says so.
+    """
+    path = _folder(run, step) / "checksums" / "metadata"
+    if not path.parent.is_dir():
+        if processes.is_first():
+            told = f"the checkpoint of step {step} in {run} was saved without checksums and is not checked for damage"
+            print(told, file=sys.stderr, flush=True)
+        return
+    with reading(run, step):
+        saved = dict(json.loads(path.read_text(encoding="utf-8")))
+    different = [name for name, value in sorted(found().items()) if saved.get(name) != value]
+    check(
+        not different,
+        f"the checkpoint of step {step} in {run} is damaged: {', '.join(different[:3])} is not what was saved; "
+        f"{_way_on(run, step)}",
+    )
+
+
+def _way_on(run: Path, step: int) -> str:
+    older = [s for s in whole_steps(run) if s < step]
+    if not older:
+        return "there is no older checkpoint"
+    return f"remove {_folder(run, step)} to use step {older[-1]} (older checkpoints: {', '.join(map(str, older))})"
+
+
+def _checksums(arrays: dict[str, Any], written: dict[str, Any]) -> dict[str, Any]:
+    return integrity.sums(arrays) | {name: integrity.of_json(value) for name, value in written.items()}
+
+
+def _folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / str(step)
 
 
 def open_run(config: Config) -> None:
     """Makes the run's folder and writes config.json; a run that is there must be one that this config can go on with.
 
-    Raises ValueError if a field outside `FREE` differs from the saved config, or if there is a run and
-    `config.resume` is off.
+    Raises ValueError if a field outside `FREE` differs from the saved config, if there is a run and `config.resume` is
+    off, and for a run whose checkpoints are lost.
     """
-    run = config.workdir
-    if has_checkpoint(run):  # without one there is nothing to lose and nothing to go on with
+    run, whole = config.workdir, whole_steps(config.workdir)
+    others = [path for path in (run / "checkpoints").glob("*") if path.name.isdigit() and int(path.name) not in whole]
+    if whole:  # without one there is nothing to go on with
         check(config.resume, f"{run} holds a run already; choose another --workdir, or leave out --no-resume to go on")
         check_same(read_config(run), config)
+    else:
+        _check_nothing_lost(run, others)
     run.mkdir(parents=True, exist_ok=True)
     if processes.is_first():
+        for path in others:  # Orbax would take them for checkpoints: skip saves before their step, and count them
+            print(f"{path} is not a whole checkpoint; it is now {path.name}.unfinished", file=sys.stderr, flush=True)
+            path.rename(path.with_name(f"{path.name}.unfinished"))
         write_config(run, config)
 
 
-def has_checkpoint(run: Path) -> bool:
-    """Whether the folder holds a whole checkpoint."""
-    return any(path.name.isdigit() for path in (run / "checkpoints").glob("*"))
+def _check_nothing_lost(run: Path, unfinished: list[Path]) -> None:
+    """Raises ValueError if a run without a whole checkpoint has had one, as far as can be seen.
+
+    A run that was killed before its first checkpoint was whole has metrics, but also a folder `checkpoints/`, made
+    before them, in which no folder has a step's name. It begins anew.
+    """
+    metrics = run / "metrics.jsonl"
+    if not (metrics.is_file() and metrics.stat().st_size):
+        return
+    way_on = f"put it back, choose another --workdir, or remove {metrics} to begin anew"
+    check((run / "checkpoints").is_dir(), f"{run / 'checkpoints'} is missing, but {metrics} holds a run; {way_on}")
+    check(
+        not unfinished, f"{', '.join(map(str, unfinished))} is not a whole checkpoint, and {run} has no other; {way_on}"
+    )
 
 
 def check_same(saved: Config, now: Config) -> None:
@@ -236,7 +334,7 @@ def keep_tokenizer(run: Path, save: Callable[[Path], object]) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     save(partial)
-    if has_checkpoint(run) and kept.exists():
+    if whole_steps(run) and kept.exists():
         same = _contents(kept) == _contents(partial)
         shutil.rmtree(partial)
         check(same, f"the tokenizer in {kept} is not the one that the data now give: has data.source changed?")

@@ -24,6 +24,7 @@ from dsv2_jax.parallel.feed import Feed
 from dsv2_jax.parallel.processes import Stop
 from dsv2_jax.training import checkpoint, metrics, optimizer, plots
 from dsv2_jax.training.checkpoint import Checkpoints, Progress
+from dsv2_jax.training.lease import leased
 from dsv2_jax.training.loss import loss as pretraining_loss
 from dsv2_jax.training.step import State, create, state_specs, train_step
 
@@ -39,11 +40,12 @@ class Outcome:
     held_out: dict[str, Any]  # figures of the whole held-out split, `held_out_bits_per_byte` among them; {} if stopped
 
 
+@leased
 def train(config: Config) -> Outcome:
     """Trains the model of the config until `config.tokens` tokens, in the folder `config.workdir`, or until SIGTERM.
 
     Runs on all devices of all processes, laid out by `config.mesh`. Raises ValueError for a mesh that does not fit, a
-    folder whose run had other settings, and whatever the data's checks raise.
+    folder whose run had other settings or in which another run is at work, and whatever the data's checks raise.
     """
     scoring = config.model.head == "score"
     check(

@@ -178,7 +178,7 @@ class Log:
         now = time.perf_counter()
         skipped = bool(metrics["skipped"])
         if skipped:
-            self.say(f"step {progress.step:,}: loss or gradient norm is not finite; the update was refused")
+            self.say(f"step {progress.step:,}: loss, gradient norm or update is not finite; the update was refused")
         if progress.step % self._config.cadence.log == 0 or progress.tokens >= self._config.tokens or skipped:
             load_LE = metrics.pop("load_LE", None)
             weight, text_bytes = float(metrics.pop("tokens", 0)), float(metrics.pop("bytes", 0))

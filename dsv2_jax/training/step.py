@@ -69,7 +69,8 @@ def train_step(
 
     Takes batch leaves [A, B, T] and the learning rate; the state is donated. Returns the next state and the metrics of
     `loss` over the whole step, with `loss` (what was minimised), `grad_norm` (before clipping) and `skipped` float32:
-    1 when loss or gradient norm was not finite and parameters and optimizer state stayed as they were. With a `mesh`,
+    1 when loss, gradient norm or the norm of the update was not finite and parameters and optimizer state stayed as
+    they were. With a `mesh`,
     whose sizes are `config.mesh`, state and batch are laid over it by `state_specs` and `sharding.batch_spec`.
     """
     if mesh is None:
@@ -89,12 +90,14 @@ def _step(
     value, metrics = jax.tree.map(lambda x: collectives.add(x, AXES, mesh), (value, metrics))
     gradients = sharding.reduce_gradients(gradients, config.model, mesh)
     norm = jnp.sqrt(sharding.sum_of_squares(gradients, config.model, mesh))
-    finite = jnp.isfinite(value) & jnp.isfinite(norm)
 
     held = sharding.optimizer_part(state.params, config.model, mesh)
     clipped = clip(gradients, norm, config.optimizer)
     updates, optimizer = adamw(config.optimizer).update(clipped, state.optimizer, held)
-    params = jax.tree.map(lambda p, u: p - lr * u, held, updates)
+    updates = jax.tree.map(lambda u: lr * u, updates)
+    moved = sharding.sum_of_squares(updates, config.model, mesh)  # finite gradients do not make a finite update
+    finite = jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(moved)
+    params = jax.tree.map(jnp.subtract, held, updates)
     params, optimizer = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old), (params, optimizer), (held, state.optimizer)
     )

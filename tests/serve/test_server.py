@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import dataclasses
+import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,7 +19,6 @@ import httpx
 import jax
 import openai
 import pytest
-from aiohttp import web
 from hf_cases import give_tokenizer, make_run, random_params
 
 from configs import models
@@ -25,7 +26,8 @@ from dsv2_jax.config import Compute
 from dsv2_jax.data import tokenizer
 from dsv2_jax.inference.engine import Capacity, Engine
 from dsv2_jax.inference.request import Request
-from dsv2_jax.serve.app import Server
+from dsv2_jax.serve.app import Limits, Server
+from dsv2_jax.serve.connections import listening
 
 ROOT = Path(__file__).parent.parent.parent
 MODEL = dataclasses.replace(models.tiny(), vocab_size=512)
@@ -33,32 +35,27 @@ CAPACITY = Capacity(rows=4, length=256, chunk=64, page=16)
 
 
 @contextlib.contextmanager
-def running(engine: Engine, words, **settings):
-    """(the server, its address), in a thread with an event loop of its own."""
-    server = Server(engine, words, "tiny", **{"most": 300, "body_bytes": 20_000} | settings)
+def running(engine: Engine, words, *, key: str = "", most: int = 300, **limits):
+    """(the server, its address), in a thread with an event loop of its own. most: connections."""
+    limits = {"requests": 300, "body_bytes": 20_000, "idle_seconds": 60.0} | limits
+    server = Server(engine, words, "tiny", Limits(**limits), key=key)
     loop, started, address = asyncio.new_event_loop(), threading.Event(), []
+    stop = asyncio.Event()
 
-    async def start() -> web.AppRunner:
-        runner = web.AppRunner(server.application, handler_cancellation=True, shutdown_timeout=1.0)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        address.append(f"http://127.0.0.1:{runner.addresses[0][1]}")
-        return runner
+    async def serve() -> None:
+        where = listening(server.application, "127.0.0.1", 0, most=most, idle_seconds=limits["idle_seconds"])
+        async with where as (host, port):
+            address.append(f"http://{host}:{port}")
+            started.set()
+            await stop.wait()
 
-    def run() -> None:
-        asyncio.set_event_loop(loop)
-        runner = loop.run_until_complete(start())
-        started.set()
-        loop.run_forever()
-        loop.run_until_complete(runner.cleanup())
-
-    thread = threading.Thread(target=run, daemon=True)
+    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()), daemon=True)
     thread.start()
     assert started.wait(30)
     try:
         yield server, address[0]
     finally:
-        loop.call_soon_threadsafe(loop.stop)
+        loop.call_soon_threadsafe(stop.set)
         thread.join(30)
 
 
@@ -186,6 +183,8 @@ def refusal(address: str, path: str, body: bytes, key: str = "") -> tuple[int, s
         ("/v1/completions", b"[1]", 400, "the body must be a JSON object"),
         ("/v1/completions", b'{"prompt": "x", "temperature": -1}', 400, "temperature must not be negative"),
         ("/v1/completions", b'{"prompt": [9999]}', 400, "prompt ids must lie in 0 to 511"),
+        ("/v1/completions", b'{"prompt": "x", "temperature": NaN}', 400, "the body is not JSON"),
+        ("/v1/completions", b'{"prompt": "x", "temperature": 1e999}', 400, "temperature must be a number, not inf"),
         ("/v1/completions", b'{"prompt": "x", "max_tokens": 999}', 400, "exceed the model's 256 positions"),
         ("/v1/completions", b'{"prompt": "x", "model": "other"}', 404, "'other' does not exist"),
         ("/v1/completions", b'{"prompt": "' + b"x" * 30_000 + b'"}', 413, "the body is too large"),
@@ -211,10 +210,120 @@ def test_a_key_is_asked_for(engine, words, served):
 
 def test_a_full_queue_refuses(engine, words, served):
     assert served[0].worker.open == 0
-    with running(engine, words, most=2) as (_, address):
+    with running(engine, words, requests=2) as (_, address):
         code, text = refusal(address, "/v1/completions", b'{"prompt": "x", "n": 3}')
         assert code == 429
         assert "at most 2 may" in text
+
+
+class Slow:
+    """A tokenizer whose `encode` waits until it may go on."""
+
+    def __init__(self, words):
+        self.words, self.calls, self.entered, self.go_on = words, 0, threading.Semaphore(0), threading.Event()
+
+    def __getattr__(self, name):
+        return getattr(self.words, name)
+
+    def encode(self, text):
+        self.calls += 1
+        self.entered.release()
+        assert self.go_on.wait(60)
+        return self.words.encode(text)
+
+
+def test_while_texts_are_read_others_are_answered(engine, words, served):
+    assert served[0].worker.open == 0
+    slow = Slow(words)
+    with running(engine, slow, requests=3) as (_, address):
+        many = json.dumps({"prompt": [""] * 4_000}).encode()
+        assert "n times the prompts must lie in 1 to 128" in refusal(address, "/v1/completions", many)[1]
+        assert slow.calls == 0
+        answers, settings = [], {"model": "tiny", "max_tokens": 1, "temperature": 0}
+        asked = client((None, address))
+
+        def ask() -> None:
+            answers.append(asked.completions.create(prompt="import os", **settings))
+
+        threads = [threading.Thread(target=ask) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        assert all(slow.entered.acquire(timeout=30) for _ in threads)
+        with urllib.request.urlopen(address + "/health", timeout=30) as answer:
+            assert answer.read() == b'{"status": "ok"}'
+        code, text = refusal(address, "/v1/completions", b'{"prompt": "x"}')
+        assert code == 429 and "3 requests wait or run" in text
+        slow.go_on.set()
+        for thread in threads:
+            thread.join(30)
+        assert len(answers) == 3
+
+
+def opened(address: str, *parts: bytes) -> socket.socket:
+    host, port = address.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=20)
+    for part in parts:
+        connection.sendall(part)
+    return connection
+
+
+def until_closed(connection: socket.socket) -> bytes:
+    """What the server still says. Fails by the socket's timeout if it does not close the connection."""
+    said = b""
+    with connection, contextlib.suppress(ConnectionResetError):
+        while part := connection.recv(65536):
+            said += part
+    return said
+
+
+def test_clients_that_keep_the_server_waiting_are_closed(engine, words, served):
+    assert served[0].worker.open == 0
+    with running(engine, words, idle_seconds=0.5) as (server, address):
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n"
+        silent, half = opened(address), opened(address, head[:30])
+        answered = opened(address, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        bodiless = opened(address, head, b'{"prompt":')
+        assert until_closed(silent) == until_closed(half) == b""
+        assert until_closed(answered).endswith(b'{"status": "ok"}')  # and then nothing: kept alive, and idle
+        assert b" 408 " in (said := until_closed(bodiless)) and b"the body did not come within 0.5 seconds" in said
+        with urllib.request.urlopen(address + "/health") as answer:
+            assert answer.status == 200
+        assert server.worker.open == 0
+
+
+def test_connections_are_counted(engine, words, served):
+    assert served[0].worker.open == 0
+    with running(engine, words, most=5, idle_seconds=2.0) as (_, address):
+        held = [opened(address) for _ in range(5)]
+        said = until_closed(opened(address))
+        assert said.startswith(b"HTTP/1.1 503 ") and b"too many connections are open" in said
+        assert json.loads(said.split(b"\r\n\r\n")[1])["error"]["code"] == 503
+        assert [until_closed(connection) for connection in held] == [b""] * 5
+        with urllib.request.urlopen(address + "/health") as answer:
+            assert answer.status == 200
+
+
+def test_nan_is_an_error_and_valid_json(engine, served):
+    """A model that computes NaN: no text, no `NaN` in an answer, and the server goes on."""
+
+    def strict(text):
+        return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+    good = jax.tree.map(jax.numpy.asarray, random_params(MODEL))
+    bad = good | {"head": good["head"] | {"norm_D": good["head"]["norm_D"].at[0].set(jax.numpy.nan)}}
+    body = {"prompt": "import os", "max_tokens": 3, "logprobs": 2, "temperature": 0, "n": 2}
+    try:
+        engine.replace(bad)
+        code, text = refusal(served[1], "/v1/completions", json.dumps(body).encode())
+        assert code == 500 and "the model computes NaN" in strict(text)["error"]["message"]
+        response = httpx.post(served[1] + "/v1/completions", json=body | {"stream": True}, timeout=60)
+        lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
+        assert "the model computes NaN" in strict(lines[-1])["error"]["message"]
+        settle(served[0])
+    finally:
+        engine.replace(good)
+    with urllib.request.urlopen(served[1] + "/health") as answer:
+        assert answer.status == 200
 
 
 PROMPTS = ["import os", "class Thing:", "for i in range(3):", "the quick brown", "return None  # ", "x = [1, 2, 3]"]

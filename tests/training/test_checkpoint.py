@@ -1,6 +1,8 @@
 """What is saved comes back to the bit, newest first; a run goes on only with the settings that it began with."""
 
 import dataclasses
+import json
+import shutil
 
 import grain
 import jax
@@ -163,3 +165,125 @@ def test_a_tokenizer_cannot_change_under_a_run(config):
     with pytest.raises(ValueError, match=r"the tokenizer in .* is not the one"):
         checkpoint.keep_tokenizer(run, lambda folder: (folder / "words").write_text("c"))
     assert (run / "tokenizer" / "words").read_text() == "b"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run with whole checkpoints of steps 3 and 5, to be copied."""
+    config = dataclasses.replace(PRESETS["tiny"](), workdir=tmp_path_factory.mktemp("saved") / "run")
+    checkpoint.open_run(config)
+    state = create(random_params(config), config)
+    rng = np.random.default_rng(1)
+    noise = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), state.optimizer)
+    with Checkpoints(config.workdir, 2) as checkpoints:
+        for step in (3, 5):
+            checkpoints.save(state._replace(optimizer=noise), numbers(), Progress(step=step, tokens=77))
+    return config
+
+
+@pytest.fixture
+def copied(saved, config):
+    shutil.copytree(saved.workdir, config.workdir)
+    return config
+
+
+def flip(path, at, bit):
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 1 << bit
+    path.write_bytes(raw)
+
+
+def largest(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("item", ["params", "optimizer"])
+def test_a_flipped_bit_in_arrays_is_found(copied, item, seed):
+    rng = np.random.default_rng(seed)
+    path = largest(copied.workdir / "checkpoints" / "5" / item / "ocdbt.process_0" / "d")
+    flip(path, rng.integers(path.stat().st_size), rng.integers(8))
+    older = r"remove .*checkpoints/5 to use step 3"
+    with (
+        Checkpoints(copied.workdir, 2) as checkpoints,
+        pytest.raises(ValueError, match=rf"the checkpoint of step 5 in .* is damaged: {item}\.\S+ is not .*; {older}"),
+    ):
+        restore(checkpoints, copied, numbers())
+    if item == "params":
+        with pytest.raises(ValueError, match=rf"step 5 in .* is damaged: params\.\S+ is not what was saved; {older}"):
+            checkpoint.restore_params(copied.workdir)
+    shutil.rmtree(copied.workdir / "checkpoints" / "5")
+    with Checkpoints(copied.workdir, 2) as checkpoints:
+        assert restore(checkpoints, copied, numbers())[1] == Progress(step=3, tokens=77)
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after", "told"),
+    [
+        ("progress/metadata", "77", "79", "progress is not what was saved"),
+        ("data/metadata", ": 0", ": 1", "data is not what was saved"),
+        ("data/metadata", "{", "(", "is damaged: JSONDecodeError"),
+        ("checksums/metadata", ": 1", ": 2", "is not what was saved"),
+        ("checksums/metadata", "{", "[", "is damaged: JSONDecodeError"),
+        ("params/_METADATA", "key_type", "kez_type", "is damaged: KeyError"),
+    ],
+)
+def test_other_damage_is_one_line(copied, name, before, after, told):
+    path = copied.workdir / "checkpoints" / "5" / name
+    assert before in path.read_text()
+    path.write_text(path.read_text().replace(before, after, 1))
+    with Checkpoints(copied.workdir, 2) as checkpoints, pytest.raises(ValueError, match=told) as caught:
+        restore(checkpoints, copied, numbers())
+    assert "\n" not in str(caught.value)
+
+
+def test_an_older_checkpoint_has_no_checksums_and_says_so(copied, capsys):
+    shutil.rmtree(copied.workdir / "checkpoints" / "5" / "checksums")
+    with Checkpoints(copied.workdir, 2) as checkpoints:
+        state, progress = restore(checkpoints, copied, numbers())
+    assert "step 5 in" in (told := capsys.readouterr().err) and "saved without checksums and is not checked" in told
+    _, params = checkpoint.restore_params(copied.workdir)
+    assert progress.step == 5
+    jax.tree.map(np.testing.assert_array_equal, params, state.params)
+
+
+def test_only_whole_steps_count(copied, capsys):
+    run = copied.workdir
+    (run / "checkpoints" / "99").mkdir()
+    (run / "checkpoints" / "7").mkdir()
+    (run / "checkpoints" / "7" / "_CHECKPOINT_METADATA").write_text("{}")
+    assert checkpoint.latest_step(run) == 5
+    checkpoint.open_run(copied)
+    assert "checkpoints/99 is not a whole checkpoint; it is now 99.unfinished" in capsys.readouterr().err
+    with Checkpoints(run, 2) as checkpoints:
+        state, progress = restore(checkpoints, copied, numbers())
+        assert progress.step == 5
+        checkpoints.save(state, numbers(), Progress(step=9))
+    assert checkpoint.whole_steps(run) == [5, 9]
+    assert (run / "checkpoints" / "7.unfinished" / "_CHECKPOINT_METADATA").exists()
+
+
+def test_lost_checkpoints_are_not_begun_anew(copied):
+    run, metrics = copied.workdir, copied.workdir / "metrics.jsonl"
+    line = json.dumps({"step": 5}) + "\n"
+    metrics.write_text(line)
+    (run / "checkpoints").rename(run / "elsewhere")
+    with pytest.raises(ValueError, match=r"checkpoints is missing, but .*metrics.jsonl holds a run; put it back"):
+        checkpoint.open_run(copied)
+    (run / "checkpoints" / "5").mkdir(parents=True)  # as a copy that was cut short leaves it
+    with pytest.raises(ValueError, match=r"checkpoints/5 is not a whole checkpoint, and .* has no other; put it back"):
+        checkpoint.open_run(copied)
+    assert metrics.read_text() == line and (run / "checkpoints" / "5").exists()
+    shutil.rmtree(run / "checkpoints")
+    (run / "elsewhere").rename(run / "checkpoints")
+    checkpoint.open_run(copied)
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(config):
+    checkpoint.open_run(config)
+    with Checkpoints(config.workdir, 2):
+        (config.workdir / "metrics.jsonl").write_text('{"step": 1}\n')  # killed here, or during the first save
+    (config.workdir / "checkpoints" / "2.orbax-checkpoint-tmp").mkdir()
+    checkpoint.open_run(config)
+    with Checkpoints(config.workdir, 2) as checkpoints:
+        assert restore(checkpoints, config, numbers())[1] == Progress()

@@ -53,7 +53,7 @@ def test_a_refused_step_has_its_line_and_its_sentence(config, capsys):
         log.flush()
     (line,) = metrics.read(config.workdir)
     assert (line["step"], line["skipped"], line["loss"], line["bits_per_byte"]) == (2, 1, None, None)
-    assert "step 2: loss or gradient norm is not finite; the update was refused" in capsys.readouterr().out
+    assert "step 2: loss, gradient norm or update is not finite; the update was refused" in capsys.readouterr().out
 
 
 def test_a_resumed_run_has_every_step_once(config):

@@ -99,6 +99,24 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(poison):
     assert (np.asarray(state.params["layer"]["w_D"]) != before.params["layer"]["w_D"]).all()
 
 
+@pytest.mark.parametrize("cause", ["epsilon", "learning rate", "moments"])
+def test_an_update_that_is_not_finite_changes_nothing_but_the_count(cause):
+    """Loss and gradients are finite: a gradient of zero over an epsilon of zero, an infinite rate, a spoilt moment."""
+    preset = PRESETS["tiny"]()
+    epsilon = 0.0 if cause == "epsilon" else 1e-8
+    config = dataclasses.replace(preset, optimizer=dataclasses.replace(preset.optimizer, epsilon=epsilon))
+    batch = batch_of(config, 2, 3) | ({"targets_BT": np.zeros((2, 3, 32), np.int32)} if cause == "epsilon" else {})
+    state = create({"layer": {"w_D": jnp.array([0.5, -1.0])}}, config)
+    if cause == "moments":
+        state = state._replace(optimizer=jax.tree.map(lambda x: x.at[0].set(jnp.nan) if x.ndim else x, state.optimizer))
+    before = jax.tree.map(np.array, state)
+    rate = np.inf if cause == "learning rate" else 0.01
+    state, metrics = train_step(state, batch, rate, config=config, loss=linear_loss)
+    assert np.isfinite(metrics["loss"] + metrics["grad_norm"]) and float(metrics["skipped"]) == 1
+    jax.tree.map(np.testing.assert_array_equal, before[:2], tuple(state[:2]))
+    assert int(state.step) == 1
+
+
 def test_exempt_sequences_of_a_budget_are_a_tenth_of_them_rounded_by_chance():
     preset = PRESETS["tiny"]()
     for together, numbers in ((25, {2, 3}), (10, {1}), (5, {0, 1}), (0, {50})):

