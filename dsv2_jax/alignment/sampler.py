@@ -10,7 +10,7 @@ import numpy as np
 
 from dsv2_jax.alignment import verifiers
 from dsv2_jax.alignment.judge import Judge
-from dsv2_jax.alignment.samples import Prompts, Question, Sample
+from dsv2_jax.alignment.samples import Prompts, Question, Sample, mixed
 from dsv2_jax.config import Config
 from dsv2_jax.data.tokenizer import Tokenizer
 from dsv2_jax.inference.engine import Capacity, Engine
@@ -73,9 +73,8 @@ class Sampler:
         """
         asked = prompts.held_out(self._config.grpo.evaluate_prompts)
         samples = self._rewarded(asked, self._ask(params, asked, 0.0, np.zeros(len(asked), int)))
-        first, weights = self._config.grpo.rewards[0], self._config.grpo.weights
-        totals = [sum(c * r for c, r in zip(weights, s.rewards.values(), strict=True)) for s in samples]
-        figures = {"held_out_reward": float(np.mean(totals))}
+        first = self._config.grpo.rewards[0]
+        figures = {"held_out_reward": float(np.mean([mixed(s, self._config.grpo) for s in samples]))}
         if first in self._judges:
             return samples, figures
         figures["held_out_solved"] = _solved(samples, first)
@@ -107,8 +106,8 @@ class Sampler:
             for row, ((item, _), text) in enumerate(zip(asked, texts, strict=True)):
                 verdicts[row] = [reward(item, text) for reward in self._rewards.values()]
         rewards = dict(zip(self._rewards, processes.of_the_first(verdicts).T, strict=True))
-        whole = [(*ids, *answer.tokens) for (_, ids), answer in zip(asked, answers, strict=True)]
-        rewards |= {name: judge(whole) for name, judge in self._judges.items()}
+        judged = [(*ids, *self._ended(answer)) for (_, ids), answer in zip(asked, answers, strict=True)]
+        rewards |= {name: judge(judged) for name, judge in self._judges.items()}
         return [
             Sample(
                 item=item,
@@ -117,10 +116,16 @@ class Sampler:
                 logprobs=answer.logprobs,
                 text=text,
                 rewards={name: float(rewards[name][row]) for name in self._config.grpo.rewards},
+                finished=answer.reason == "stop",
                 experts=answer.experts,
             )
             for row, ((item, ids), answer, text) in enumerate(zip(asked, answers, texts, strict=True))
         ]
+
+    def _ended(self, answer: Result) -> tuple[int, ...]:
+        """The answer as a reward model reads it, at an end of sequence: that of an unfinished one takes the place of
+        its last token, so that it is no longer than the answer."""
+        return answer.tokens if answer.reason == "stop" else (*answer.tokens[:-1], self._words.eos_id)
 
 
 def _solved(samples: Sequence[Sample], reward: str) -> float:
