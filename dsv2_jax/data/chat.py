@@ -125,8 +125,8 @@ class Template:
         def given(contents: list[str]) -> Messages:
             return [m | {"content": content} for m, content in zip(messages, contents, strict=True)]
 
-        kinds = ["answer" if m["role"] == "assistant" else "other" for m in messages]
-        marked = [content.join(_MARKS[kind]) for kind, content in zip(kinds, kept, strict=True)]
+        marks = [_MARKS["answer" if m["role"] == "assistant" else "other"] for m in messages]
+        marked = [begin + content + end for (begin, end), content in zip(marks, kept, strict=True)]
         try:
             found = _unmarked(self._run(given(marked), generation, now))
             if found is None or found[0] != text:
@@ -143,6 +143,8 @@ class Template:
         self, messages: Messages, spans: list[tuple[str, int, int]], now: datetime.datetime, text: str
     ) -> list[tuple[int, int, int]]:
         """An answer begins where a request for it ends: before its text, if the template puts something between."""
+        if all(kind != "answer" for kind, _, _ in spans):
+            return []
         before = list(itertools.takewhile(lambda m: m["role"] != "assistant", messages)) or messages
         try:
             request, without = (_HALF.sub("", self._run(before, asks, now)) for asks in (True, False))
@@ -207,7 +209,7 @@ def encode(messages: Messages, tokenizer: Tokenizer, *, generation: bool = False
 
 def _where(messages: Messages) -> str:
     """Which messages an error is about."""
-    return f"(the conversation that begins with {messages[0]['content'][:40]!r})"
+    return f"(the conversation that begins with {str(messages[0]['content'])[:40]!r})"
 
 
 def _unmarked(marked: str) -> tuple[str, list[tuple[str, int, int]]] | None:
