@@ -254,6 +254,10 @@ class Grpo:
     truncate: float = 2.0  # most weight of a token that the sampler found unlikelier than the trainer; 0: no weights
     rewards: tuple[str, ...] = ("task",)  # of alignment/verifiers.py, or folders of reward models
     weights: tuple[float, ...] = (1.0,)  # c_1, c_2, ... of their sum
+    # Responses that max_new cut, of which the paper says nothing: kept like others (TRL's default), without a loss
+    # (TRL's mask_truncated_completions), or with `penalty` taken from their reward. docs/alignment.md says more.
+    unfinished: Literal["keep", "mask", "penalize"] = "keep"
+    penalty: float = 1.0  # of an unfinished response with unfinished penalize; in units of the summed reward
     evaluate_prompts: int = 128  # held-out ones, answered greedily
     replay: bool = False  # the update sends tokens to the experts that they were sampled with
     offload: bool = False  # optimizer state waits in the host's memory while responses are sampled
@@ -269,6 +273,7 @@ class Grpo:
             self.clip > 0 and min(self.beta, self.truncate) >= 0,
             "grpo.clip must be positive, beta and truncate not negative",
         )
+        check(self.penalty > 0, f"grpo.penalty must be positive, not {self.penalty}")
         check(
             len(self.rewards) == len(self.weights) > 0,
             f"grpo.rewards and grpo.weights must be as many, not {len(self.rewards)} and {len(self.weights)}",

@@ -26,8 +26,10 @@ class Judge:
         """Raises ValueError if the folder holds no reward model, or one for other tokens or shorter texts."""
         loaded = loading.load(folder, mesh)
         check(loaded.model.head == "score", f"{folder} holds no reward model (model.head score), so it rewards nothing")
-        same = loaded.need_tokenizer().identity == words.identity
-        check(same, f"the reward model in {folder} has another tokenizer than the policy")
+        theirs = loaded.need_tokenizer()
+        check(theirs.identity == words.identity, f"the reward model in {folder} has another tokenizer than the policy")
+        same = theirs.template.source == words.template.source
+        check(same, f"the reward model in {folder} has another chat template than the policy")
         length, positions = config.batch.length, loaded.model.max_position_embeddings
         check(
             length <= positions,

@@ -27,12 +27,13 @@ def loss(
     """GRPO's loss and the balance losses of one micro-batch, under `training.loss.loss`'s convention.
 
     A row is a response behind its prompt. weights_BT: one over the response's tokens at each of them, so that
-    total_weight counts responses. Nothing is dropped: the policy would not be the one that sampled.
+    total_weight counts responses; kept_BT, if there, is 0 in those that have no loss. Nothing is dropped: the policy
+    would not be the one that sampled.
     """
     del exempt_B
     g = config.grpo
     policy_BT, entropy_BT, statistics = _policy(params, batch, config)
-    mask_BT = (batch["weights_BT"] > 0).astype(jnp.float32)
+    mask_BT = (batch["weights_BT"] > 0).astype(jnp.float32) * batch.get("kept_BT", 1.0)
     correction_BT = objective.truncated_ratio(batch["old_BT"], batch["sampler_BT"], g.truncate) if g.truncate else None
     value, figures = objective.objective(
         policy_BT, batch["old_BT"], batch["reference_BT"], batch["advantages_BT"][:, 0], mask_BT,

@@ -11,7 +11,7 @@ import numpy as np
 from dsv2_jax.alignment import verifiers
 from dsv2_jax.alignment.judge import Judge
 from dsv2_jax.alignment.pool import RewardPool
-from dsv2_jax.alignment.samples import Prompts, Question, Sample
+from dsv2_jax.alignment.samples import Prompts, Question, Sample, mixed
 from dsv2_jax.config import Config
 from dsv2_jax.data.tokenizer import Tokenizer
 from dsv2_jax.inference.engine import Capacity, Engine
@@ -76,9 +76,8 @@ class Sampler:
         """
         asked = prompts.held_out(self._config.grpo.evaluate_prompts)
         samples = self._rewarded(asked, self._ask(params, asked, 0.0, np.zeros(len(asked), int)))
-        first, weights = self._config.grpo.rewards[0], self._config.grpo.weights
-        totals = [sum(c * r for c, r in zip(weights, s.rewards.values(), strict=True)) for s in samples]
-        figures = {"held_out_reward": float(np.mean(totals))}
+        first = self._config.grpo.rewards[0]
+        figures = {"held_out_reward": float(np.mean([mixed(s, self._config.grpo) for s in samples]))}
         if first in self._judges:
             return samples, figures
         figures["held_out_solved"] = _solved(samples, first)
@@ -108,8 +107,8 @@ class Sampler:
     def _rewarded(self, asked: Sequence[Question], answers: Sequence[Result]) -> list[Sample]:
         texts = [self._words.decode(t for t in answer.tokens if t != self._words.eos_id) for answer in answers]
         rewards = self._rewards([item for item, _ in asked], texts)
-        whole = [(*ids, *answer.tokens) for (_, ids), answer in zip(asked, answers, strict=True)]
-        rewards |= {name: judge(whole) for name, judge in self._judges.items()}
+        judged = [(*ids, *self._ended(answer)) for (_, ids), answer in zip(asked, answers, strict=True)]
+        rewards |= {name: judge(judged) for name, judge in self._judges.items()}
         return [
             Sample(
                 item=item,
@@ -118,10 +117,16 @@ class Sampler:
                 logprobs=answer.logprobs,
                 text=text,
                 rewards={name: float(rewards[name][row]) for name in self._config.grpo.rewards},
+                finished=answer.reason == "stop",
                 experts=answer.experts,
             )
             for row, ((item, ids), answer, text) in enumerate(zip(asked, answers, texts, strict=True))
         ]
+
+    def _ended(self, answer: Result) -> tuple[int, ...]:
+        """The answer as a reward model reads it, at an end of sequence: that of an unfinished one takes the place of
+        its last token, so that it is no longer than the answer."""
+        return answer.tokens if answer.reason == "stop" else (*answer.tokens[:-1], self._words.eos_id)
 
 
 def _solved(samples: Sequence[Sample], reward: str) -> float:

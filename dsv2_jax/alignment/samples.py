@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv2_jax.alignment import objective, verifiers
-from dsv2_jax.config import Config, check
+from dsv2_jax.config import Config, Grpo, check
 from dsv2_jax.data import chat
 from dsv2_jax.data.corpora import Corpus, Source
 from dsv2_jax.data.packing import Batch, blank_batch
@@ -26,7 +26,8 @@ Question = tuple[dict[str, Any], tuple[int, ...]]  # an item of the data, and it
 class Sample:
     """One response. answer: its ids, the end of sequence included; logprobs: the sampler's of them.
 
-    experts: int16 [n - 1, L, K], those of all n tokens but the last, prompt included, if the sampler told them.
+    finished: whether it ends with the end of sequence; if not, grpo.max_new cut it. experts: int16 [n - 1, L, K], those
+    of all n tokens but the last, prompt included, if the sampler told them.
     """
 
     item: dict[str, Any]
@@ -35,6 +36,7 @@ class Sample:
     logprobs: tuple[float, ...]
     text: str
     rewards: dict[str, float]
+    finished: bool = True
     experts: np.ndarray | None = None
 
 
@@ -94,12 +96,19 @@ class Prompts(grain.DatasetIterator[Question]):
         return found
 
 
+def mixed(sample: Sample, grpo: Grpo) -> float:
+    """c1 r1 + c2 r2 + ... of a response, less the penalty of one that is unfinished, if the settings ask for it."""
+    total = sum(c * sample.rewards[name] for name, c in zip(grpo.rewards, grpo.weights, strict=True))
+    return total - grpo.penalty * (grpo.unfinished == "penalize" and not sample.finished)
+
+
 def arrays(samples: list[Sample], config: Config) -> tuple[Batch, dict[str, float]]:
     """A row for every response behind its prompt, and figures of the rewards.
 
     Rows: `blank_batch`'s leaves, `sampler_BT` (the sampler's log-probabilities) and `advantages_BT` (alike in a row),
-    float32; with `grpo.replay` also `experts_BTLK`, the sampler's, int16. The weights of a response's tokens are one
-    over their number. Samples come group by group.
+    float32; with `grpo.replay` also `experts_BTLK`, the sampler's, int16; with `grpo.unfinished mask` also `kept_BT`
+    float32, 0 in the rows of unfinished responses, which count in advantages all the same. The weights of a response's
+    tokens are one over their number. Samples come group by group.
     """
     length, group = config.batch.length, config.grpo.group
     rows = blank_batch(len(samples), length) | {"sampler_BT": np.zeros((len(samples), length), np.float32)}
@@ -117,8 +126,10 @@ def arrays(samples: list[Sample], config: Config) -> tuple[Batch, dict[str, floa
         if config.grpo.replay:
             assert sample.experts is not None
             rows["experts_BTLK"][row, :count] = sample.experts
-    weights = dict(zip(config.grpo.rewards, config.grpo.weights, strict=True))
-    total = np.array([sum(weights[name] * r for name, r in s.rewards.items()) for s in samples], np.float32)
+    finished_B = np.array([sample.finished for sample in samples], np.float32)
+    if config.grpo.unfinished == "mask":
+        rows["kept_BT"] = np.repeat(finished_B[:, None], length, axis=1)
+    total = np.array([mixed(sample, config.grpo) for sample in samples], np.float32)
     advantages_B = np.asarray(objective.advantages(jnp.asarray(total.reshape(-1, group)))).reshape(-1)
     rows["advantages_BT"] = np.repeat(advantages_B[:, None], length, axis=1)
     spread = total.reshape(-1, group).std(axis=1)
@@ -127,10 +138,10 @@ def arrays(samples: list[Sample], config: Config) -> tuple[Batch, dict[str, floa
         "reward_spread": float(spread.mean()),
         "groups_without_signal": float((spread == 0).mean()),
         "response_tokens": float(np.mean([len(s.answer) for s in samples])),
-        "unfinished": float(np.mean([len(s.answer) == config.grpo.max_new for s in samples])),
+        "unfinished": float(1 - finished_B.mean()),
     }
     return rows, figures | {
-        f"reward_{Path(name).name}": float(np.mean([s.rewards[name] for s in samples])) for name in weights
+        f"reward_{Path(name).name}": float(np.mean([s.rewards[name] for s in samples])) for name in config.grpo.rewards
     }
 
 
@@ -164,5 +175,6 @@ class Samples:
         """A line for every response."""
         for sample in samples:
             line = {"step": step, "prompt": sample.item["prompt"], "response": sample.text, "rewards": sample.rewards}
+            line["finished"] = sample.finished
             self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self._file.flush()

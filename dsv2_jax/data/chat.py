@@ -1,15 +1,22 @@
-"""Conversations as the released chat models read them: the template, its tokens, and which of them are trained on.
+"""Conversations in a checkpoint's chat template: their text, their ids, and which of these the assistant says.
 
-{bos}system text, blank line
-User: text, blank line
-Assistant: text{eos}User: ...
+A template is a Jinja program that came with the checkpoint. It runs in Jinja's sandbox, with the variables and
+functions that transformers gives it. Only the template writes control tokens: a message is text, whatever it spells.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import datetime
+import itertools
+import json
+import re
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
 import numpy as np
 
 from dsv2_jax.config import check
@@ -18,7 +25,7 @@ if TYPE_CHECKING:  # tokenizers carry the template
     from dsv2_jax.data.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
-# The same in Jinja, for the tokenizer_config.json of an export: whoever loads it renders conversations alike.
+# DeepSeek-V2's, for tokenizers without one: {bos}system text, blank line, User: text, blank line, Assistant: text{eos}
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
@@ -29,12 +36,129 @@ TEMPLATE = (
 
 Messages = Sequence[dict[str, str]]  # each {"role": one of ROLES, "content": text}
 
+# Marks around parts of a rendered text, opening and closing. They are halves of surrogate pairs, which no text holds.
+_MARKS = {"answer": ("\ud800", "\ud801"), "other": ("\ud802", "\ud803"), "generation": ("\ud804", "\ud805")}
+_KIND = {mark: kind for kind, pair in _MARKS.items() for mark in pair}
+_HALF = re.compile("[\ud800-\udfff]")
+
+# What templates keep of a message: all of it, all but blanks at its ends, what follows the reasoning.
+_KEPT: tuple[Callable[[str], str], ...] = (str, str.strip)
+_KEPT_OF_ANSWERS = (*_KEPT, lambda text: text.rpartition("</think>")[2], lambda t: t.rpartition("</think>")[2].strip())
+
 
 class Encoded(NamedTuple):
-    """ids int32 [n]; answers bool [n]: the ids that an assistant says, its end of sequence included."""
+    """ids int32 [n]; answers bool [n]: the ids that an assistant says, its end of turn included."""
 
     ids: np.ndarray
     answers: np.ndarray
+
+
+class Attributed(NamedTuple):
+    """A conversation as text, and who wrote which characters.
+
+    said: (start, stop) of every message's text, in order; the template wrote the rest. answers: (start, stop, limit) of
+    what the assistant says; before `limit` the template may still end its turn.
+    """
+
+    text: str
+    said: list[tuple[int, int]]
+    answers: list[tuple[int, int, int]]
+
+
+class Template:
+    """A chat template, compiled. names: of the tokenizer's special tokens, such as `bos_token`."""
+
+    def __init__(self, source: str, names: dict[str, str]):
+        """Raises ValueError if the source is no template."""
+        self.source, self._names = source, names
+        try:
+            self._template = _environment().from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from None
+
+    def render(self, messages: Messages, *, generation: bool = False) -> str:
+        """The conversation as text; with `generation`, up to where the assistant's next answer begins.
+
+        Raises ValueError for messages that the template refuses.
+        """
+        return _HALF.sub("", self._run(messages, generation, datetime.datetime.now()))
+
+    def attribute(self, messages: Messages, *, generation: bool = False) -> Attributed:
+        """The same text with its authors.
+
+        The template is run again with marks around what it keeps of each message; without the marks it must give the
+        same text. Raises ValueError where it does not, and as `render` does.
+        """
+        check(not any(_HALF.search(m["content"]) for m in messages), "a message holds half a surrogate pair")
+        now = datetime.datetime.now()  # one time for all runs
+        text = _HALF.sub("", self._run(messages, generation, now))
+        for of_answers, of_others in itertools.product(_KEPT_OF_ANSWERS, _KEPT):
+            kept = [(of_answers if m["role"] == "assistant" else of_others)(m["content"]) for m in messages]
+            spans = self._spans(messages, kept, generation, now, text)
+            if spans is None:
+                continue
+            said = [(start, stop) for kind, start, stop in spans if kind != "generation"]
+            answers = [(start, stop, stop) for kind, start, stop in spans if kind == "generation"]
+            return Attributed(text, said, answers or self._answers(messages, spans, now, text))
+        raise ValueError(f"the chat template rewrites what a message says, which is not supported {_where(messages)}")
+
+    def _run(self, messages: Messages, generation: bool, now: datetime.datetime) -> str:
+        """What the template renders, with marks around what it calls a generation."""
+        try:
+            return self._template.render(
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=generation,
+                strftime_now=now.strftime,
+                **self._names,
+            )
+        except Exception as error:  # a template may raise anything
+            told = " ".join(str(error).split())
+            raise ValueError(f"the chat template refuses these messages: {told} {_where(messages)}") from None
+
+    def _spans(
+        self, messages: Messages, kept: list[str], generation: bool, now: datetime.datetime, text: str
+    ) -> list[tuple[str, int, int]] | None:
+        """(kind, start, stop) of marked parts of the text, in order; None if this is not what the template keeps."""
+
+        def given(contents: list[str]) -> Messages:
+            return [m | {"content": content} for m, content in zip(messages, contents, strict=True)]
+
+        marks = [_MARKS["answer" if m["role"] == "assistant" else "other"] for m in messages]
+        marked = [begin + content + end for (begin, end), content in zip(marks, kept, strict=True)]
+        try:
+            found = _unmarked(self._run(given(marked), generation, now))
+            if found is None or found[0] != text:
+                return None
+            shown = {text[start:stop] for kind, start, stop in found[1] if kind != "generation"}
+            rest = [m["content"] if content in shown else "" for m, content in zip(messages, kept, strict=True)]
+            # A message that lost its marks must not show in parts.
+            same = shown == set(kept) or text == _HALF.sub("", self._run(given(rest), generation, now))
+        except ValueError:
+            return None
+        return found[1] if same and shown <= set(kept) else None
+
+    def _answers(
+        self, messages: Messages, spans: list[tuple[str, int, int]], now: datetime.datetime, text: str
+    ) -> list[tuple[int, int, int]]:
+        """An answer begins where a request for it ends: before its text, if the template puts something between."""
+        if all(kind != "answer" for kind, _, _ in spans):
+            return []
+        before = list(itertools.takewhile(lambda m: m["role"] != "assistant", messages)) or messages
+        try:
+            request, without = (_HALF.sub("", self._run(before, asks, now)) for asks in (True, False))
+        except ValueError:
+            request = without = ""
+        request = request.removeprefix(without) if request.startswith(without) else ""
+        answers, end = [], 0
+        limits = [*(start for _, start, _ in spans[1:]), len(text)]
+        for (kind, start, stop), limit in zip(spans, limits, strict=True):
+            if kind == "answer":
+                asked = text.rfind(request, end, start) if request else -1
+                answers.append((asked + len(request) if asked >= 0 else start, stop, limit))
+            end = stop
+        return answers
 
 
 def checked(value: Any, where: str) -> list[dict[str, str]]:
@@ -51,48 +175,95 @@ def checked(value: Any, where: str) -> list[dict[str, str]]:
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
 
-def render(messages: Messages, bos: str, eos: str, *, generation: bool = False) -> str:
-    """The conversation as text; with `generation`, up to where the assistant's next answer begins (section 4)."""
-    return "".join(text or name for text, name, _ in _parts(messages, bos, eos, generation))
-
-
 def encode(messages: Messages, tokenizer: Tokenizer, *, generation: bool = False) -> Encoded:
-    """The ids of `render`. What a message says cannot forge a special token.
+    """The ids of the conversation in the tokenizer's template; with `generation`, up to where an answer begins.
 
-    Text between special tokens is split as a whole, as transformers does it. So the space behind `Assistant:` is of
-    the answer's first token: a prompt ends before it.
+    Text between control tokens is split as one piece, as transformers splits it, so a token may begin in the template
+    and end in a message. An answer's ids begin behind the template's request for it, and end with the end of sequence
+    that the template puts after it (without one, with the first control token there). Raises ValueError as
+    `Template.attribute` does.
     """
+    text, said, answers = tokenizer.template.attribute(messages, generation=generation)
+    borders = [0, *itertools.chain.from_iterable(said), len(text)]
+    controls = [
+        c for written in zip(borders[::2], borders[1::2], strict=True) for c in tokenizer.controls(text, *written)
+    ]
+    learnt = np.zeros(len(text), bool)
+    for start, stop, limit in answers:
+        ends = [(end, id) for begin, end, id in controls if stop <= begin and end <= limit]
+        ends = [end for end, id in ends if id == tokenizer.eos_id] or [end for end, _ in ends]
+        learnt[start : ends[0] if ends else stop] = True
     ids: list[int] = []
-    answers: list[bool] = []
-    run, said = "", [(0, 0)]  # text since the last special token, and the spans of it that an assistant says
-
-    def close() -> None:
-        nonlocal run, said
-        pieces = tokenizer.backend.encode(run, add_special_tokens=False)
-        ids.extend(pieces.ids)
-        answers.extend(any(start < stop and a <= start < b for a, b in said) for start, stop in pieces.offsets)
-        run, said = "", [(0, 0)]
-
-    for text, special, spoken in _parts(messages, "bos", "eos", generation):
-        if text:
-            if spoken:
-                said.append((len(run), len(run) + len(text)))
-            run += text
-            continue
-        close()
-        ids.append(tokenizer.bos_id if special == "bos" else tokenizer.eos_id)
-        answers.append(special == "eos")
-    close()
-    return Encoded(np.array(ids, np.int32), np.array(answers, bool))
+    starts: list[int] = []  # of each id's text
+    done = 0
+    for start, stop, id in (*controls, (len(text), len(text), None)):
+        pieces = tokenizer.plain.encode(text[done:start], add_special_tokens=False)
+        ids += pieces.ids
+        starts += [done + first for first, _ in pieces.offsets]
+        if id is not None:
+            ids.append(id)
+            starts.append(start)
+        done = stop
+    return Encoded(np.array(ids, np.int32), learnt[np.array(starts, int)])
 
 
-def _parts(messages: Messages, bos: str, eos: str, generation: bool) -> list[tuple[str, str, bool]]:
-    """(text, "", whether an assistant says it) or ("", a special token's name, False), in order."""
-    parts = [("", bos, False)]
-    for message in messages:
-        content = message["content"]
-        if message["role"] == "assistant":
-            parts += [("Assistant:", "", False), (" " + content, "", True), ("", eos, False)]
+def _where(messages: Messages) -> str:
+    """Which messages an error is about."""
+    return f"(the conversation that begins with {str(messages[0]['content'])[:40]!r})"
+
+
+def _unmarked(marked: str) -> tuple[str, list[tuple[str, int, int]]] | None:
+    """The text without its marks, and (kind, start, stop) of what stands between two; None if pairs are broken."""
+    parts, length = [], 0
+    opened: list[tuple[str, int]] = []
+    spans = []
+    for part in re.split(f"([{''.join(_KIND)}])", marked):
+        kind = _KIND.get(part)
+        if kind is None:
+            parts.append(part)
+            length += len(part)
+        elif part == _MARKS[kind][0]:
+            opened.append((kind, length))
+        elif opened and opened[-1][0] == kind:
+            spans.append((*opened.pop(), length))
         else:
-            parts += [(f"User: {content}\n\n" if message["role"] == "user" else f"{content}\n\n", "", False)]
-    return parts + [("Assistant:", "", False)] * generation
+            return None
+    return None if opened else ("".join(parts), spans)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """`namespace` of templates, without attributes that reach into Python."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}")
+        super().__setitem__(name, value)
+
+
+class _Generation(jinja2.ext.Extension):
+    """{% generation %}: what a template itself says is the assistant's, between marks."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        begin, end = (jinja2.nodes.Output([jinja2.nodes.TemplateData(mark)]) for mark in _MARKS["generation"])
+        return [begin, *body, end]
+
+
+def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    """Jinja's sandbox with the blocks, filters and functions that templates know from transformers."""
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.exceptions.TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, **layout: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **layout)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals.update(raise_exception=raise_exception, namespace=_Namespace)
+    return environment

@@ -137,7 +137,8 @@ def batches_of_text(
 
 def tokenised(corpus: Corpus, split: str, tokenizer: Tokenizer) -> Documents:
     """The documents of a split, `train` or `held_out`, tokenised once and mapped from files beside the corpus."""
-    folder = corpus.folder / f"{split}-{hashlib.blake2b(tokenizer.identity.encode(), digest_size=8).hexdigest()}"
+    key = tokenizer.identity + (tokenizer.template.source if corpus.form == "conversations" else "")
+    folder = corpus.folder / f"{split}-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"
     if not folder.exists():
         with published(folder) as scratch:
             _tokenise(getattr(corpus, split), tokenizer, corpus.form, scratch)

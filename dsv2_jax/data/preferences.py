@@ -30,14 +30,20 @@ def read(text: str, tokenizer: Tokenizer) -> Preference:
     """A document of the form `preferences`."""
     item: Any = json.loads(text)
     if "score" in item:
-        return Preference((chat.encode(item["messages"], tokenizer).ids,), float(item["score"]))
+        return Preference((_answered(item["messages"], tokenizer),), float(item["score"]))
     prompt = item["prompt"]
     before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     answers = (
-        chat.encode([*before, {"role": "assistant", "content": item[name]}], tokenizer).ids
-        for name in ("chosen", "rejected")
+        _answered([*before, {"role": "assistant", "content": item[name]}], tokenizer) for name in ("chosen", "rejected")
     )
     return Preference(tuple(answers), float(item.get("margin", 0)))
+
+
+def _answered(messages: chat.Messages, tokenizer: Tokenizer) -> np.ndarray:
+    """The ids of a conversation up to the last one that the assistant says, where GRPO's answers end too."""
+    encoded = chat.encode(messages, tokenizer)
+    last = np.flatnonzero(encoded.answers)[-1:] if messages[-1]["role"] == "assistant" else []
+    return encoded.ids[: last[0] + 1] if len(last) else encoded.ids
 
 
 def rows(source: Source, tokenizer: Tokenizer, length: int) -> "PreferenceRows":

@@ -7,10 +7,12 @@ so that a U+2581 of the text itself is not lost.
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import io
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,8 @@ class Tokenizer:
     bos_id: int
     eos_id: int
     bytes_per_token: np.ndarray  # int32 [vocab_size]: UTF-8 bytes an id stands for; 0 of special ids
+    template: chat.Template  # of conversations: the one in the settings, else DeepSeek-V2's
+    plain: tokenizers.Tokenizer  # the same without added tokens, and with offsets that nothing trims
 
     @property
     def vocab_size(self) -> int:
@@ -68,20 +72,60 @@ class Tokenizer:
         """The text of the ids; special ids show their names, bytes that are not UTF-8 show as U+FFFD."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
+    @functools.cached_property
+    def _added(self) -> tuple[re.Pattern[str], list[int]]:
+        """A pattern with a group for each added token, begin and end among them, the longest first; and their ids."""
+        ends = {i: tokenizers.AddedToken(self.backend.id_to_token(i)) for i in (self.bos_id, self.eos_id)}
+        added = (ends | self.backend.get_added_tokens_decoder()).items()
+        groups, ids = [], []
+        for i, token in sorted(added, key=lambda item: -len(item[1].content)):
+            name = rf"(?<!\w){re.escape(token.content)}(?!\w)" if token.single_word else re.escape(token.content)
+            groups.append("(" + r"\s*" * token.lstrip + name + r"\s*" * token.rstrip + ")")
+            ids.append(i)
+        return re.compile("|".join(groups)), ids
+
+    def controls(self, text: str, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """(start, stop, id) of every added token that text[start:stop] spells."""
+        pattern, ids = self._added
+        for match in pattern.finditer(text, start, stop):
+            assert match.lastindex
+            yield match.start(), match.end(), ids[match.lastindex - 1]
+
+    @property
+    def pad_id(self) -> int | None:
+        """The id of the settings' `pad_token`, if they name one."""
+        return self.backend.token_to_id(_name(self.settings.get("pad_token")))
+
+    def padded(self) -> "Tokenizer":
+        """The same with a `pad_token` that is not the end of sequence, so that no text ends with it.
+
+        The settings' own if it is another; else a special token with pad in its name; else the begin of sequence. None
+        where the two ends are one token.
+        """
+        special = self.backend.get_added_tokens_decoder().items()
+        named = [i for i, token in special if token.special and "pad" in token.content.lower()]
+        fit = [i for i in (self.pad_id, *named, self.bos_id) if i not in (None, self.eos_id)]
+        pad = self.backend.id_to_token(fit[0]) if fit else None
+        return dataclasses.replace(self, settings=self.settings | {"pad_token": pad})
+
     def save(self, folder: Path) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`, which `load` and transformers' AutoTokenizer read."""
         folder.mkdir(parents=True, exist_ok=True)
         self.backend.save(str(folder / "tokenizer.json"))
         (folder / "tokenizer_config.json").write_text(json.dumps(self.settings, indent=2, ensure_ascii=False))
 
-    save_hf = save  # a run's folder and an export hold the same two files
+    def save_hf(self, folder: Path) -> None:
+        """`save` for an export: the settings name a chat template in any case, so all who load it render alike."""
+        template = self.settings.get("chat_template") or self.template.source
+        dataclasses.replace(self, settings=self.settings | {"chat_template": template}).save(folder)
 
 
 def load(path: Path) -> Tokenizer:
     """Reads a `tokenizer.json`, a SentencePiece `.model`, or a folder with either (the first, when it has both).
 
-    The names of the ids for begin and end come from `tokenizer_config.json` beside it, else they are DeepSeek's.
-    Raises ValueError for a path without a tokenizer, a damaged file, and one that loses or changes text.
+    The names of the ids for begin and end come from `tokenizer_config.json` beside it, else they are DeepSeek's; the
+    chat template from `chat_template.jinja` or the same file, else it is DeepSeek-V2's. Raises ValueError for a path
+    without a tokenizer, a damaged file, and one that loses or changes text.
     """
     check(path.exists(), f"no tokenizer at {path}: there is no such file or folder")
     file = path
@@ -89,14 +133,17 @@ def load(path: Path) -> Tokenizer:
         candidates = [path / "tokenizer.json", path / "tokenizer.model"]
         file = next((c for c in candidates if c.is_file()), path)
         check(file != path, f"no tokenizer in {path}: it has neither tokenizer.json nor tokenizer.model")
-    beside = file.with_name("tokenizer_config.json")
+    beside, template = file.with_name("tokenizer_config.json"), file.with_name("chat_template.jinja")
+    settings = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else _settings()
+    if template.exists():  # in transformers' own order
+        settings["chat_template"] = template.read_text(encoding="utf-8")
     if file.suffix == ".model":
-        return _assemble(_from_sentencepiece(file), _settings(), file)
+        return _assemble(_from_sentencepiece(file), settings, file)
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing more precise
         raise ValueError(f"{file} is not a tokenizer.json: {error}") from None
-    return _assemble(backend, json.loads(beside.read_text()) if beside.exists() else _settings(), file)
+    return _assemble(backend, settings, file)
 
 
 def train(texts: Iterable[str], vocab_size: int, folder: Path) -> Tokenizer:
@@ -244,23 +291,55 @@ def _from_sentencepiece(file: Path) -> tokenizers.Tokenizer:
 
 def _assemble(backend: tokenizers.Tokenizer, settings: dict[str, Any], file: Path) -> Tokenizer:
     backend.encode_special_tokens = True  # a corpus that spells a special token must not forge one
-    named = {}
+    ends = {}
     for key in ("bos_token", "eos_token"):
-        token = settings.get(key)
-        name = token["content"] if isinstance(token, dict) else token
-        named[key] = backend.token_to_id(name) if name else None
-        check(named[key] is not None, f"{file} has no id for its {key} {name!r}; name it in tokenizer_config.json")
-    tokenizer = Tokenizer(backend, settings, named["bos_token"], named["eos_token"], _bytes_per_token(backend, file))
+        name = _name(settings.get(key))
+        ends[key] = backend.token_to_id(name)
+        check(ends[key] is not None, f"{file} has no id for its {key} {name!r}; name it in tokenizer_config.json")
+    description = json.loads(backend.to_str())
+    plain = tokenizers.Tokenizer.from_str(json.dumps(description | {"added_tokens": [], "post_processor": None}))
+    template = _template(settings, file)
+    for i, token in backend.get_added_tokens_decoder().items():
+        control = token.special or token.content in template.source
+        forged = control and i in plain.encode(token.content, add_special_tokens=False).ids
+        check(not forged, f"{file} makes the control token {token.content!r} of text that spells it")
+    tokenizer = Tokenizer(
+        backend=backend,
+        settings=settings,
+        bos_id=ends["bos_token"],
+        eos_id=ends["eos_token"],
+        bytes_per_token=_bytes_per_token(backend, description["decoder"] or {}, file),
+        template=template,
+        plain=plain,
+    )
     ids = tokenizer.encode(_PROBE)
     lossless = tokenizer.decode(ids) == _PROBE and tokenizer.bytes_per_token[ids].sum() == len(_PROBE.encode())
     check(lossless, f"{file} does not give text back as it was, so bits per byte would be wrong; choose a lossless one")
     return tokenizer
 
 
-def _bytes_per_token(backend: tokenizers.Tokenizer, file: Path) -> np.ndarray:
+def _name(token: Any) -> str:
+    """A token of tokenizer_config.json, which holds its name or an object with it; empty for none."""
+    return (token["content"] if isinstance(token, dict) else token) or ""
+
+
+def _template(settings: dict[str, Any], file: Path) -> chat.Template:
+    """The chat template that the settings hold: the one named default where they hold several."""
+    source = settings.get("chat_template") or chat.TEMPLATE
+    if isinstance(source, list):
+        source = {entry.get("name"): entry.get("template") for entry in source}.get("default")
+    if not isinstance(source, str):
+        raise ValueError(f"the chat_template of {file} is neither a text nor a list with a default")
+    tokens = {key: value for key, value in settings.items() if key.endswith("_token")}
+    names = {key: _name(value) for key, value in tokens.items() if value and not isinstance(value, bool)}
+    try:
+        return chat.Template(source, names)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def _bytes_per_token(backend: tokenizers.Tokenizer, decoder: dict[str, Any], file: Path) -> np.ndarray:
     """int32 [vocab_size]. Byte-level tokenizers spell a byte as a character, byte-fallback ones as `<0x0A>`."""
-    description = json.loads(backend.to_str())
-    decoder = description["decoder"] or {}
     kinds = {part["type"] for part in decoder.get("decoders", [decoder]) if part}
     byte_level = "ByteLevel" in kinds
     check(byte_level or "ByteFallback" in kinds, f"{file} is neither a byte-level nor a byte-fallback tokenizer")

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jinja2.sandbox
 import lm_eval.utils
 import rich.console
 import rich.progress
@@ -23,7 +22,6 @@ from lm_eval.models.utils import (
     postprocess_generated_text,
 )
 
-from dsv2_jax.config import check
 from dsv2_jax.data.chat import Messages
 from dsv2_jax.inference.engine import Capacity, Engine
 from dsv2_jax.inference.request import Request, Result
@@ -94,24 +92,12 @@ class Harness(TemplateLM):
         return [self._words.bos_id] * begin + ids
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The tokenizer's template. Raises ValueError if a template is asked for and there is none."""
-        if not chat_template:
-            return None
-        template = self._words.settings.get("chat_template")
-        check(isinstance(template, str), "the checkpoint's tokenizer_config.json holds no chat template")
-        return template
+        """The checkpoint's template, or DeepSeek-V2's if it has none; None if none is asked for."""
+        return self._words.template.source if chat_template else None
 
     def apply_chat_template(self, chat_history: Messages, add_generation_prompt: bool = True) -> str:
         """The conversation as text; without a prompt for an answer, up to the last message's text, to be continued."""
-        template = self.chat_template(True)
-        assert template is not None
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        text = environment.from_string(template).render(
-            messages=chat_history,
-            bos_token=self._bos,
-            eos_token=self._eos,
-            add_generation_prompt=add_generation_prompt,
-        )
+        text = self._words.template.render(chat_history, generation=add_generation_prompt)
         if add_generation_prompt:
             return text
         last = chat_history[-1]["content"].strip()

@@ -27,9 +27,11 @@ _MOE = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
 
 
 def to_hf_config(
-    model: Model, dtype: str = "float32", bos: int | None = None, eos: int | None = None
+    model: Model, dtype: str = "float32", bos: int | None = None, eos: int | None = None, pad: int | None = None
 ) -> dict[str, Any]:
     """The `config.json` of this model with weights of `dtype`, and the ids of the tokenizer's marks (None: has none).
+
+    pad: of a model of one score, which transformers reads at the last token that is another.
 
     Raises ValueError for a model that no Hugging Face architecture describes.
     """
@@ -53,6 +55,7 @@ def to_hf_config(
         "torch_dtype": dtype,
         "use_cache": True,
     }
+    common |= {"pad_token_id": pad} if model.head == "score" else {}
     return common | (_deepseek(model) if model.attention.kind == "mla" else _llama(model))
 
 

@@ -47,8 +47,10 @@ def export(
     model = checkpoint.read_config(run).model
     folder = run / "checkpoints" / str(checkpoint.latest_step(run)) / "params"
     vocabulary = tokenizer.load(run / "tokenizer") if (run / "tokenizer").exists() else None
-    bos, eos = (vocabulary.bos_id, vocabulary.eos_id) if vocabulary else (None, None)
-    settings = to_hf_config(model, dtype, bos, eos)
+    if vocabulary and model.head == "score":
+        vocabulary = vocabulary.padded()
+    bos, eos, pad = (vocabulary.bos_id, vocabulary.eos_id, vocabulary.pad_id) if vocabulary else (None, None, None)
+    settings = to_hf_config(model, dtype, bos, eos, pad)
     reader = arrays.Reader(folder, parameters.tree(model))
     todo = list(tensors(model))
     _check_free(out)

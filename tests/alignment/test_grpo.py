@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import jax
 import numpy as np
@@ -9,10 +10,13 @@ import pytest
 
 from configs import pretrain
 from dsv2_jax import loading
-from dsv2_jax.alignment import grpo
-from dsv2_jax.alignment.samples import Sample, arrays
-from dsv2_jax.config import Batch, Cadence, Compute, Data, Grpo, Mesh, Optimizer
+from dsv2_jax.alignment import grpo, policy
+from dsv2_jax.alignment.sampler import Sampler
+from dsv2_jax.alignment.samples import Sample, arrays, mixed
+from dsv2_jax.config import Batch, Cadence, Compute, Data, Grpo, Mesh, Moe, Optimizer
 from dsv2_jax.data import chat, corpora
+from dsv2_jax.inference.request import Result
+from dsv2_jax.model import transformer
 from dsv2_jax.parallel import mesh as device_mesh
 from dsv2_jax.parallel import sharding
 from dsv2_jax.training import loop, metrics
@@ -124,6 +128,96 @@ def test_arrays_by_hand():
     assert rows["sampler_BT"][:, :5].tolist() == [[0, -1, -2, -3, 0], [0, -4, 0, 0, 0]]
     np.testing.assert_allclose(rows["advantages_BT"][:, 0], [1, -1], rtol=1e-6)
     assert figures["reward"] == pytest.approx(0.55) and figures["groups_without_signal"] == 0
+
+
+@pytest.mark.parametrize(
+    ("unfinished", "rewards", "advantages", "kept"),
+    [
+        ("keep", [0.25, 1.0, 0.625], [-1, 1, 0], None),
+        ("mask", [0.25, 1.0, 0.625], [-1, 1, 0], [1, 0, 1]),  # a masked one still counts in its group
+        ("penalize", [0.25, 0.5, 0.625], [-1.336, 0.267, 1.069], None),
+    ],
+)
+def test_unfinished_responses_by_hand(unfinished, rewards, advantages, kept):
+    """Three of a group, of which max_new cut the second, with the best reward; centred over their own deviation."""
+    settings = Grpo(
+        group=3, prompts=1, rewards=("form", "brevity"), weights=(1.0, 0.25), unfinished=unfinished, penalty=0.5
+    )
+    config = dataclasses.replace(pretrain.tiny(), batch=Batch(size=3, length=32), grpo=settings)
+    one = Sample(
+        item={}, prompt=(5, 6), answer=(7, 1), logprobs=(-1.0, -2.0), text="", rewards={"form": 0.0, "brevity": 1.0}
+    )
+    cut = dataclasses.replace(one, answer=(8, 9), rewards={"form": 1.0, "brevity": 0.0}, finished=False)
+    middle = dataclasses.replace(one, rewards={"form": 0.5, "brevity": 0.5})
+    assert [mixed(sample, settings) for sample in (one, cut, middle)] == rewards
+    rows, figures = arrays([one, cut, middle], config)
+    np.testing.assert_allclose(
+        rows["advantages_BT"][:, 0], np.array(advantages) * (1 if unfinished == "penalize" else 1.2247), atol=1e-3
+    )
+    assert figures["unfinished"] == pytest.approx(1 / 3)
+    assert figures["reward"] == pytest.approx(np.mean(rewards))
+    assert ("kept_BT" in rows) == (kept is not None)
+    if kept:
+        assert (rows["kept_BT"] == np.array(kept)[:, None]).all()
+
+
+def test_a_reward_model_reads_every_response_at_an_end_of_sequence():
+    """One that max_new cut as if it had ended at its last token; the rewards of a text read it as it is."""
+    read, texts = [], []
+
+    def judge(sequences):
+        read.extend(sequences)
+        return np.arange(len(sequences), dtype=np.float32)
+
+    def verifier(_item, text):
+        texts.append(text)
+        return 0.5
+
+    sampler = Sampler.__new__(Sampler)  # without an engine
+    sampler._config = dataclasses.replace(pretrain.tiny(), grpo=Grpo(rewards=("judge", "form"), weights=(1.0, 1.0)))
+    sampler._words = types.SimpleNamespace(eos_id=1, decode=lambda ids: "".join(map(str, ids)))
+    sampler._judges, sampler._rewards = {"judge": judge}, {"form": verifier}
+    ended = Result(tokens=(7, 1), logprobs=(-1.0,) * 2, top=(), text="", reason="stop", scores=(), reused=0)
+    cut = dataclasses.replace(ended, tokens=(7, 8, 9), logprobs=(-1.0,) * 3, reason="length")
+    first, second = sampler._rewarded([({}, (5, 6)), ({}, (5, 6))], [ended, cut])
+    assert read == [(5, 6, 7, 1), (5, 6, 7, 8, 1)] and texts == ["7", "789"]
+    assert (first.finished, second.finished, second.answer) == (True, False, (7, 8, 9))
+    assert second.rewards == {"judge": 1.0, "form": 0.5}
+
+
+def test_a_masked_response_has_no_loss():
+    """The loss of three responses, of which one is masked: as TRL's, two thirds of the other two's mean."""
+    dense = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "moe": Moe(n_routed_experts=0)}
+    model = dataclasses.replace(pretrain.tiny().model, **dense)  # without experts no balance losses
+    config = dataclasses.replace(
+        pretrain.tiny(), model=model, batch=Batch(size=3, length=8), mesh=Mesh(fsdp=1),
+        compute=Compute(dtype="float32", remat="none", loss_chunk=8), grpo=Grpo(group=3, prompts=1, unfinished="mask"),
+    )  # fmt: skip
+    answers = ((7, 1), (8, 9, 4), (3, 1))
+    samples = [
+        Sample(
+            item={}, prompt=(5, 6), answer=answer, logprobs=(-5.0,) * len(answer), text="",
+            rewards={"task": float(n)}, finished=answer[-1] == 1,
+        )
+        for n, answer in enumerate(answers)
+    ]  # fmt: skip
+    rows, _ = arrays(samples, config)
+    rows |= {"old_BT": rows["sampler_BT"] - 0.1, "reference_BT": rows["sampler_BT"] + 0.2}
+    params = transformer.init(model, jax.random.key(0))
+
+    @jax.jit
+    def gradients(params, batch):
+        return jax.value_and_grad(policy.loss, has_aux=True)(
+            params, batch, config=config, exempt_B=None, total_weight=batch["weights_BT"].sum(), share=1.0
+        )
+
+    (masked, _), of_masked = gradients(params, rows)
+    others = {name: leaf[[0, 2, 2]] for name, leaf in rows.items()}
+    others["weights_BT"][2] = 0  # and no response at all in the place of the masked one
+    (alone, _), of_others = gradients(params, others)
+    assert float(masked) == pytest.approx(2 / 3 * float(alone), rel=1e-5)
+    for a, b in zip(jax.tree.leaves(of_masked), jax.tree.leaves(of_others), strict=True):
+        np.testing.assert_allclose(a, 2 / 3 * b, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.slow

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from configs import pretrain
 from dsv2_jax import hf, loading
 from dsv2_jax.alignment import reward
+from dsv2_jax.alignment.judge import Judge
 from dsv2_jax.config import AXES, Batch, Cadence, Compute, Data, Mesh, Optimizer
+from dsv2_jax.data import chat, tokenizer
 from dsv2_jax.data.preferences import Preference, PreferenceRows
 from dsv2_jax.model import transformer
 from dsv2_jax.parallel import mesh as device_mesh
@@ -84,6 +86,36 @@ def test_scores_are_those_of_transformers(model, params, tmp_path):
     for given in (params, back.params):
         got, _ = reward.scores(given, batch, single)
         np.testing.assert_allclose(got[:, -1], want, atol=1e-5)
+
+
+def test_transformers_scores_padded_batches_where_we_do(model, params, tmp_path):
+    """Unequal lengths, padded by the exported tokenizer on either side; each answer ends with its end of sequence."""
+    words = tokenizer.train(["User: say it\n\nAssistant: yes no perhaps " * 20], 330, tmp_path / "words")
+    assert words.pad_id == words.eos_id  # as DeepSeek-V2's own has it
+    model = dataclasses.replace(model, vocab_size=384)
+    params = params | {"embed": transformer.init(model, jax.random.key(5))["embed"]}
+    config = dataclasses.replace(
+        pretrain.tiny(), workdir=tmp_path / "run", model=model, data=Data(form="preferences"),
+        batch=Batch(size=4, length=64), compute=Compute(dtype="float32", remat="none"), mesh=Mesh(fsdp=1),
+    )  # fmt: skip
+    checkpoint.save_params(tmp_path / "run", config, params)
+    checkpoint.keep_tokenizer(tmp_path / "run", words.save)
+    hf.export(tmp_path / "run", tmp_path / "hf")
+    talks = [
+        [{"role": "user", "content": "say it " * n}, {"role": "assistant", "content": "yes"}] for n in (1, 5, 2, 7)
+    ]
+    ours = Judge(tmp_path / "run", config, words, None)([chat.encode(talk, words).ids.tolist() for talk in talks])
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    assert theirs.config.pad_token_id not in (None, words.eos_id)
+    for side in ("right", "left"):
+        reader = AutoTokenizer.from_pretrained(tmp_path / "hf", padding_side=side)
+        assert reader.pad_token_id == theirs.config.pad_token_id
+        batch = reader.apply_chat_template(talks, padding=True, return_dict=True, return_tensors="pt")
+        assert len(set(batch["attention_mask"].sum(1).tolist())) == len(talks)
+        with torch.no_grad():
+            got = theirs(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0].numpy()
+        np.testing.assert_allclose(got, ours, atol=1e-5)
+    assert np.ptp(ours) > 1e-2
 
 
 def test_loss_by_hand(model, params):

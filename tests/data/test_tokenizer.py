@@ -1,5 +1,6 @@
 """Tokenizers: lossless on ugly text, and the same ids as SentencePiece and as transformers' AutoTokenizer."""
 
+import dataclasses
 import hashlib
 import json
 import random
@@ -203,6 +204,27 @@ def test_deepseeks_own_tokenizer(deepseek, held_out, tmp_path):
     assert exported(held_out, add_special_tokens=False).input_ids == ids
     assert exported.chat_template == judge.chat_template
     assert (exported.bos_token_id, exported.eos_token_id) == (100000, 100001)
+
+
+def test_a_pad_token_is_never_the_end_of_sequence(trained, byte_level, tmp_path):
+    """The begin, where nothing else is there; a special token for it; the settings' own."""
+    tok, _ = trained
+    assert (tok.pad_id, tok.padded().pad_id) == (tok.eos_id, tok.bos_id)
+    own = dataclasses.replace(tok, settings=tok.settings | {"pad_token": {"content": "<unk>"}})
+    assert own.padded().pad_id == own.pad_id == 2
+    backend = tokenizers.Tokenizer.from_file(str(byte_level / "tokenizer.json"))
+    backend.add_special_tokens(["<｜▁pad▁｜>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    padded = tokenizer.load(tmp_path).padded()
+    assert padded.settings["pad_token"] == "<｜▁pad▁｜>"
+    padded.save_hf(tmp_path / "hf")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "hf").pad_token_id == padded.pad_id == 703
+    one = {"bos_token": tokenizer.EOS, "eos_token": tokenizer.EOS}
+    (byte_level / "tokenizer_config.json").write_text(json.dumps(one))
+    try:
+        assert tokenizer.load(byte_level).padded().pad_id is None
+    finally:
+        (byte_level / "tokenizer_config.json").unlink()
 
 
 def test_for_config_trains_once_loads_what_it_is_given_and_refuses_too_many_ids(corpus, trained, tmp_path):

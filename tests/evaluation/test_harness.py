@@ -15,6 +15,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from dsv2_jax import loading
+from dsv2_jax.data import chat
 from dsv2_jax.evaluation.harness import Harness, UnfitError
 from dsv2_jax.hf import export
 from dsv2_jax.inference.engine import Capacity
@@ -98,6 +99,23 @@ def test_conversations_are_written_as_transformers_does(ours, theirs):
     assert ours.apply_chat_template(begun, False) == theirs.apply_chat_template(begun, False)
     written = ours.apply_chat_template(history)
     assert ours.tok_encode(written) == theirs.tok_encode(written)
+
+
+def test_conversations_are_written_by_any_template_of_a_checkpoint(ours, theirs, monkeypatch):
+    """What templates know from transformers: errors, the time, JSON, blocks that are marked, loops that end."""
+    template = (
+        "{%- for m in messages %}\n  {%- if m.role not in ('user', 'assistant') %}{{ raise_exception('no ' + m.role) }}"
+        "{% endif %}{% generation %}<{{ m | tojson }}>{% endgeneration %}{% if loop.index == 2 %}{% break %}{% endif %}"
+        "\n{% endfor %}{{ strftime_now('%Y') }}{{ eos_token }}"
+    )
+    words = dataclasses.replace(ours._words, template=chat.Template(template, {"eos_token": ours._eos}))
+    monkeypatch.setattr(ours, "_words", words)
+    monkeypatch.setattr(theirs.tokenizer, "chat_template", template)
+    history = [{"role": "user", "content": f"<{n}> &"} for n in range(3)]
+    assert ours.chat_template(True) == template
+    assert ours.apply_chat_template(history) == theirs.apply_chat_template(history)
+    with pytest.raises(ValueError, match="refuses these messages: no system"):
+        ours.apply_chat_template([{"role": "system", "content": "x"}])
 
 
 def test_what_the_engine_does_not_know_is_refused(ours):

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from dsv2_jax.data import tokenizer
+from dsv2_jax.data import chat, tokenizer
 from dsv2_jax.inference.request import Result
 from dsv2_jax.serve import protocol
 
@@ -71,6 +71,14 @@ def test_chat_follows_the_template(words):
     (request,) = understand(words, "chat", messages=messages).requests
     assert list(request.prompt) == expected
     assert request.max_new == 100 - len(expected)  # all the room there is
+
+
+def test_what_the_template_refuses_is_the_clients_mistake(words):
+    template = chat.Template("{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}x", {})
+    strict = dataclasses.replace(words, template=template)
+    messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}]
+    with pytest.raises(ValueError, match="the chat template refuses these messages: no system"):
+        understand(strict, "chat", messages=messages)
 
 
 @pytest.mark.parametrize(
