@@ -2,6 +2,10 @@
 
 Model fields carry the names of the released checkpoints' `config.json`, so that a reader of either knows both.
 Symbols in comments are the paper's (arXiv:2405.04434).
+
+A run keeps its config, and newer code reads it: a field that did not exist yet takes its default. So the default of a
+new field is what the code did before the field, and a default never changes afterwards. Another recommendation goes
+into the presets; another behaviour gets another field or another value.
 """
 
 import dataclasses
@@ -451,8 +455,15 @@ def to_json(value: Any) -> str:
 
 
 def from_json(kind: type[T], text: str) -> T:
-    """The inverse of `to_json` for the dataclass `kind`. Raises ValueError naming unknown or missing fields."""
+    """The inverse of `to_json` for the dataclass `kind`; a missing field takes its default, as this file's head says.
+
+    Raises ValueError naming unknown fields, and missing ones without a default.
+    """
     return _build(kind, json.loads(text), kind.__name__)
+
+
+def _required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:
@@ -461,8 +472,8 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         check(isinstance(value, dict), f"{where} must be an object")
         unknown = sorted(set(value) - set(hints))
         check(not unknown, f"{where} has no field {', '.join(unknown)}")
-        missing = sorted(f.name for f in dataclasses.fields(kind) if f.name not in value)
-        check(not missing, f"{where} lacks the field {', '.join(missing)}")
+        missing = sorted(f.name for f in dataclasses.fields(kind) if f.name not in value and _required(f))
+        check(not missing, f"{where} lacks the field {', '.join(missing)}, which has no default")
         return kind(**{name: _build(hints[name], v, f"{where}.{name}") for name, v in value.items()})
     if Path in (kind, *typing.get_args(kind)):
         return None if value is None else Path(value)

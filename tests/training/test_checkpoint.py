@@ -1,6 +1,7 @@
 """What is saved comes back to the bit, newest first; a run goes on only with the settings that it began with."""
 
 import dataclasses
+import json
 
 import grain
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import PRESETS
-from dsv2_jax.config import Cadence, Compute, Data, Optimizer
+from dsv2_jax.config import Cadence, Compute, Data, Optimizer, to_json
 from dsv2_jax.model import parameters
 from dsv2_jax.training import checkpoint
 from dsv2_jax.training.checkpoint import Checkpoints, Progress
@@ -163,3 +164,19 @@ def test_a_tokenizer_cannot_change_under_a_run(config):
     with pytest.raises(ValueError, match=r"the tokenizer in .* is not the one"):
         checkpoint.keep_tokenizer(run, lambda folder: (folder / "words").write_text("c"))
     assert (run / "tokenizer" / "words").read_text() == "b"
+
+
+def test_an_old_run_that_knew_fewer_settings_goes_on(config):
+    """Its missing settings were what their defaults are now: those go on, others are refused with both values."""
+    checkpoint.open_run(config)
+    checkpoint.save_params(config.workdir, config, random_params(config))
+    path = config.workdir / "config.json"
+    old = json.loads(path.read_text())
+    del old["grpo"], old["data"]["retrieval_share"], old["model"]["moe"]["budget_sequences"]
+    path.write_text(json.dumps(old))
+    assert checkpoint.restore_params(config.workdir)[0] == config
+    asks = dataclasses.replace(config, data=dataclasses.replace(config.data, retrieval_share=0.5))
+    with pytest.raises(ValueError, match=r"data\.retrieval_share is 0\.5, but the run in .* was started with 0\.0"):
+        checkpoint.open_run(asks)
+    checkpoint.open_run(config)
+    assert json.loads(path.read_text()) == json.loads(to_json(config))
