@@ -3,8 +3,8 @@
 import inspect
 import sys
 
-from configs import PRESETS
-from dsv2_jax import cli
+from configs import PRESETS, SETS
+from dsv2_jax import cli, start
 
 
 def main() -> int:
@@ -17,7 +17,7 @@ def main() -> int:
         return 0
     if name not in PRESETS:
         cli.fail(f"unknown preset '{name}'{cli.nearest(name, PRESETS) or '; there are ' + ', '.join(PRESETS)}")
-    config = cli.parse(PRESETS[name](), flags, prog=f"train.py {name}")
+    config, lines = start.configure(PRESETS[name](), flags, SETS.get(name, ()), f"train.py {name}")
 
     from dsv2_jax.alignment import grpo
     from dsv2_jax.parallel import processes, xla  # here, so that mistakes and --help are answered at once
@@ -27,6 +27,8 @@ def main() -> int:
     cli.keep_compiled_programs()
     cli.keep_freed_memory()
     with processes.joined(config.processes):
+        if lines and processes.is_first():
+            print("\n".join(lines), flush=True)
         outcome = grpo.train(config) if config.grpo.group else loop.train(config)
         first = processes.is_first()
     run = config.workdir

@@ -185,6 +185,20 @@ class Model:
         return self.num_hidden_layers * a.num_key_value_heads * (a.qk_head_dim + a.v_head_dim)
 
 
+# Fields of the model section that a stage can be about. Those that a preset names in configs.SETS it sets over the
+# model of --init; all others are then the checkpoint's.
+ModelField = Literal[
+    "head",
+    "max_position_embeddings",
+    "rope.kind",
+    "rope.factor",
+    "rope.beta_slow",
+    "rope.beta_fast",
+    "rope.mscale",
+    "rope.mscale_all_dim",
+]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
     """What is read and how it becomes tokens."""
@@ -408,8 +422,8 @@ class Config:
     workdir: Path  # checkpoints, metrics and plots; a run found there is resumed
     resume: bool = True  # --no-resume: refuse a folder that holds a run, rather than go on with it
     seed: int = 0
-    init: Path | None = None  # a run's or Hugging Face folder: start from its parameters, with its tokenizer
-    tokens: int = 8_100_000_000_000  # tokens of the whole run
+    init: Path | None = None  # start from this run, its checkpoints/STEP or Hugging Face folder: also model, tokenizer
+    tokens: int = 8_100_000_000_000  # of the whole run; 0 with --init: no step, the start is evaluated and saved
     epochs: int = 0  # or passes over the data, from which the tokens follow; 0: as `tokens` says
     model: Model = Model()
     data: Data = Data()
@@ -433,8 +447,9 @@ class Config:
             sampled % self.batch.size == 0,
             f"batch.size ({self.batch.size}) must divide the grpo.prompts x grpo.group = {sampled} responses",
         )
+        no_step = self.tokens == 0 and self.init is not None
         check(
-            self.epochs > 0 or self.grpo.group > 0 or self.tokens >= self.batch.size * self.batch.length,
+            self.epochs > 0 or self.grpo.group > 0 or no_step or self.tokens >= self.batch.size * self.batch.length,
             f"tokens ({self.tokens}) is less than one batch of {self.batch.size} x {self.batch.length}",
         )
         check(

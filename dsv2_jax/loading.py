@@ -1,10 +1,12 @@
-"""Opens what a command is pointed at: a run's folder or a Hugging Face folder, by the same name."""
+"""Opens what a command is pointed at, by one path: a run's folder, one of its steps, or a Hugging Face folder."""
 
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from dsv2_jax import hf
 from dsv2_jax.config import Batch, Config, Model, check
@@ -51,8 +53,9 @@ def load(folder: Path, mesh: jax.sharding.Mesh | None = None, weights: Weights =
         )
         words = tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
     else:
-        config, params = checkpoint.restore_params(folder, mesh=mesh)
-        words = tokenizer.load(folder / "tokenizer") if (folder / "tokenizer").is_dir() else None
+        run, step = checkpoint.locate(folder)
+        config, params = checkpoint.restore_params(run, step, mesh)
+        words = tokenizer.load(run / "tokenizer") if (run / "tokenizer").is_dir() else None
     if words is not None:
         check(
             words.vocab_size <= config.model.vocab_size,
@@ -63,17 +66,52 @@ def load(folder: Path, mesh: jax.sharding.Mesh | None = None, weights: Weights =
     return Loaded(model=config.model, params=params, tokenizer=words, config=config)
 
 
+def model_of(folder: Path) -> Model:
+    """The model that a folder for `load` holds, from its config alone. Raises as `load` does."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no checkpoint in {folder}: there is no such folder")
+    if hf.is_hf(folder):
+        return hf.read_model(folder)
+    run, _ = checkpoint.locate(folder)
+    return checkpoint.read_config(run).model
+
+
 def tokenizer_for(config: Config, corpus: Corpus) -> Tokenizer:
     """The tokenizer of a training run: the one of `config.init`, unless `data.tokenizer` names another.
 
-    Raises ValueError when there is none, or when it has more ids than the model.
+    A run that goes on has it already, and its init may be gone. Raises ValueError when there is none, or when it has
+    more ids than the model.
     """
     if config.init is None or config.data.tokenizer != "train":
         return tokenizer.for_config(config.data, config.model.vocab_size, corpus)
-    folder = config.init if hf.is_hf(config.init) else config.init / "tokenizer"
+    folder = config.workdir / "tokenizer"
+    if not checkpoint.has_checkpoint(config.workdir):
+        folder = config.init if hf.is_hf(config.init) else checkpoint.locate(config.init)[0] / "tokenizer"
     return tokenizer.for_config(
         dataclasses.replace(config.data, tokenizer=str(folder)), config.model.vocab_size, corpus
     )
+
+
+def start_params(config: Config, mesh: jax.sharding.Mesh | None) -> Any:
+    """`params_for` of a run whose folder is open, and the same ones whenever it goes on.
+
+    Raises ValueError if `config.init` holds others than when the run began.
+    """
+    params = params_for(config, mesh)
+    checkpoint.keep_init_digest(config.workdir, digest(params))
+    return params
+
+
+def digest(params: Any) -> str:
+    """Hexadecimal, of all bits of float32 parameters; however they are laid over devices, it is the same."""
+
+    @jax.jit
+    def sums(leaves: Any) -> list[jax.Array]:
+        bits = (jax.lax.bitcast_convert_type(leaf, jnp.uint32) for leaf in leaves)
+        return [jnp.sum(x, dtype=jnp.uint32) for x in bits]  # modulo 2**32, so in any order
+
+    found = jax.device_get(sums(jax.tree.leaves(params)))
+    return hashlib.blake2b(b"".join(int(x).to_bytes(4, "little") for x in found), digest_size=16).hexdigest()
 
 
 def params_for(config: Config, mesh: jax.sharding.Mesh | None) -> Any:

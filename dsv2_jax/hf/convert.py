@@ -86,14 +86,19 @@ def import_(hf: Path, out: Path, progress: Progress = _silent) -> None:
         _fill(model, found, writer.write, progress)
 
 
+def read_model(hf: Path) -> Model:
+    """The model that a Hugging Face folder's config.json describes. Raises ValueError as `from_hf_config` does."""
+    path = hf / "config.json"
+    check(path.is_file(), f"no Hugging Face folder in {hf}: config.json is missing")
+    return from_hf_config(files.read_json(path))
+
+
 def open_checked(hf: Path) -> tuple[Model, dict[str, files.Stored]]:
     """The model of a Hugging Face folder and where its tensors are, every name, shape and size of them checked.
 
     Raises ValueError as `import_` does.
     """
-    path = hf / "config.json"
-    check(path.is_file(), f"no Hugging Face folder in {hf}: config.json is missing")
-    model = from_hf_config(files.read_json(path))
+    model = read_model(hf)
     found = files.open_folder(hf)
     files.check_tensors(hf, found, {t.hf: t.shape for t in tensors(model)})
     return model, found

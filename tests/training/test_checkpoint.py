@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import grain
 import jax
@@ -10,8 +11,11 @@ import numpy as np
 import pytest
 
 from configs import PRESETS
-from dsv2_jax.config import Cadence, Compute, Data, Optimizer, to_json
+from dsv2_jax import loading
+from dsv2_jax.config import Cadence, Compute, Data, Mesh, Optimizer, to_json
 from dsv2_jax.model import parameters
+from dsv2_jax.parallel import mesh as device_mesh
+from dsv2_jax.parallel import sharding
 from dsv2_jax.training import checkpoint
 from dsv2_jax.training.checkpoint import Checkpoints, Progress
 from dsv2_jax.training.step import create
@@ -180,3 +184,45 @@ def test_an_old_run_that_knew_fewer_settings_goes_on(config):
         checkpoint.open_run(asks)
     checkpoint.open_run(config)
     assert json.loads(path.read_text()) == json.loads(to_json(config))
+
+
+def test_an_init_that_grows_stays_the_step_that_the_run_began_with(config, tmp_path):
+    """Newer steps of the init are not read; another init, and another checkpoint under the same name, are refused."""
+    base = dataclasses.replace(config, workdir=tmp_path / "base")
+    first, second = random_params(config), random_params(config, seed=1)
+    checkpoint.save_params(base.workdir, base, first, step=7)
+    opened = checkpoint.open_run(dataclasses.replace(config, init=base.workdir))
+    assert opened.init == base.workdir / "checkpoints" / "7"
+    jax.tree.map(np.testing.assert_array_equal, loading.start_params(opened, None), first)
+    checkpoint.save_params(config.workdir, opened, second, step=3)  # the run has come as far as this
+
+    checkpoint.save_params(base.workdir, base, second, step=9)
+    for init in (base.workdir, base.workdir / "checkpoints" / "7", None):
+        again = checkpoint.open_run(dataclasses.replace(config, init=init))
+        assert again == opened == checkpoint.read_config(config.workdir)
+        jax.tree.map(np.testing.assert_array_equal, loading.start_params(again, None), first)
+
+    for other in (base.workdir / "checkpoints" / "9", tmp_path):
+        with pytest.raises(ValueError, match=r"--init is .*, but the run in .* started from .*checkpoints/7; leave it"):
+            checkpoint.open_run(dataclasses.replace(config, init=other))
+    shutil.rmtree(base.workdir / "checkpoints")
+    checkpoint.save_params(base.workdir, base, second, step=7)
+    with pytest.raises(ValueError, match="checkpoints/7 no longer holds the parameters that the run in"):
+        loading.start_params(again, None)
+
+
+def test_a_run_of_random_parameters_takes_no_init_later(config, tmp_path):
+    checkpoint.open_run(config)
+    checkpoint.save_params(config.workdir, config, random_params(config))
+    with pytest.raises(ValueError, match="started from random parameters"):
+        checkpoint.open_run(dataclasses.replace(config, init=tmp_path))
+
+
+def test_a_digest_sees_one_bit_and_no_layout(config):
+    params = random_params(config)
+    mesh = device_mesh.make(Mesh(fsdp=4, expert=2))
+    laid_out = jax.device_put(params, sharding.on(mesh, sharding.param_specs(config.model, Mesh(fsdp=4, expert=2))))
+    assert loading.digest(params) == loading.digest(laid_out)
+    norm = np.array(params["head"]["norm_D"])
+    norm[3] = np.nextafter(norm[3], np.float32(9))
+    assert loading.digest(params | {"head": params["head"] | {"norm_D": norm}}) != loading.digest(params)
