@@ -9,19 +9,22 @@ import jax
 import jax.numpy as jnp
 
 from dsv2_jax import hf
-from dsv2_jax.config import Batch, Config, Model, check
+from dsv2_jax.config import Batch, Compute, Config, Model, check
 from dsv2_jax.data import tokenizer
 from dsv2_jax.data.corpora import Corpus
 from dsv2_jax.data.tokenizer import Tokenizer
+from dsv2_jax.hf import arrays
+from dsv2_jax.inference import programs
 from dsv2_jax.inference.quantize import Weights
 from dsv2_jax.model import parameters
+from dsv2_jax.model.layers import compute_dtype
 from dsv2_jax.parallel.mesh import sizes
 from dsv2_jax.training import checkpoint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A model ready to run. params: float32, the tree of `parameters.tree`. tokenizer: None if the folder has none."""
+    """A model ready to run. params: as the function that made it says. tokenizer: None if the folder has none."""
 
     model: Model
     params: Any
@@ -35,35 +38,66 @@ class Loaded:
         return self.tokenizer
 
 
-def load(folder: Path, mesh: jax.sharding.Mesh | None = None, weights: Weights = "compute") -> Loaded:
-    """Reads config, parameters and tokenizer; with a mesh, each device reads its own shards of the parameters.
+def load(folder: Path, mesh: jax.sharding.Mesh | None = None, *, masters: bool = True) -> Loaded:
+    """Reads config, tokenizer and parameters, the tree of `parameters.tree`: the form of training.
 
-    weights: of a Hugging Face folder, int8 or float8 reads what the engine holds, matrix by matrix, and never all of
-    the model in float32: good for the engine alone.
+    With a mesh, each device reads its own shards. masters: float32; else matrices come in the dtype that the config
+    computes in, from which a forward pass computes the same.
 
     Raises FileNotFoundError if there is no checkpoint, ValueError for files that are damaged or do not fit together.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no checkpoint in {folder}: there is no such folder")
+    config, words = _described(folder)
+    dtype = jnp.float32 if masters else compute_dtype(config.compute)
     if hf.is_hf(folder):
-        quantized = weights != "compute"
-        model, params = hf.load_quantized(folder, weights) if quantized else hf.load_params(folder, mesh)
+        _, params = hf.load_params(folder, mesh, dtype)
+    else:
+        _, params = checkpoint.restore_params(*checkpoint.locate(folder), mesh, dtype)
+    config = dataclasses.replace(config, mesh=sizes(mesh))
+    return Loaded(model=config.model, params=params, tokenizer=words, config=config)
+
+
+def load_for_engine(
+    folder: Path,
+    mesh: jax.sharding.Mesh | None = None,
+    *,
+    compute: Compute | None = None,
+    weights: Weights = "compute",
+) -> Loaded:
+    """Reads config, tokenizer and parameters, these matrix by matrix in the form of an engine of the same settings.
+
+    Good for the engine alone, and never all of the model in float32: see `programs.read`. Raises as `load` does.
+    """
+    config, words = _described(folder)
+    if hf.is_hf(folder):
+        _, read = hf.reader(folder)
+    else:
+        run, step = checkpoint.locate(folder)
+        read = arrays.Reader(run / "checkpoints" / str(step) / "params", parameters.tree(config.model)).read
+    compute = compute or Compute()
+    setup = programs.Setup(model=config.model, compute=compute, form="compute", weights=weights, devices=mesh)
+    config = dataclasses.replace(config, mesh=sizes(mesh))
+    return Loaded(model=config.model, params=programs.read(read, setup), tokenizer=words, config=config)
+
+
+def _described(folder: Path) -> tuple[Config, Tokenizer | None]:
+    """All of a folder but its parameters."""
+    model = model_of(folder)
+    if hf.is_hf(folder):
         config = Config(
             workdir=folder, model=model, batch=Batch(size=8, length=min(1024, model.max_position_embeddings))
         )
         words = tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
     else:
-        run, step = checkpoint.locate(folder)
-        config, params = checkpoint.restore_params(run, step, mesh)
+        run, _ = checkpoint.locate(folder)
+        config = checkpoint.read_config(run)
         words = tokenizer.load(run / "tokenizer") if (run / "tokenizer").is_dir() else None
     if words is not None:
         check(
-            words.vocab_size <= config.model.vocab_size,
+            words.vocab_size <= model.vocab_size,
             f"the tokenizer in {folder} has {words.vocab_size} ids, but the model's vocabulary has only "
-            f"{config.model.vocab_size}: they do not belong together",
+            f"{model.vocab_size}: they do not belong together",
         )
-    config = dataclasses.replace(config, mesh=sizes(mesh))
-    return Loaded(model=config.model, params=params, tokenizer=words, config=config)
+    return config, words
 
 
 def model_of(folder: Path) -> Model:

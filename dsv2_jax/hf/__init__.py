@@ -1,7 +1,7 @@
 """Hugging Face folders in and out: one table of names (names.py), their config.json, safetensors, and whole folders."""
 
 from dsv2_jax.hf.configuration import from_hf_config, to_hf_config
-from dsv2_jax.hf.convert import Progress, export, import_, is_hf, load_params, load_quantized, read_model
+from dsv2_jax.hf.convert import Progress, export, import_, is_hf, load_params, read_model, reader
 
 __all__ = [
     "Progress",
@@ -10,7 +10,7 @@ __all__ = [
     "import_",
     "is_hf",
     "load_params",
-    "load_quantized",
     "read_model",
+    "reader",
     "to_hf_config",
 ]

@@ -4,6 +4,7 @@ Orbax keeps each leaf as one zarr array named `part.leaf`. Reading goes by what 
 zarr 2 or 3); writing makes plain zarr files, a chunk per layer and expert, with the metadata that Orbax itself writes.
 """
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -36,15 +37,20 @@ class Reader:
             f"{folder} does not hold the model that the run's config.json describes: "
             f"missing {sorted(wanted - found)}, unknown {sorted(found - wanted)}",
         )
-        self._arrays = {
-            (part, name): _open(folder, metadata, part, name, shape)
-            for part, names in tree.items()
-            for name, shape in names.items()
-        }
+        for part, names in tree.items():
+            for name, shape in names.items():
+                _open(folder, metadata, part, name, shape)
 
-    def read(self, part: str, name: str, index: tuple[int, ...]) -> np.ndarray:
-        """`params[part][name][index]`, float32."""
-        return self._arrays[part, name][index].read().result().astype(np.float32, copy=False)
+        # Of the last two, for a tensor of the Hugging Face side may have slices of two: their chunks stay in memory.
+        @functools.lru_cache(maxsize=2)
+        def leaf(part: str, name: str) -> ts.TensorStore:
+            return _open(folder, metadata, part, name, tree[part][name])
+
+        self._leaf = leaf
+
+    def read(self, part: str, name: str, index: tuple[int | slice, ...]) -> np.ndarray:
+        """`params[part][name][index]`, float32. Leaf by leaf, a chunk that slices share is decoded once."""
+        return self._leaf(part, name)[index].read().result().astype(np.float32, copy=False)
 
 
 class Writer:

@@ -28,6 +28,7 @@ from etils import epath
 
 from dsv2_jax.config import Config, check, from_json, to_json
 from dsv2_jax.model import parameters
+from dsv2_jax.model.layers import stored_dtype
 from dsv2_jax.parallel import processes, sharding
 from dsv2_jax.parallel.mesh import sizes
 from dsv2_jax.training.step import State
@@ -159,11 +160,14 @@ def read_config(run: Path) -> Config:
     return from_json(Config, path.read_text(encoding="utf-8"))
 
 
-def restore_params(run: Path, step: int | None = None, mesh: jax.sharding.Mesh | None = None) -> tuple[Config, dict]:
-    """The config and the float32 parameters of a run: the tree of `parameters.tree`, from the newest or a given step.
+def restore_params(
+    run: Path, step: int | None = None, mesh: jax.sharding.Mesh | None = None, dtype: Any = jnp.float32
+) -> tuple[Config, dict]:
+    """The config and the parameters of a run: the tree of `parameters.tree`, from the newest or a given step.
 
-    With a mesh, laid over it by `sharding.param_specs`, else on the first device. Raises FileNotFoundError if run or
-    step is missing, ValueError if the checkpoint is not what the config says.
+    Matrices come in `dtype`, what `KEPT_FLOAT32` names in float32. With a mesh, laid over it by `sharding.param_specs`,
+    else on the first device. Raises FileNotFoundError if run or step is missing, ValueError if the checkpoint is not
+    what the config says.
     """
     config = read_config(run)
     step = latest_step(run) if step is None else step
@@ -176,8 +180,11 @@ def restore_params(run: Path, step: int | None = None, mesh: jax.sharding.Mesh |
     check_shapes(expected, stored, run)
     placed = sharding.on(mesh, sharding.param_specs(config.model, sizes(mesh)))
     shapes = {
-        part: {name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=placed[part][name]) for name, shape in n.items()}
-        for part, n in expected.items()
+        part: {
+            name: jax.ShapeDtypeStruct(shape, stored_dtype(name, dtype), sharding=placed[part][name])
+            for name, shape in named.items()
+        }
+        for part, named in expected.items()
     }
     return config, reader.restore(folder, args=ocp.args.StandardRestore(shapes))
 
