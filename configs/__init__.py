@@ -1,7 +1,7 @@
 """Presets by name: each a function that returns a whole config."""
 
 from configs import align, extend, pretrain
-from dsv2_jax.config import ModelField
+from dsv2_jax.start import ModelField
 
 PRESETS = {
     preset.__name__: preset

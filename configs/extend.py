@@ -9,7 +9,8 @@ import dataclasses
 from pathlib import Path
 
 from configs import models, pretrain
-from dsv2_jax.config import Batch, Cadence, Compute, Config, Data, Model, ModelField, Optimizer
+from dsv2_jax.config import Batch, Cadence, Compute, Config, Data, Model, Optimizer
+from dsv2_jax.start import ModelField
 
 SETS: tuple[ModelField, ...] = (
     "max_position_embeddings",

@@ -185,20 +185,6 @@ class Model:
         return self.num_hidden_layers * a.num_key_value_heads * (a.qk_head_dim + a.v_head_dim)
 
 
-# Fields of the model section that a stage can be about. Those that a preset names in configs.SETS it sets over the
-# model of --init; all others are then the checkpoint's.
-ModelField = Literal[
-    "head",
-    "max_position_embeddings",
-    "rope.kind",
-    "rope.factor",
-    "rope.beta_slow",
-    "rope.beta_fast",
-    "rope.mscale",
-    "rope.mscale_all_dim",
-]
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
     """What is read and how it becomes tokens."""

@@ -9,11 +9,23 @@ import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dsv2_jax import cli
-from dsv2_jax.config import Config, Model, ModelField, check
+from dsv2_jax.config import Config, Model, check
 
+# Fields of the model section that a stage can be about. Those that a preset names in configs.SETS it sets over the
+# model of --init; all others are then the checkpoint's.
+ModelField = Literal[
+    "head",
+    "max_position_embeddings",
+    "rope.kind",
+    "rope.factor",
+    "rope.beta_slow",
+    "rope.beta_fast",
+    "rope.mscale",
+    "rope.mscale_all_dim",
+]
 # Fields of the model section that say how a stage trains and not what the model computes: always the preset's. No
 # config.json of Hugging Face's carries them, and they depend on batch and mesh.
 TRAINING = (
