@@ -53,7 +53,7 @@ def rehearse(args: DryRun, folder: Path) -> dict[str, float | int]:
     """The figures, by name."""
     import jax.numpy as jnp
 
-    from dsv2_jax import hf
+    from dsv2_jax import hf, loading
     from dsv2_jax.hf import convert, files
     from dsv2_jax.hf.names import tensors
     from dsv2_jax.inference.engine import Capacity, Engine
@@ -61,7 +61,7 @@ def rehearse(args: DryRun, folder: Path) -> dict[str, float | int]:
     model = PRESETS[args.preset]().model
     files.create(folder, {t.hf: t.shape for t in tensors(model)}, np.dtype(jnp.bfloat16), 5 * 10**9)
     (folder / "config.json").write_text(json.dumps(hf.to_hf_config(model)))
-    opened, found = convert.open_checked(folder)
+    _, found = convert.open_checked(folder)
     shards = list(folder.glob("*.safetensors"))
     figures: dict[str, float | int] = {
         "tensors": len(found),
@@ -71,10 +71,10 @@ def rehearse(args: DryRun, folder: Path) -> dict[str, float | int]:
     if args.only_open:
         return figures
     start = time.perf_counter()
-    opened, params = hf.load_quantized(folder, "int8")
+    loaded = loading.load_for_engine(folder, weights="int8")
     figures["seconds to read"] = round(time.perf_counter() - start, 1)
     capacity = Capacity(rows=1, length=128, chunk=64, weights="int8", cache="int8")
-    engine = Engine(params, opened, capacity=capacity)
+    engine = Engine(loaded.params, loaded.model, capacity=capacity)
     start = time.perf_counter()
     (result,) = engine.score([[0, 5, 100, 1000, 10_000]])
     figures["seconds to score 4 tokens"] = round(time.perf_counter() - start, 1)

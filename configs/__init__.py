@@ -1,6 +1,7 @@
 """Presets by name: each a function that returns a whole config."""
 
 from dsv2_jax.presets import align, extend, pretrain
+from dsv2_jax.start import ModelField
 
 PRESETS = {
     preset.__name__: preset
@@ -10,4 +11,10 @@ PRESETS = {
         *(align.nano_sft, align.nano_reward, align.nano_grpo),
         *(align.v2_sft, align.v2_grpo_reasoning, align.v2_grpo_preference),
     )
+}
+
+# What a preset's stage is about: the fields of the model section that it sets over the model of --init.
+SETS: dict[str, tuple[ModelField, ...]] = {
+    **{preset.__name__: extend.SETS for preset in (extend.nano_long, extend.v2_lite_long, extend.v2_long)},
+    align.nano_reward.__name__: ("head",),
 }

@@ -1,7 +1,8 @@
 """The long-context stage (section 3.1.4): YaRN over a trained checkpoint, and some more steps on long rows.
 
-Parameters do not depend on positions, so `--init DIR` takes any checkpoint of the same sizes, and the preset's rope
-settings stand in place of the checkpoint's own. They are kept with the run and go into its export.
+Parameters do not depend on positions, so `--init DIR` takes any checkpoint. What YaRN sets stands in place of the
+checkpoint's own; its sizes, its theta and the length that it was first trained at stay. All of it is kept with the run
+and goes into its export.
 """
 
 import dataclasses
@@ -9,6 +10,17 @@ from pathlib import Path
 
 from dsv2_jax.config import Batch, Cadence, Compute, Config, Data, Model, Optimizer
 from dsv2_jax.presets import models, pretrain
+from dsv2_jax.start import ModelField
+
+SETS: tuple[ModelField, ...] = (
+    "max_position_embeddings",
+    "rope.kind",
+    "rope.factor",
+    "rope.beta_slow",
+    "rope.beta_fast",
+    "rope.mscale",
+    "rope.mscale_all_dim",
+)
 
 _STEPS, _SEQUENCES, _LENGTH = 1000, 576, 32_768
 _FACTOR = 40.0  # s; alpha 1 and beta 32 are the defaults of the settings

@@ -73,15 +73,15 @@ def parse(default: type[T] | T, argv: Sequence[str] | None = None, prog: str | N
     options: dict[str, Any] = {} if isinstance(default, type) else {"default": default}
     if {"-h", "--help"} & set(argv):
         return tyro.cli(kind, args=argv, prog=prog, **options)
-    stderr = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(stderr), _endless_lines(), _plain_words():
-            value, unknown = tyro.cli(kind, args=argv, prog=prog, return_unknown_args=True, **options)
-    except SystemExit:
-        fail(_first_statement(stderr.getvalue()))
+    value, unknown = _read(kind, argv, prog, options)
     if unknown:
         fail(_unknown(unknown[0], list(flags(kind))))
     return value
+
+
+def known(default: T, argv: Sequence[str], prog: str | None = None) -> T:
+    """As `parse`, of the flags that this dataclass has; all others are left to who knows them."""
+    return _read(type(default), argv, prog, {"default": default})[0]
 
 
 def read_ids(path: Path) -> np.ndarray:
@@ -142,6 +142,16 @@ def nearest(word: str, words: Iterable[str]) -> str:
     """The most similar of the words as `; did you mean X?`, or nothing when none is similar."""
     found = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
     return f"; did you mean {found[0]}?" if found else ""
+
+
+def _read(kind: type[T], argv: Sequence[str], prog: str | None, options: dict[str, Any]) -> tuple[T, list[str]]:
+    """What the flags say, and those that belong to nothing; a mistake is one line and exit code 2."""
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr), _endless_lines(), _plain_words():
+            return tyro.cli(kind, args=argv, prog=prog, return_unknown_args=True, **options)
+    except SystemExit:
+        fail(_first_statement(stderr.getvalue()))
 
 
 def _unknown(token: str, names: list[str]) -> str:

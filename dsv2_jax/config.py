@@ -2,6 +2,10 @@
 
 Model fields carry the names of the released checkpoints' `config.json`, so that a reader of either knows both.
 Symbols in comments are the paper's (arXiv:2405.04434).
+
+A run keeps its config, and newer code reads it: a field that did not exist yet takes its default. So the default of a
+new field is what the code did before the field, and a default never changes afterwards. Another recommendation goes
+into the presets; another behaviour gets another field or another value.
 """
 
 import dataclasses
@@ -409,8 +413,8 @@ class Config:
     workdir: Path  # checkpoints, metrics and plots; a run found there is resumed
     resume: bool = True  # --no-resume: refuse a folder that holds a run, rather than go on with it
     seed: int = 0
-    init: Path | None = None  # a run's or Hugging Face folder: start from its parameters, with its tokenizer
-    tokens: int = 8_100_000_000_000  # tokens of the whole run
+    init: Path | None = None  # start from this run, its checkpoints/STEP or Hugging Face folder: also model, tokenizer
+    tokens: int = 8_100_000_000_000  # of the whole run; 0 with --init: no step, the start is evaluated and saved
     epochs: int = 0  # or passes over the data, from which the tokens follow; 0: as `tokens` says
     model: Model = Model()
     data: Data = Data()
@@ -435,8 +439,9 @@ class Config:
             sampled % self.batch.size == 0,
             f"batch.size ({self.batch.size}) must divide the grpo.prompts x grpo.group = {sampled} responses",
         )
+        no_step = self.tokens == 0 and self.init is not None
         check(
-            self.epochs > 0 or self.grpo.group > 0 or self.tokens >= self.batch.size * self.batch.length,
+            self.epochs > 0 or self.grpo.group > 0 or no_step or self.tokens >= self.batch.size * self.batch.length,
             f"tokens ({self.tokens}) is less than one batch of {self.batch.size} x {self.batch.length}",
         )
         check(
@@ -469,8 +474,15 @@ def to_json(value: Any) -> str:
 
 
 def from_json(kind: type[T], text: str) -> T:
-    """The inverse of `to_json` for the dataclass `kind`. Raises ValueError naming unknown or missing fields."""
+    """The inverse of `to_json` for the dataclass `kind`; a missing field takes its default, as this file's head says.
+
+    Raises ValueError naming unknown fields, and missing ones without a default.
+    """
     return _build(kind, json.loads(text), kind.__name__)
+
+
+def _required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:
@@ -479,8 +491,8 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         check(isinstance(value, dict), f"{where} must be an object")
         unknown = sorted(set(value) - set(hints))
         check(not unknown, f"{where} has no field {', '.join(unknown)}")
-        missing = sorted(f.name for f in dataclasses.fields(kind) if f.name not in value)
-        check(not missing, f"{where} lacks the field {', '.join(missing)}")
+        missing = sorted(f.name for f in dataclasses.fields(kind) if f.name not in value and _required(f))
+        check(not missing, f"{where} lacks the field {', '.join(missing)}, which has no default")
         return kind(**{name: _build(hints[name], v, f"{where}.{name}") for name, v in value.items()})
     if Path in (kind, *typing.get_args(kind)):
         return None if value is None else Path(value)

@@ -50,6 +50,7 @@ def main() -> None:
     """The command line."""
     args = cli.parse(Evaluate, prog=cli.called("eval.py"))
     check((args.token_ids is None) == (args.logits is None), "--token-ids and --logits belong together")
+    check(not args.skip_text or bool(args.tasks) or args.needle, "--skip-text leaves nothing: add --tasks or --needle")
     from dsv2_jax.parallel import processes
 
     cli.keep_compiled_programs()
@@ -71,16 +72,19 @@ def run(args: Evaluate, ids_BT: np.ndarray | None) -> None:
         write_logits(loading.load(args.checkpoint), ids_BT, args.logits)
         return
     devices = mesh.make(args.mesh)
-    # The engine can do without float32 weights; figures of held-out text are training's own.
-    loaded = loading.load(args.checkpoint, devices, args.capacity.weights if args.skip_text else "compute")
-    figures: dict[str, Any] = {} if args.skip_text else evaluate(loaded, args, devices)
-    if processes.is_first() and figures:
-        show(figures)
-    scores = benchmark(loaded, args, devices) if args.tasks else []
-    if args.needle:
-        from dsv2_jax.evaluation import needle
+    figures: dict[str, Any] = {}
+    if not args.skip_text:
+        figures = evaluate(loading.load(args.checkpoint, devices, masters=False), args, devices)
+        if processes.is_first():
+            show(figures)
+    scores: list[Any] = []
+    if args.tasks or args.needle:  # read anew, for what held-out text and the engine compute with are two forms
+        loaded = loading.load_for_engine(args.checkpoint, devices, weights=args.capacity.weights)
+        scores = benchmark(loaded, args, devices) if args.tasks else []
+        if args.needle:
+            from dsv2_jax.evaluation import needle
 
-        figures["needle"] = needle.evaluate(loaded, args.haystack, args.capacity, devices)
+            figures["needle"] = needle.evaluate(loaded, args.haystack, args.capacity, devices)
     if not processes.is_first():
         return
     if args.page is not None:

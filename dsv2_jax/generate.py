@@ -39,7 +39,7 @@ def main() -> None:
     check(args.prompt_ids is None or not args.prompt, "give --prompt or --prompt-ids, not both")
     sampling = Sampling(temperature=args.temperature, top_p=args.top_p)
     prompts = None if args.prompt_ids is None else cli.read_ids(args.prompt_ids)
-    loaded = loading.load(args.checkpoint)
+    loaded = loading.load_for_engine(args.checkpoint)
     if prompts is None:
         stream(loaded, args, sampling)
         return

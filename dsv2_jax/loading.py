@@ -1,25 +1,31 @@
-"""Opens what a command is pointed at: a run's folder or a Hugging Face folder, by the same name."""
+"""Opens what a command is pointed at, by one path: a run's folder, one of its steps, or a Hugging Face folder."""
 
 import dataclasses
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from dsv2_jax import hf
-from dsv2_jax.config import Batch, Config, Model, check
+from dsv2_jax.config import Batch, Compute, Config, Model, check
 from dsv2_jax.data import tokenizer
 from dsv2_jax.data.corpora import Corpus
 from dsv2_jax.data.tokenizer import Tokenizer
+from dsv2_jax.hf import arrays
+from dsv2_jax.inference import programs
 from dsv2_jax.inference.quantize import Weights
 from dsv2_jax.model import parameters
+from dsv2_jax.model.layers import compute_dtype, stored_dtype
+from dsv2_jax.parallel import sharding
 from dsv2_jax.parallel.mesh import sizes
 from dsv2_jax.training import checkpoint, integrity
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A model ready to run. params: float32, the tree of `parameters.tree`. tokenizer: None if the folder has none."""
+    """A model ready to run. params: as the function that made it says. tokenizer: None if the folder has none."""
 
     model: Model
     params: Any
@@ -33,49 +39,136 @@ class Loaded:
         return self.tokenizer
 
 
-def load(folder: Path, mesh: jax.sharding.Mesh | None = None, weights: Weights = "compute") -> Loaded:
-    """Reads config, parameters and tokenizer; with a mesh, each device reads its own shards of the parameters.
+def load(folder: Path, mesh: jax.sharding.Mesh | None = None, *, masters: bool = True) -> Loaded:
+    """Reads config, tokenizer and parameters, the tree of `parameters.tree`: the form of training.
 
-    weights: of a Hugging Face folder, int8 or float8 reads what the engine holds, matrix by matrix, and never all of
-    the model in float32: good for the engine alone.
+    With a mesh, each device reads its own shards. masters: float32; else matrices come in the dtype that the config
+    computes in, from which a forward pass computes the same.
 
     Raises FileNotFoundError if there is no checkpoint, ValueError for files that are damaged, hold NaN or infinity, or
     do not fit together.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no checkpoint in {folder}: there is no such folder")
+    config, words = _described(folder)
+    dtype = jnp.dtype(jnp.float32) if masters else compute_dtype(config.compute)
     if hf.is_hf(folder):
-        quantized = weights != "compute"
-        model, params = hf.load_quantized(folder, weights) if quantized else hf.load_params(folder, mesh)
+        _, params = hf.load_params(folder, mesh, dtype)
+    elif dtype == jnp.float32:
+        _, params = checkpoint.restore_params(*checkpoint.locate(folder), mesh)
+    else:
+        params = _read_layers(_reader(folder, config.model), config.model, mesh, dtype)
+    integrity.check_finite(params, str(folder))
+    config = dataclasses.replace(config, mesh=sizes(mesh))
+    return Loaded(model=config.model, params=params, tokenizer=words, config=config)
+
+
+def load_for_engine(
+    folder: Path,
+    mesh: jax.sharding.Mesh | None = None,
+    *,
+    compute: Compute | None = None,
+    weights: Weights = "compute",
+) -> Loaded:
+    """Reads config, tokenizer and parameters, these matrix by matrix in the form of an engine of the same settings.
+
+    Good for the engine alone, and never all of the model in float32: see `programs.read`. Raises as `load` does.
+    """
+    config, words = _described(folder)
+    compute = compute or Compute()
+    setup = programs.Setup(model=config.model, compute=compute, form="compute", weights=weights, devices=mesh)
+    if hf.is_hf(folder):
+        params = programs.read(hf.reader(folder)[1], setup)
+    else:
+        reader = _reader(folder, config.model)
+        params = programs.read(reader.read, setup)
+        reader.check_intact()
+    integrity.check_finite(params, str(folder))
+    config = dataclasses.replace(config, mesh=sizes(mesh))
+    return Loaded(model=config.model, params=params, tokenizer=words, config=config)
+
+
+def _reader(folder: Path, model: Model) -> arrays.Reader:
+    run, step = checkpoint.locate(folder)
+    return arrays.Reader(run / "checkpoints" / str(step) / "params", parameters.tree(model))
+
+
+def _read_layers(reader: arrays.Reader, model: Model, mesh: jax.sharding.Mesh | None, dtype: Any) -> Any:
+    """The tree of `parameters.tree` with matrices in `dtype`; in float32 is one layer of a shard at a time."""
+    shardings = sharding.on(mesh, sharding.param_specs(model, sizes(mesh)))
+
+    def leaf(part: str, name: str, shape: tuple[int, ...]) -> jax.Array:
+        own = stored_dtype(name, dtype)
+
+        def shard(index: Any) -> np.ndarray:
+            if len(shape) < 3:
+                return reader.read(part, name, index).astype(own)
+            values = np.empty([len(range(*at.indices(n))) for at, n in zip(index, shape, strict=True)], own)
+            for place, layer in enumerate(range(*index[0].indices(shape[0]))):
+                values[place] = reader.read(part, name, (layer, *index[1:]))
+            return values
+
+        return jax.make_array_from_callback(shape, shardings[part][name], shard)
+
+    tree = parameters.tree(model)
+    params = {part: {name: leaf(part, name, shape) for name, shape in tree[part].items()} for part in tree}
+    reader.check_intact()
+    return params
+
+
+def _described(folder: Path) -> tuple[Config, Tokenizer | None]:
+    """All of a folder but its parameters."""
+    model = model_of(folder)
+    if hf.is_hf(folder):
         config = Config(
             workdir=folder, model=model, batch=Batch(size=8, length=min(1024, model.max_position_embeddings))
         )
         words = tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
     else:
-        config, params = checkpoint.restore_params(folder, mesh=mesh)
-        words = tokenizer.load(folder / "tokenizer") if (folder / "tokenizer").is_dir() else None
-    integrity.check_finite(params, str(folder))
+        run, _ = checkpoint.locate(folder)
+        config = checkpoint.read_config(run)
+        words = tokenizer.load(run / "tokenizer") if (run / "tokenizer").is_dir() else None
     if words is not None:
         check(
-            words.vocab_size <= config.model.vocab_size,
+            words.vocab_size <= model.vocab_size,
             f"the tokenizer in {folder} has {words.vocab_size} ids, but the model's vocabulary has only "
-            f"{config.model.vocab_size}: they do not belong together",
+            f"{model.vocab_size}: they do not belong together",
         )
-    config = dataclasses.replace(config, mesh=sizes(mesh))
-    return Loaded(model=config.model, params=params, tokenizer=words, config=config)
+    return config, words
+
+
+def model_of(folder: Path) -> Model:
+    """The model that a folder for `load` holds, from its config alone. Raises as `load` does."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no checkpoint in {folder}: there is no such folder")
+    if hf.is_hf(folder):
+        return hf.read_model(folder)
+    run, _ = checkpoint.locate(folder)
+    return checkpoint.read_config(run).model
 
 
 def tokenizer_for(config: Config, corpus: Corpus) -> Tokenizer:
     """The tokenizer of a training run: the one of `config.init`, unless `data.tokenizer` names another.
 
-    Raises ValueError when there is none, or when it has more ids than the model.
+    A run that goes on has it already, and its init may be gone. Raises ValueError when there is none, or when it has
+    more ids than the model.
     """
     if config.init is None or config.data.tokenizer != "train":
         return tokenizer.for_config(config.data, config.model.vocab_size, corpus)
-    folder = config.init if hf.is_hf(config.init) else config.init / "tokenizer"
+    folder = config.workdir / "tokenizer"
+    if not checkpoint.whole_steps(config.workdir):
+        folder = config.init if hf.is_hf(config.init) else checkpoint.locate(config.init)[0] / "tokenizer"
     return tokenizer.for_config(
         dataclasses.replace(config.data, tokenizer=str(folder)), config.model.vocab_size, corpus
     )
+
+
+def start_params(config: Config, mesh: jax.sharding.Mesh | None) -> Any:
+    """`params_for` of a run whose folder is open, and the same ones whenever it goes on.
+
+    Raises ValueError if `config.init` holds others than when the run began.
+    """
+    params = params_for(config, mesh)
+    checkpoint.keep_init_digest(config.workdir, integrity.digest(params))
+    return params
 
 
 def params_for(config: Config, mesh: jax.sharding.Mesh | None) -> Any:

@@ -4,8 +4,8 @@ import functools
 import inspect
 import sys
 
-from dsv2_jax import cli
-from dsv2_jax.presets import PRESETS
+from dsv2_jax import cli, start
+from dsv2_jax.presets import PRESETS, SETS
 
 
 def main() -> int:
@@ -18,7 +18,8 @@ def main() -> int:
         return 0
     if name not in PRESETS:
         cli.fail(f"unknown preset '{name}'{cli.nearest(name, PRESETS) or '; there are ' + ', '.join(PRESETS)}")
-    config = cli.parse(PRESETS[name](), flags, prog=f"{cli.called('train.py')} {name}")
+    prog = f"{cli.called('train.py')} {name}"
+    config, lines = start.configure(PRESETS[name](), flags, SETS.get(name, ()), prog)
 
     from dsv2_jax.alignment import grpo
     from dsv2_jax.parallel import processes, xla  # here, so that mistakes and --help are answered at once
@@ -28,6 +29,8 @@ def main() -> int:
     cli.keep_compiled_programs()
     cli.keep_freed_memory()
     with processes.joined(config.processes):
+        if lines and processes.is_first():
+            print("\n".join(lines), flush=True)
         outcome = grpo.train(config) if config.grpo.group else loop.train(config)
         first = processes.is_first()
     run = config.workdir

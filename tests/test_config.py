@@ -1,6 +1,7 @@
 """Presets against the paper's figures, and impossible configs refused in words that name the field."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -73,12 +74,32 @@ def test_json_gives_the_config_back(name):
     assert from_json(Config, to_json(config)) == config
 
 
-def test_json_with_an_unknown_or_a_missing_field_is_refused():
+def test_json_with_an_unknown_field_or_without_one_that_has_no_default_is_refused():
     text = to_json(PRESETS["tiny"]())
     with pytest.raises(ValueError, match=r"Config\.batch has no field sise"):
         from_json(Config, text.replace('"size": 4', '"size": 4, "sise": 3'))
-    with pytest.raises(ValueError, match="Config lacks the field seed"):
-        from_json(Config, text.replace('"seed": 0,', ""))
+    with pytest.raises(ValueError, match="Config lacks the field workdir, which has no default"):
+        from_json(Config, text.replace('"workdir": "runs/tiny",', ""))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("seed",), ("grpo",), ("batch", "micro_size"), ("model", "rope", "kind"), ("model", "moe", "budget_sequences")],
+    ids=".".join,
+)
+def test_a_field_that_did_not_exist_yet_takes_its_default(names):
+    """The config of an old run: everything as it says, the rest as the code did before it had the field."""
+    config = PRESETS["nano_long"]()
+    raw = json.loads(to_json(config))
+    holder, wanted = raw, config
+    for name in names[:-1]:
+        holder, wanted = holder[name], getattr(wanted, name)
+    del holder[names[-1]]
+    found = from_json(Config, json.dumps(raw))
+    for name in names[:-1]:
+        found = getattr(found, name)
+    default = next(f.default for f in dataclasses.fields(wanted) if f.name == names[-1])
+    assert found == dataclasses.replace(wanted, **{names[-1]: default})
 
 
 @pytest.mark.parametrize(

@@ -42,14 +42,14 @@ def train(config: Config) -> loop.Outcome:
     """
     config = _checked(config)
     mesh = device_mesh.make(config.mesh)
-    checkpoint.open_run(config)
+    config = checkpoint.open_run(config)
     with processes.first_before_others("data"):
         corpus = corpora.prepare(config.data)
         words = loading.tokenizer_for(config, corpus)
         if processes.is_first():
             checkpoint.keep_tokenizer(config.workdir, words.save)
     prompts = Prompts(config, corpus, words)
-    reference = loading.params_for(config, mesh)
+    reference = loading.start_params(config, mesh)
     shardings = sharding.on(mesh, state_specs(config))
     host = jax.tree.map(lambda s: s.with_memory_kind("pinned_host"), shardings.optimizer)
     steps = config.grpo.passes * config.grpo.prompts * config.grpo.group // config.batch.size  # of an iteration
@@ -63,7 +63,7 @@ def train(config: Config) -> loop.Outcome:
         return state._replace(optimizer=jax.device_put(state.optimizer, where))
 
     with Checkpoints(config.workdir, config.cadence.keep) as checkpoints, Stop() as stop:
-        start = functools.partial(loading.params_for, config, mesh)
+        start = functools.partial(loading.start_params, config, mesh)
         state, progress = checkpoints.restore(initial_state, prompts, shardings, start)
         with (
             RewardPool([name for name in config.grpo.rewards if name in verifiers.REWARDS]) as rewards,

@@ -5,6 +5,7 @@ zarr 2 or 3); writing makes plain zarr files, a chunk per layer and expert, with
 """
 
 import collections
+import functools
 import json
 import math
 from pathlib import Path
@@ -26,20 +27,33 @@ _HANDLERS = {
 }
 
 
+Index = tuple[int | slice, ...]
+
+
 class _Slices:
     """What reader and writer share: the checksums of the slices that went through them."""
 
-    def __init__(self) -> None:
-        self._arrays: dict[tuple[str, str], ts.TensorStore] = {}
+    def __init__(self, tree: Tree) -> None:
+        self._tree = tree
         self._sums: collections.Counter[str] = collections.Counter()
+        self._elements: collections.Counter[str] = collections.Counter()
+        self._counted: set[tuple[str, tuple[range, ...]]] = set()
 
     def sums(self) -> dict[str, int]:
-        """The checksums of the parameters, as a checkpoint holds them, once every slice has come by."""
-        return {name: total % 2**32 for name, total in self._sums.items()}
+        """The checksums, as a checkpoint holds them, of the parameters whose slices have all come by."""
+        sizes = {
+            f"params.{part}.{name}": math.prod(s) for part, names in self._tree.items() for name, s in names.items()
+        }
+        return {name: total % 2**32 for name, total in self._sums.items() if self._elements[name] == sizes[name]}
 
-    def _count(self, part: str, name: str, index: tuple[int, ...], values: np.ndarray) -> None:
-        shape = self._arrays[part, name].shape
-        self._sums[f"params.{part}.{name}"] += integrity.sum_of_slice(values, shape, index)
+    def _count(self, part: str, name: str, index: Index, values: np.ndarray) -> None:
+        """Devices that hold the same slice ask for it once each; it is counted once."""
+        shape, key = self._tree[part][name], f"params.{part}.{name}"
+        ranges = integrity.ranges_of(shape, index)
+        if (key, ranges) not in self._counted:
+            self._counted.add((key, ranges))
+            self._elements[key] += values.size
+            self._sums[key] += integrity.sum_of_slice(values, shape, ranges)
 
 
 class Reader(_Slices):
@@ -47,7 +61,7 @@ class Reader(_Slices):
 
     def __init__(self, folder: Path, tree: Tree) -> None:
         """Raises ValueError unless the folder holds exactly this tree of shapes, and if it is damaged."""
-        super().__init__()
+        super().__init__(tree)
         self._run, self._step = folder.parents[2], int(folder.parent.name)
         path = folder / "_METADATA"
         check(path.is_file(), f"no parameters in {folder}: {path.name} is missing")
@@ -60,25 +74,38 @@ class Reader(_Slices):
             f"{folder} does not hold the model that the run's config.json describes: "
             f"missing {sorted(wanted - found)}, unknown {sorted(found - wanted)}",
         )
+
+        # Of the last two, for a tensor of the Hugging Face side may have slices of two: their chunks stay in memory.
+        @functools.lru_cache(maxsize=2)
+        def leaf(part: str, name: str) -> ts.TensorStore:
+            return _open(folder, metadata, part, name, tree[part][name])
+
+        self._leaf = leaf
         for part, names in tree.items():
             for name, shape in names.items():
                 with checkpoint.reading(self._run, self._step):
-                    array = self._arrays[part, name] = _open(folder, metadata, part, name, shape)
+                    there = leaf(part, name).shape
                 check(
-                    array.shape == shape,
-                    f"{folder}: {part}.{name} has the shape {list(array.shape)}; the run's config.json describes "
+                    there == shape,
+                    f"{folder}: {part}.{name} has the shape {list(there)}; the run's config.json describes "
                     f"{list(shape)}",
                 )
 
-    def read(self, part: str, name: str, index: tuple[int, ...]) -> np.ndarray:
-        """`params[part][name][index]`, float32. Raises ValueError if the checkpoint is damaged."""
+    def read(self, part: str, name: str, index: Index) -> np.ndarray:
+        """`params[part][name][index]`, float32. Leaf by leaf, a chunk that slices share is decoded once.
+
+        Raises ValueError if the checkpoint is damaged.
+        """
         with checkpoint.reading(self._run, self._step):
-            values = self._arrays[part, name][index].read().result().astype(np.float32, copy=False)
+            values = self._leaf(part, name)[index].read().result().astype(np.float32, copy=False)
         self._count(part, name, index, values)
         return values
 
     def check_intact(self) -> None:
-        """Raises ValueError if what was read, all of it slice by slice, is not what was saved."""
+        """Raises ValueError if a parameter that was read whole, slice by slice, is not what was saved.
+
+        Of several processes each reads a part of what is split over them, and does not check that.
+        """
         checkpoint.check_intact(self._run, self._step, self.sums)
 
 
@@ -89,7 +116,7 @@ class Writer(_Slices):
     """
 
     def __init__(self, folder: Path, tree: Tree) -> None:
-        super().__init__()
+        super().__init__(tree)
         self._folder = folder
         params = folder / "params"
         (params / "array_metadatas").mkdir(parents=True)
@@ -128,7 +155,7 @@ class Writer(_Slices):
         _write_json(params / "array_metadatas" / "process_0", {"array_metadatas": array_metadatas})
         _write_json(folder / "_CHECKPOINT_METADATA", {"item_handlers": _HANDLERS, "custom_metadata": {}})
 
-    def write(self, part: str, name: str, index: tuple[int, ...], values: np.ndarray) -> None:
+    def write(self, part: str, name: str, index: Index, values: np.ndarray) -> None:
         """`params[part][name][index] = values`."""
         self._arrays[part, name][index].write(values).result()
         self._count(part, name, index, values)

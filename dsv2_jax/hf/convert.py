@@ -16,8 +16,8 @@ from dsv2_jax.data import tokenizer
 from dsv2_jax.hf import arrays, files
 from dsv2_jax.hf.configuration import from_hf_config, to_hf_config
 from dsv2_jax.hf.names import Tensor, tensors
-from dsv2_jax.inference import quantize
 from dsv2_jax.model import parameters
+from dsv2_jax.model.layers import stored_dtype
 from dsv2_jax.parallel import sharding
 from dsv2_jax.parallel.mesh import sizes
 from dsv2_jax.storage import published
@@ -94,24 +94,31 @@ def import_(hf: Path, out: Path, progress: Progress = _silent) -> None:
         os.sync()
 
 
+def read_model(hf: Path) -> Model:
+    """The model that a Hugging Face folder's config.json describes. Raises ValueError as `from_hf_config` does."""
+    path = hf / "config.json"
+    check(path.is_file(), f"no Hugging Face folder in {hf}: config.json is missing")
+    return from_hf_config(files.read_json(path))
+
+
 def open_checked(hf: Path) -> tuple[Model, dict[str, files.Stored]]:
     """The model of a Hugging Face folder and where its tensors are, every name, shape and size of them checked.
 
     Raises ValueError as `import_` does.
     """
-    path = hf / "config.json"
-    check(path.is_file(), f"no Hugging Face folder in {hf}: config.json is missing")
-    model = from_hf_config(files.read_json(path))
+    model = read_model(hf)
     found = files.open_folder(hf)
     files.check_tensors(hf, found, {t.hf: t.shape for t in tensors(model)})
     return model, found
 
 
-def load_params(hf: Path, mesh: jax.sharding.Mesh | None = None) -> tuple[Model, dict]:
-    """The model of a Hugging Face folder and its parameters, the tree of `parameters.tree` in float32.
+def load_params(
+    hf: Path, mesh: jax.sharding.Mesh | None = None, dtype: Any = jnp.float32
+) -> tuple[Model, dict[str, dict[str, jax.Array]]]:
+    """The model of a Hugging Face folder and its parameters: the tree of `parameters.tree`, matrices in `dtype`.
 
-    With a mesh they are laid over it by `sharding.param_specs`, and a host reads what its own devices hold; in memory
-    is, beside that, one shard at a time. Raises ValueError as `import_` does.
+    What `KEPT_FLOAT32` names is float32. With a mesh they are laid over it by `sharding.param_specs`, and a host reads
+    what its own devices hold; in memory is, beside that, one shard at a time. Raises ValueError as `import_` does.
     """
     model, found = open_checked(hf)
     sharding.check_model(model, sizes(mesh))
@@ -120,7 +127,7 @@ def load_params(hf: Path, mesh: jax.sharding.Mesh | None = None) -> tuple[Model,
 
     def leaf(part: str, name: str, shape: tuple[int, ...]) -> jax.Array:
         def shard(index: Any) -> np.ndarray:
-            return _read(found, sources[part, name], shape, index)
+            return _read(found, sources[part, name], shape, index, stored_dtype(name, dtype))
 
         return jax.make_array_from_callback(shape, shardings[part][name], shard)
 
@@ -128,23 +135,14 @@ def load_params(hf: Path, mesh: jax.sharding.Mesh | None = None) -> tuple[Model,
     return model, {part: {name: leaf(part, name, shape) for name, shape in tree[part].items()} for part in tree}
 
 
-def load_quantized(hf: Path, kind: quantize.Weights) -> tuple[Model, dict]:
-    """The model of a Hugging Face folder and its parameters as the engine holds them: unstacked, matrices in 8 bits.
+def reader(hf: Path) -> tuple[Model, Callable[[str, str, tuple[slice, ...]], np.ndarray]]:
+    """The model of a Hugging Face folder, and a function for `params[part][name][slices]`, float32: `programs.Read`.
 
-    In memory is, beside what is returned, one matrix at a time in float32 (of experts, those of one layer): of
-    DeepSeek-V2-Lite 16 GB in place of the 63 of float32. Raises ValueError as `import_` does.
+    In memory are what is asked for and one tensor of the folder. Raises ValueError as `import_` does.
     """
     model, found = open_checked(hf)
-    sources, whole = _sources(model), {}
-    for part, names in parameters.tree(model).items():
-        stacked = part in ("dense", "moe")
-        for layer in range(next(iter(names.values()))[0] if stacked else 1):
-            one = whole[f"{part}_{layer}" if stacked else part] = {}
-            for name, shape in names.items():
-                index = tuple(slice(layer, layer + 1) if stacked and not d else slice(None) for d in range(len(shape)))
-                values = _read(found, sources[part, name], shape, index)
-                one[name] = jax.block_until_ready(quantize.leaf(name, values[0] if stacked else values, kind))
-    return model, whole
+    sources, tree = _sources(model), parameters.tree(model)
+    return model, lambda part, name, slices: _read(found, sources[part, name], tree[part][name], slices, np.float32)
 
 
 _Source = dict[tuple[int, ...], tuple[Tensor, int]]  # by leading indices: the tensor, and which of its parts
@@ -159,11 +157,13 @@ def _sources(model: Model) -> dict[tuple[str, str], _Source]:
     return sources
 
 
-def _read(found: dict[str, files.Stored], source: _Source, shape: tuple[int, ...], index: Any) -> np.ndarray:
-    """The values at `index`, slices of all dims, of a parameter of this shape: float32."""
+def _read(
+    found: dict[str, files.Stored], source: _Source, shape: tuple[int, ...], index: Any, dtype: Any
+) -> np.ndarray:
+    """The values at `index`, slices of all dims, of a parameter of this shape."""
     lead = len(next(iter(source)))
     ranges = [range(*at.indices(size)) for at, size in zip(index, shape, strict=True)]
-    values = np.empty([len(r) for r in ranges], np.float32)
+    values = np.empty([len(r) for r in ranges], dtype)
     for at in itertools.product(*ranges[:lead]):
         tensor, place = source[at]
         slices = tensor.layout.from_hf(files.read(found[tensor.hf]), tensor.slices)

@@ -6,6 +6,7 @@ axis: it has sequences and pages of its own, and meets the others only where tok
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +27,7 @@ from dsv2_jax.model.matmul import dot
 from dsv2_jax.parallel import collectives, mesh, sharding
 from pallas_kernels.quantized import Quantized
 
+Read = Callable[[str, str, tuple[slice, ...]], np.ndarray]  # (part, name, slices): float32 of `parameters.tree`
 LANES = PartitionSpec(mesh.BATCH)  # of arrays with a leading axis of lanes
 
 
@@ -105,12 +107,38 @@ class Drawn(NamedTuple):
 def prepare(params: Any, setup: Setup) -> Any:
     """Parameters as programs read them: unstacked, matrices in the compute dtype, or quantized.
 
-    What `hf.load_quantized` read is that already.
+    What `read` returned is that already.
     """
-    if {"dense", "moe"} & params.keys():
-        return preparation(setup)(params)
-    params = paged.by_head(_with_embedding_cast(params, setup))
-    return jax.device_put(params, sharding.on(setup.devices, _param_specs(params, setup)))
+    return preparation(setup)(params) if {"dense", "moe"} & params.keys() else params
+
+
+def read(values: Read, setup: Setup) -> Any:
+    """What `prepare` makes of the same parameters, matrix by matrix: a process asks for what its own devices hold.
+
+    In memory is, beside what is returned, one matrix at a time in float32 (of experts, those of one layer).
+    """
+    prepared: dict[str, dict[str, Any]] = {}
+    for part, names in parameters.tree(setup.model).items():
+        for name, shape in names.items():
+            if part in ("dense", "moe"):
+                for layer in range(shape[0]):
+                    at = functools.partial(_of_layer, values, part, name, layer)
+                    prepared.setdefault(f"{part}_{layer}", {}).update(_read_one(name, at, setup))
+            else:
+                at = functools.partial(values, part, name)
+                prepared.setdefault(part, {}).update(_read_one(name, at, setup))
+    return prepared
+
+
+def _of_layer(values: Read, part: str, name: str, layer: int, slices: tuple[slice, ...]) -> np.ndarray:
+    return values(part, name, (slice(layer, layer + 1), *slices))[0]
+
+
+def _read_one(name: str, values: Callable[[Any], np.ndarray], setup: Setup) -> dict[str, Any]:
+    """One layer's parameter as programs read it, under the name that they know it by."""
+    where = sharding.on(setup.devices, sharding.spec("", name, setup.model, setup.mesh, stored=False))
+    w = jax.make_array_from_callback(parameters.shape(name, setup.model), where, values)
+    return jax.block_until_ready(_prepare_one(name, setup)({"": {name: w}})[""])
 
 
 @functools.cache
@@ -127,17 +155,30 @@ def preparation(setup: Setup) -> Any:
     return jax.jit(prepare_weights, out_shardings=sharding.on(setup.devices, specs))
 
 
+@functools.cache
+def _prepare_one(name: str, setup: Setup) -> Any:
+    """The same for one parameter of one layer, which lies where the result will."""
+    one = functools.partial(_in_formats, setup=setup)
+    shapes = {"": {name: jax.ShapeDtypeStruct(parameters.shape(name, setup.model), jnp.float32)}}
+    specs = _param_specs(jax.eval_shape(one, shapes), setup)
+    return jax.jit(one, out_shardings=sharding.on(setup.devices, specs))
+
+
 def _prepared(params: Any, setup: Setup) -> Any:
-    unstacked = _with_embedding_cast(transformer.unstack(params), setup)
+    return _in_formats(transformer.unstack(params), setup)
+
+
+def _in_formats(unstacked: Any, setup: Setup) -> Any:
+    """Float32 parameters in the formats and the orders that programs read."""
+    dtype = compute_dtype(setup.compute)
+    # The embedding's rows are cast when they are read: cast before, they are the same, and take half the memory.
+    unstacked = {
+        part: {name: w.astype(dtype) if name == "w_embed_WD" else w for name, w in named.items()}
+        for part, named in unstacked.items()
+    }
     if setup.weights != "compute":
         unstacked = quantize.quantize(unstacked, setup.weights)
-    return cast(paged.by_head(unstacked), compute_dtype(setup.compute))
-
-
-def _with_embedding_cast(unstacked: Any, setup: Setup) -> Any:
-    """Its rows are cast when they are read: cast before, they are the same, and the table takes half the memory."""
-    dtype = compute_dtype(setup.compute)
-    return unstacked | {"embed": jax.tree.map(lambda w_WD: w_WD.astype(dtype), unstacked["embed"])}
+    return cast(paged.by_head(unstacked), dtype)
 
 
 def _prepared_shapes(setup: Setup) -> Any:

@@ -48,6 +48,11 @@ def cast(params: Any, dtype: Any) -> Any:
     return jax.tree_util.tree_map_with_path(leaf, params, is_leaf=lambda w: isinstance(w, Quantized))
 
 
+def stored_dtype(name: str, dtype: Any) -> Any:
+    """The dtype that a parameter is held in where matmul operands are `dtype`: float32 of what `cast` leaves alone."""
+    return jnp.dtype(jnp.float32 if name.startswith(KEPT_FLOAT32) else dtype)
+
+
 def declare(module: nn.Module, model: Model, names: list[str]) -> dict[str, Array]:
     """Declares parameters on a Linen module: N(0, initializer_range) (section 3.1.2), norm scales one; float32."""
 

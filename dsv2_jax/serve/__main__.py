@@ -51,7 +51,7 @@ def main() -> None:
         key = args.api_key_file.read_text(encoding="utf-8").strip()
         check(bool(key), f"{args.api_key_file} holds no key")
     devices = mesh.make(args.mesh)
-    loaded = loading.load(args.checkpoint, devices)
+    loaded = loading.load_for_engine(args.checkpoint, devices, compute=args.compute, weights=args.capacity.weights)
     words = loaded.need_tokenizer()
     engine = Engine(
         loaded.params, loaded.model, compute=args.compute, capacity=args.capacity, words=words, mesh=devices

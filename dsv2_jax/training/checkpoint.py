@@ -1,6 +1,7 @@
 """The run folder: what lies where, and checkpoints that are whole or absent, whenever the process is killed.
 
-    config.json            the config that made the run
+    config.json            the config that made the run; its `init` names the very step that the run started from
+    init_digest            a digest of the parameters that the run started from, if it has an init
     tokenizer/             its tokenizer
     checkpoints/<step>/    params, optimizer, data (the input pipeline's state), progress (step and tokens), and
                            checksums of all of these, which are checked on restore
@@ -43,7 +44,6 @@ FREE = (
     "resume",
     "tokens",
     "epochs",
-    "init",
     "cadence",
     "data.folder",
     "mesh",
@@ -55,6 +55,7 @@ FREE = (
 )
 
 _WRITTEN = ("data", "progress")  # items of a checkpoint in JSON
+_DIGEST = "init_digest"
 _WORTH_SLICING = 64 * 2**20  # bytes of a stacked parameter
 
 
@@ -160,6 +161,16 @@ def latest_step(run: Path) -> int:
     return steps[-1]
 
 
+def locate(folder: Path) -> tuple[Path, int]:
+    """The run and the step that a path names: a run's folder its newest, and `checkpoints/<step>` in it that one.
+
+    Raises FileNotFoundError if there is no checkpoint.
+    """
+    if folder.parent.name == "checkpoints" and folder.name.isdigit():
+        return folder.parent.parent, int(folder.name)
+    return folder, latest_step(folder)
+
+
 def read_config(run: Path) -> Config:
     """The config of the run in this folder. Raises FileNotFoundError, or ValueError for one that cannot be read."""
     path = run / "config.json"
@@ -227,8 +238,11 @@ def reading(run: Path, step: int) -> Iterator[None]:
     except (RuntimeError, MemoryError):
         raise
     except Exception as error:
-        first_line = (str(error).splitlines() or [""])[0]
-        damage = f"the checkpoint of step {step} in {run} is damaged: {type(error).__name__}: {first_line}"
+        root: BaseException = error
+        while root.__cause__ is not None:  # Orbax wraps TensorStore's error, which names the array
+            root = root.__cause__
+        first_line = (str(root).splitlines() or [""])[0]
+        damage = f"the checkpoint of step {step} in {run} is damaged: {type(root).__name__}: {first_line}"
         raise ValueError(f"{damage}; {_way_on(run, step)}") from error
 
 
@@ -269,25 +283,69 @@ def _folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / str(step)
 
 
-def open_run(config: Config) -> None:
+def open_run(config: Config) -> Config:
     """Makes the run's folder and writes config.json; a run that is there must be one that this config can go on with.
 
-    Raises ValueError if a field outside `FREE` differs from the saved config, if there is a run and `config.resume` is
-    off, and for a run whose checkpoints are lost.
+    Returns the config with its `init` pinned: the folder of a run that may grow becomes the step that is its newest
+    when this run begins, and stays it. Raises ValueError if a field outside `FREE` differs from the saved config, if
+    there is a run and `config.resume` is off, and for a run whose checkpoints are lost.
     """
     run, whole = config.workdir, whole_steps(config.workdir)
     others = [path for path in (run / "checkpoints").glob("*") if path.name.isdigit() and int(path.name) not in whole]
     if whole:  # without one there is nothing to go on with
         check(config.resume, f"{run} holds a run already; choose another --workdir, or leave out --no-resume to go on")
-        check_same(read_config(run), config)
+        saved = read_config(run)
+        config = dataclasses.replace(config, init=_kept_init(saved, config.init))
+        check_same(dataclasses.replace(saved, init=config.init), config)
     else:
         _check_nothing_lost(run, others)
+        config = dataclasses.replace(config, init=_pinned(config.init))
+        if processes.is_first():
+            (run / _DIGEST).unlink(missing_ok=True)
     run.mkdir(parents=True, exist_ok=True)
     if processes.is_first():
         for path in others:  # Orbax would take them for checkpoints: skip saves before their step, and count them
             print(f"{path} is not a whole checkpoint; it is now {path.name}.unfinished", file=sys.stderr, flush=True)
             path.rename(path.with_name(f"{path.name}.unfinished"))
         write_config(run, config)
+    return config
+
+
+def keep_init_digest(run: Path, digest: str) -> None:
+    """Keeps the digest of the parameters that the run starts from; where there is one, it must be the same.
+
+    Raises ValueError if it is not: then the checkpoint that the run started from has been written anew.
+    """
+    path = run / _DIGEST
+    if path.is_file():
+        check(
+            path.read_text(encoding="utf-8").strip() == digest,
+            f"{read_config(run).init} no longer holds the parameters that the run in {run} started from: "
+            "put them back, or give another --workdir for a new run",
+        )
+    elif processes.is_first():
+        path.write_text(digest + "\n", encoding="utf-8")
+
+
+def _pinned(init: Path | None) -> Path | None:
+    """`checkpoints/<step>` of the newest step of a run's folder, the first process's in all; any other as it is."""
+    if init is None or not (init / "checkpoints").is_dir():
+        return init
+    step = processes.gathered(np.asarray(latest_step(init)))[0]
+    return init / "checkpoints" / str(step)
+
+
+def _kept_init(saved: Config, given: Path | None) -> Path | None:
+    """The init of a run that goes on: its own. Raises ValueError if another is given."""
+    kept = saved.init
+    if given is not None:
+        names = [] if kept is None else [kept, kept.parent.parent] if kept.parent.name == "checkpoints" else [kept]
+        check(
+            given.resolve() in [name.resolve() for name in names],
+            f"--init is {given}, but the run in {saved.workdir} started from {kept or 'random parameters'}; leave it "
+            "out to go on, or give another --workdir for a new run",
+        )
+    return _pinned(kept)
 
 
 def _check_nothing_lost(run: Path, unfinished: list[Path]) -> None:

@@ -29,20 +29,51 @@ def sums(tree: Any) -> dict[str, int]:
     Elements have at most 32 bits.
     """
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    found = jax.device_get([_on_host(x) if _is_on_host(x) else _on_devices(x) for _, x in leaves])
-    return {_name(path): int(value) for (path, _), value in zip(leaves, found, strict=True)}
+    # Each sum is waited for: programs with collectives that run at once can starve each other of threads on CPUs.
+    return {_name(path): int(_on_host(x) if _is_on_host(x) else _on_devices(x)) for path, x in leaves}
 
 
-def sum_of_slice(values: np.ndarray, shape: tuple[int, ...], lead: tuple[int, ...] = ()) -> int:
-    """What `values`, the part at the leading indices `lead` of an array of `shape`, adds to the array's checksum."""
-    at = sum(i * math.prod(shape[axis + 1 :]) for axis, i in enumerate(lead))
-    total = 0
-    for part in _blocks(values):
-        index = np.arange(part.size, dtype=np.uint32) + np.uint32(at % 2**32)
-        bits = part.view(_UNSIGNED[part.dtype.itemsize]).astype(np.uint32)
-        total += int(_hash(bits, index).sum(dtype=np.uint32))
-        at += part.size
-    return total % 2**32
+def ranges_of(shape: tuple[int, ...], index: tuple[int | slice, ...]) -> tuple[range, ...]:
+    """The indices of each dimension that `array[index]` selects: whole numbers and slices without a step."""
+    whole = (*index, *(slice(None) for _ in shape[len(index) :]))
+    return tuple(
+        range(*i.indices(n)) if isinstance(i, slice) else range(i, i + 1) for i, n in zip(whole, shape, strict=True)
+    )
+
+
+def sum_of_slice(values: np.ndarray, shape: tuple[int, ...], ranges: tuple[range, ...] | None = None) -> int:
+    """What `values`, the part of an array of `shape` at these indices (None: all), adds to its checksum."""
+    ranges = ranges or ranges_of(shape, ())
+    strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    at = sum(r.start * stride for r, stride in zip(ranges, strides, strict=True))
+    rows = max((axis for axis, (r, n) in enumerate(zip(ranges, shape, strict=True)) if len(r) != n), default=0)
+    # From the last dimension that is cut on, elements lie in a row without gaps.
+    lengths = [len(r) for r in ranges[:rows]]
+    return _sum(np.ascontiguousarray(values).reshape(*lengths, -1), at, strides[:rows]) % 2**32
+
+
+def _sum(values: np.ndarray, at: int, strides: tuple[int, ...]) -> int:
+    """Of values whose last dimension is consecutive elements, the others `strides` apart; the first one is at `at`."""
+    if not strides:
+        parts = range(0, values.size, _BLOCK)
+        return sum(_sum_block(values[i : i + _BLOCK], np.arange(len(values[i : i + _BLOCK])) + at + i) for i in parts)
+    size = values[0].size
+    if size >= _BLOCK:
+        return sum(_sum(part, at + i * strides[0], strides[1:]) for i, part in enumerate(values))
+    step, total = _BLOCK // size, 0
+    for i in range(0, len(values), step):
+        part = values[i : i + step]
+        index = np.arange(part.shape[-1]) + at
+        for axis, stride in enumerate(strides):
+            offsets = (np.arange(part.shape[axis]) + (i if axis == 0 else 0)) * stride
+            index = index + offsets.reshape(-1, *(1,) * (part.ndim - 1 - axis))
+        total += _sum_block(part, index)
+    return total
+
+
+def _sum_block(values: np.ndarray, index: np.ndarray) -> int:
+    bits = np.ascontiguousarray(values).view(_UNSIGNED[values.dtype.itemsize]).astype(np.uint32)
+    return int(_hash(bits, index.astype(np.uint32)).sum(dtype=np.uint32))
 
 
 def of_json(value: Any) -> str:
@@ -50,12 +81,16 @@ def of_json(value: Any) -> str:
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
+def digest(tree: Any) -> str:
+    """Hexadecimal, of all checksums of a tree: the same on any layout, and in all processes of a run."""
+    return of_json(sums(tree))
+
+
 def check_finite(params: Any, where: str) -> None:
     """Raises ValueError naming arrays of a tree of parameters, quantised or not, that hold NaN or infinity."""
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     leaves = [(path, x) for path, x in leaves if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > 1]
-    finite = jax.device_get([_finite_on_host(x) if _is_on_host(x) else _finite(x) for _, x in leaves])
-    bad = [_name(path) for (path, _), fine in zip(leaves, finite, strict=True) if not fine]
+    bad = [_name(path) for path, x in leaves if not bool(_finite_on_host(x) if _is_on_host(x) else _finite(x))]
     check(not bad, f"{len(bad)} of the {len(leaves)} parameters in {where} hold NaN or infinity: {', '.join(bad[:3])}")
 
 
@@ -69,8 +104,8 @@ def _view(leaf: jax.Array) -> np.ndarray:
     return np.asarray(leaf.addressable_shards[0].data)  # of the array itself JAX would keep the view, and the buffer
 
 
-def _on_host(leaf: jax.Array) -> np.uint32:
-    return np.uint32(sum_of_slice(_view(leaf), leaf.shape))
+def _on_host(leaf: jax.Array) -> int:
+    return sum_of_slice(_view(leaf), leaf.shape)
 
 
 @jax.jit
@@ -84,8 +119,8 @@ def _on_devices(leaf: jax.Array) -> jax.Array:
     return jnp.sum(_hash(bits, index), dtype=jnp.uint32)
 
 
-def _finite_on_host(leaf: jax.Array) -> np.bool:
-    return np.bool(all(np.isfinite(part).all() for part in _blocks(_view(leaf))))
+def _finite_on_host(leaf: jax.Array) -> bool:
+    return all(np.isfinite(part).all() for part in _blocks(_view(leaf)))
 
 
 @jax.jit

@@ -55,7 +55,7 @@ def train(config: Config) -> Outcome:
     run, config = config.workdir, resolve(config)
     mesh = device_mesh.make(config.mesh)
     loss, figures_of = (reward.loss, reward.evaluate) if scoring else (pretraining_loss, perplexity.evaluate)
-    checkpoint.open_run(config)
+    config = checkpoint.open_run(config)
     with processes.first_before_others("data"):
         corpus = corpora.prepare(config.data)
         words = loading.tokenizer_for(config, corpus)
@@ -82,7 +82,7 @@ def train(config: Config) -> Outcome:
             initial_state,
             batches,
             shardings,
-            functools.partial(loading.params_for, config, mesh) if config.init else None,
+            functools.partial(loading.start_params, config, mesh) if config.init else None,
         )
         with metrics.Log(config, progress) as log:
             if batches.left_out:

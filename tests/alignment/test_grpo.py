@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import types
 
 import jax
@@ -19,7 +20,7 @@ from dsv2_jax.inference.request import Result
 from dsv2_jax.model import transformer
 from dsv2_jax.parallel import mesh as device_mesh
 from dsv2_jax.parallel import sharding
-from dsv2_jax.training import loop, metrics
+from dsv2_jax.training import checkpoint, loop, metrics
 from dsv2_jax.training.checkpoint import Progress
 from dsv2_jax.training.step import create, state_specs
 
@@ -100,10 +101,15 @@ def test_a_run_leaves_a_picture_and_its_held_out_answers(base, whole):
 
 @pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(base, whole, tmp_path):
-    """The first half with its optimizer state on the host while it samples."""
-    halved = dataclasses.replace(base.grpo, steps=6, offload=True)
-    grpo.train(dataclasses.replace(base, workdir=tmp_path / "run", grpo=halved))
-    grpo.train(dataclasses.replace(base, workdir=tmp_path / "run"))
+    """The first half with its optimizer state on the host while it samples; and its init then gains a newer step,
+    which is not what the policy is to stay close to."""
+    undisturbed = base.workdir
+    growing = shutil.copytree(base.init, tmp_path / "growing")
+    base = dataclasses.replace(base, workdir=tmp_path / "run", init=growing)
+    grpo.train(dataclasses.replace(base, grpo=dataclasses.replace(base.grpo, steps=6, offload=True)))
+    init, params = checkpoint.restore_params(growing)
+    checkpoint.save_params(growing, init, jax.tree.map(lambda w: 1.1 * w, params), step=1000)
+    grpo.train(base)
     clock = ("tokens_per_second", "mfu", "sampled_tokens_per_second", "seconds_sampling", "seconds_rewarding")
 
     def lasting(lines):
@@ -111,7 +117,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(base, whole, tmp_path):
         return [line for line in figures if "seconds_updating" not in line and line["step"] > 6]
 
     assert lasting(metrics.read(tmp_path / "run")) == lasting(whole[1])
-    names = [run / "samples.jsonl" for run in (tmp_path / "run", base.workdir)]
+    names = [run / "samples.jsonl" for run in (base.workdir, undisturbed)]
     assert names[0].read_text() == names[1].read_text()
 
 

@@ -9,10 +9,10 @@ import pytest
 
 from configs import models
 from dsv2_jax.config import SINGLE, Compute
-from dsv2_jax.hf import load_params, load_quantized
+from dsv2_jax.hf import load_params
 from dsv2_jax.inference import quantize
 from dsv2_jax.inference.engine import Capacity, Engine
-from dsv2_jax.model import formats, paged, transformer
+from dsv2_jax.model import formats, paged
 from dsv2_jax.model.layers import KEPT_FLOAT32
 from dsv2_jax.model.matmul import project, whole
 from pallas_kernels.latent_attention import packing
@@ -158,16 +158,3 @@ def test_a_cache_of_fewer_bits_costs_no_more_than_its_rounding(loaded, errors, f
     assert (
         errors["bfloat16"] < errors[form] < 2 * errors["bfloat16"] * rounding(form, size) / rounding("bfloat16", size)
     )
-
-
-@pytest.mark.parametrize("kind", ["int8", "float8"])
-def test_a_folder_read_in_8_bits_is_the_folder_quantized(kind):
-    """Matrix by matrix from the files, or all of it from float32: the same numbers."""
-    model, params = load_params(GOLDEN)
-    wanted = quantize.quantize(transformer.unstack(params), kind)
-    found_model, found = load_quantized(GOLDEN, kind)
-    assert found_model == model
-    assert jax.tree.structure(found) == jax.tree.structure(wanted)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))

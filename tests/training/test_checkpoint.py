@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 
 from configs import PRESETS
-from dsv2_jax.config import Cadence, Compute, Data, Optimizer
+from dsv2_jax import loading
+from dsv2_jax.config import Cadence, Compute, Data, Mesh, Optimizer, to_json
 from dsv2_jax.model import parameters
-from dsv2_jax.training import checkpoint
+from dsv2_jax.parallel import mesh as device_mesh
+from dsv2_jax.parallel import sharding
+from dsv2_jax.training import checkpoint, integrity
 from dsv2_jax.training.checkpoint import Checkpoints, Progress
 from dsv2_jax.training.step import create
 
@@ -206,11 +209,11 @@ def test_a_flipped_bit_in_arrays_is_found(copied, item, seed):
     older = r"remove .*checkpoints/5 to use step 3"
     with (
         Checkpoints(copied.workdir, 2) as checkpoints,
-        pytest.raises(ValueError, match=rf"the checkpoint of step 5 in .* is damaged: {item}\.\S+ is not .*; {older}"),
+        pytest.raises(ValueError, match=rf"the checkpoint of step 5 in .* is damaged: .*w_\w+.*; {older}"),
     ):
         restore(checkpoints, copied, numbers())
     if item == "params":
-        with pytest.raises(ValueError, match=rf"step 5 in .* is damaged: params\.\S+ is not what was saved; {older}"):
+        with pytest.raises(ValueError, match=rf"step 5 in .* is damaged: .*w_\w+.*; {older}"):
             checkpoint.restore_params(copied.workdir)
     shutil.rmtree(copied.workdir / "checkpoints" / "5")
     with Checkpoints(copied.workdir, 2) as checkpoints:
@@ -287,3 +290,61 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(config):
     checkpoint.open_run(config)
     with Checkpoints(config.workdir, 2) as checkpoints:
         assert restore(checkpoints, config, numbers())[1] == Progress()
+
+
+def test_an_old_run_that_knew_fewer_settings_goes_on(config):
+    """Its missing settings were what their defaults are now: those go on, others are refused with both values."""
+    checkpoint.open_run(config)
+    checkpoint.save_params(config.workdir, config, random_params(config))
+    path = config.workdir / "config.json"
+    old = json.loads(path.read_text())
+    del old["grpo"], old["data"]["retrieval_share"], old["model"]["moe"]["budget_sequences"]
+    path.write_text(json.dumps(old))
+    assert checkpoint.restore_params(config.workdir)[0] == config
+    asks = dataclasses.replace(config, data=dataclasses.replace(config.data, retrieval_share=0.5))
+    with pytest.raises(ValueError, match=r"data\.retrieval_share is 0\.5, but the run in .* was started with 0\.0"):
+        checkpoint.open_run(asks)
+    checkpoint.open_run(config)
+    assert json.loads(path.read_text()) == json.loads(to_json(config))
+
+
+def test_an_init_that_grows_stays_the_step_that_the_run_began_with(config, tmp_path):
+    """Newer steps of the init are not read; another init, and another checkpoint under the same name, are refused."""
+    base = dataclasses.replace(config, workdir=tmp_path / "base")
+    first, second = random_params(config), random_params(config, seed=1)
+    checkpoint.save_params(base.workdir, base, first, step=7)
+    opened = checkpoint.open_run(dataclasses.replace(config, init=base.workdir))
+    assert opened.init == base.workdir / "checkpoints" / "7"
+    jax.tree.map(np.testing.assert_array_equal, loading.start_params(opened, None), first)
+    checkpoint.save_params(config.workdir, opened, second, step=3)  # the run has come as far as this
+
+    checkpoint.save_params(base.workdir, base, second, step=9)
+    for init in (base.workdir, base.workdir / "checkpoints" / "7", None):
+        again = checkpoint.open_run(dataclasses.replace(config, init=init))
+        assert again == opened == checkpoint.read_config(config.workdir)
+        jax.tree.map(np.testing.assert_array_equal, loading.start_params(again, None), first)
+
+    for other in (base.workdir / "checkpoints" / "9", tmp_path):
+        with pytest.raises(ValueError, match=r"--init is .*, but the run in .* started from .*checkpoints/7; leave it"):
+            checkpoint.open_run(dataclasses.replace(config, init=other))
+    shutil.rmtree(base.workdir / "checkpoints")
+    checkpoint.save_params(base.workdir, base, second, step=7)
+    with pytest.raises(ValueError, match="checkpoints/7 no longer holds the parameters that the run in"):
+        loading.start_params(again, None)
+
+
+def test_a_run_of_random_parameters_takes_no_init_later(config, tmp_path):
+    checkpoint.open_run(config)
+    checkpoint.save_params(config.workdir, config, random_params(config))
+    with pytest.raises(ValueError, match="started from random parameters"):
+        checkpoint.open_run(dataclasses.replace(config, init=tmp_path))
+
+
+def test_a_digest_sees_one_bit_and_no_layout(config):
+    params = random_params(config)
+    mesh = device_mesh.make(Mesh(fsdp=4, expert=2))
+    laid_out = jax.device_put(params, sharding.on(mesh, sharding.param_specs(config.model, Mesh(fsdp=4, expert=2))))
+    assert integrity.digest(params) == integrity.digest(laid_out)
+    norm = np.array(params["head"]["norm_D"])
+    norm[3] = np.nextafter(norm[3], np.float32(9))
+    assert integrity.digest(params | {"head": params["head"] | {"norm_D": norm}}) != integrity.digest(params)

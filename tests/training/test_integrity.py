@@ -31,8 +31,32 @@ def test_every_layout_gives_the_sum_by_hand(dtype):
     assert integrity.sums({"x": {"w_D": jnp.asarray(values)}}) == expected
     for spec in (PartitionSpec(), PartitionSpec("a"), PartitionSpec(None, ("b", "a")), PartitionSpec("b", "a")):
         assert integrity.sums({"x": {"w_D": jax.device_put(values, NamedSharding(mesh, spec))}}) == expected
-    slices = [integrity.sum_of_slice(values[i, j], values.shape, (i, j)) for i in range(4) for j in range(8)]
-    assert sum(slices) & MASK == expected["x.w_D"]
+    indices = (
+        [(i, j) for i in range(4) for j in range(8)],
+        [(slice(i, i + 2), slice(j, j + 4)) for i in (0, 2) for j in (0, 4)],
+        [(slice(None), slice(None), slice(k, k + 3)) for k in (0, 3)],
+        [(i, slice(None), slice(k, k + 2)) for i in range(4) for k in (0, 2, 4)],
+    )
+    for cut in indices:
+        slices = [integrity.sum_of_slice(values[at], values.shape, integrity.ranges_of(values.shape, at)) for at in cut]
+        assert sum(slices) & MASK == expected["x.w_D"]
+
+
+def test_slices_larger_than_a_block_give_the_sum_of_the_whole():
+    values = np.random.default_rng(2).normal(size=(3, 300, 400)).astype(np.float32)
+    whole = integrity.sum_of_slice(values, values.shape)
+    for cut in (
+        [(slice(None), slice(None), slice(k, k + 200)) for k in (0, 200)],
+        [(slice(None), slice(j, j + 150)) for j in (0, 150)],
+        [
+            (slice(i, i + 1), slice(j, j + 100), slice(k, k + 100))
+            for i in range(3)
+            for j in range(0, 300, 100)
+            for k in range(0, 400, 100)
+        ],
+    ):
+        parts = [integrity.sum_of_slice(values[at], values.shape, integrity.ranges_of(values.shape, at)) for at in cut]
+        assert sum(parts) & MASK == whole
 
 
 def test_every_bit_counts_and_so_does_the_place():
