@@ -21,7 +21,6 @@ def main() -> int:
     prog = f"{cli.called('train.py')} {name}"
     config, lines = start.configure(PRESETS[name](), flags, SETS.get(name, ()), prog)
 
-    from dsv2_jax.alignment import grpo
     from dsv2_jax.parallel import processes, xla  # here, so that mistakes and --help are answered at once
     from dsv2_jax.training import loop
 
@@ -31,7 +30,12 @@ def main() -> int:
     with processes.joined(config.processes):
         if lines and processes.is_first():
             print("\n".join(lines), flush=True)
-        outcome = grpo.train(config) if config.grpo.group else loop.train(config)
+        if config.grpo.group:
+            from dsv2_jax.alignment import grpo  # its rewards take seconds to import
+
+            outcome = grpo.train(config)
+        else:
+            outcome = loop.train(config)
         first = processes.is_first()
     run = config.workdir
     if not outcome.finished:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib
 import json
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ import pytest
 from hf_cases import GOLDEN, give_tokenizer, make_run, random_params
 
 from configs import models
+from dsv2_jax import eval as evaluation
 from dsv2_jax import hf, loading
 from dsv2_jax.config import Batch, Compute, Config
 from dsv2_jax.data import tokenizer
@@ -206,14 +206,16 @@ def test_weights_that_are_not_finite_are_refused(run, tmp_path):
     told = "hold NaN or infinity: head.norm_D"
     refused(told, "eval.py", "--checkpoint", folder, "--text", tmp_path / "text", "--json", tmp_path / "out.json")
     assert not (tmp_path / "out.json").exists()
-    for weights in ("compute", "int8"):
+    for source in (folder, tmp_path / "hf"):
         with pytest.raises(ValueError, match=told):
-            loading.load(tmp_path / "hf", weights=weights)
+            loading.load(source)
+        for weights in ("compute", "int8"):
+            with pytest.raises(ValueError, match=told):
+                loading.load_for_engine(source, weights=weights)
 
 
 def test_a_loss_that_is_not_finite_is_no_figure(run, tmp_path):
     """Finite weights whose logits overflow."""
-    evaluation = importlib.import_module("eval")
     folder = damaged(tmp_path / "huge", run, "norm_D", 3e38)
     (tmp_path / "text").write_text("hello there")
     args = evaluation.Evaluate(checkpoint=folder, text=tmp_path / "text", length=16)

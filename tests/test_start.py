@@ -10,9 +10,8 @@ import torch
 import transformers
 from hf_cases import give_tokenizer, make_run
 
-import train
 from configs import PRESETS, SETS, models
-from dsv2_jax import hf, loading, start
+from dsv2_jax import hf, loading, start, train
 from dsv2_jax.config import Batch, Model, Rope
 from dsv2_jax.data import corpora, pipeline
 from dsv2_jax.training import checkpoint, metrics
@@ -126,7 +125,8 @@ def test_a_run_extended_by_nano_long_is_fine_tuned_as_extended(tmp_path):
     extended = PRESETS["nano_long"]().model
     kept = dataclasses.replace(extended, moe=dataclasses.replace(extended.moe, capacity_factor=1.5))
     run = dataclasses.replace(PRESETS["nano_long"](), workdir=tmp_path / "long", model=kept)
-    (tmp_path / "long" / "checkpoints" / "300").mkdir(parents=True)
+    (tmp_path / "long" / "checkpoints" / "300" / "params").mkdir(parents=True)
+    (tmp_path / "long" / "checkpoints" / "300" / "params" / "_METADATA").touch()
     checkpoint.write_config(run.workdir, run)
     for folder in (run.workdir, run.workdir / "checkpoints" / "300"):
         config, lines = configure("nano_sft", "--init", folder, "--batch.length", 4096)

@@ -347,4 +347,5 @@ def test_a_digest_sees_one_bit_and_no_layout(config):
     assert integrity.digest(params) == integrity.digest(laid_out)
     norm = np.array(params["head"]["norm_D"])
     norm[3] = np.nextafter(norm[3], np.float32(9))
-    assert integrity.digest(params | {"head": params["head"] | {"norm_D": norm}}) != integrity.digest(params)
+    changed = params | {"head": params["head"] | {"norm_D": jnp.asarray(norm)}}
+    assert integrity.digest(changed) != integrity.digest(params)
