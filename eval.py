@@ -49,8 +49,9 @@ def main() -> None:
     """The command line."""
     args = cli.parse(Evaluate, prog="eval.py")
     check((args.token_ids is None) == (args.logits is None), "--token-ids and --logits belong together")
-    from dsv2_jax.parallel import processes
+    from dsv2_jax.parallel import processes, xla
 
+    xla.choose()
     cli.keep_compiled_programs()
     ids_BT = None if args.token_ids is None else cli.read_ids(args.token_ids)
     with processes.joined(args.processes):

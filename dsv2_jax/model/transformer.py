@@ -149,7 +149,7 @@ class Transformer(nn.Module):
         phases_BTR = rope.phases(self.model, positions_BT)
         where: Any = Where(phases_BTR, segments_BT, segments_BS, 0)
         if isinstance(cache, paged.Cache):
-            where = paged.Where(phases_BTR, segments_BT, cache.plan, cache.form)
+            where = paged.Where(phases_BTR, segments_BT, cache.plan, cache.form, kernels(self.compute))
         elif cache is not None:
             offset = 0 if prefill else cache.length
             where = where._replace(offset=offset, segments_BS=caches.write(cache.segments_BS, segments_BT, offset))

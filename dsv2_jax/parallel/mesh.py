@@ -123,3 +123,9 @@ def platform() -> str:
     """`cpu` or `tpu`: what the program being traced will run on; of devices that are only described, too."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()
+
+
+def device_kind() -> str:
+    """What the devices call themselves that the program being traced will run on: `TPU v5 lite`, for one."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.device_kind if device else jax.devices()[0].device_kind
