@@ -15,6 +15,7 @@ import numpy as np
 
 _DEVIATIONS = 5.0  # that a single number may be off
 _DEVIATIONS_OF_SCALE = 8.0  # that the scale of all numbers may be off: those of a row share some of their errors
+_OF_MEAN_SQUARE = 1.25  # the root mean square of many errors, over that of their deviations
 _FUNCTION = 2.0  # deviation of exp, sigmoid and the like in float32, in halves of the last place
 
 
@@ -206,28 +207,40 @@ def grouped_swiglu(
     return [*results[:2], by_pair(found[2]), *results[2:]]
 
 
-def ratios(got, true: Number) -> tuple[float, float]:
-    """(the largest error over its bound, the error of the result's scale over its own bound).
+class Ratios(NamedTuple):
+    """Errors over their bounds: the largest of a number, the root mean square of all, and that of their scale.
 
     Independent errors cancel in a sum over all numbers: what is left of them there is a wrong scale. That finds faults
     far below the last bit of a single number.
     """
+
+    number: float
+    mean_square: float
+    scale: float
+
+
+def ratios(got, true: Number) -> Ratios:
+    """How far off a result is, in parts of what is allowed."""
     off = np.asarray(got, np.float64) - true.value
     assert off.shape == true.value.shape, (off.shape, true.value.shape)
     if not off.size:
-        return 0.0, 0.0
+        return Ratios(0.0, 0.0, 0.0)
     if not np.isfinite(off).all() or (off[true.bound == 0] != 0).any():
-        return np.inf, np.inf
-    deviation = _DEVIATIONS_OF_SCALE * np.sqrt((((true.noise + true.error) * true.value) ** 2).sum())
-    scale = np.abs((off * true.value).sum()) / deviation if deviation else 0.0
-    return float((np.abs(off) / np.where(true.bound == 0, 1, true.bound)).max()), float(scale)
+        return Ratios(np.inf, np.inf, np.inf)
+    if not off.any():
+        return Ratios(0.0, 0.0, 0.0)
+    expected = true.noise + true.error
+    number = (np.abs(off) / np.where(true.bound == 0, 1, true.bound)).max()
+    square = np.sqrt((off**2).mean() / (expected**2).mean()) / (_OF_MEAN_SQUARE + _DEVIATIONS / off.size**0.5)
+    deviation = np.sqrt(((expected * true.value) ** 2).sum())
+    scale = np.abs((off * true.value).sum()) / (_DEVIATIONS_OF_SCALE * deviation) if deviation else 0.0
+    return Ratios(float(number), float(square), float(scale))
 
 
 def check(got, true: Number, what: object = "") -> None:
-    """Fails if a number, or the scale of all of them, is further off than its bound."""
-    number, scale = ratios(got, true)
-    assert number <= 1, f"{what}: {number:.3g} times the bound"
-    assert scale <= 1, f"{what}: the scale is {scale:.3g} times its bound off"
+    """Fails if a number, the mean square of all, or their scale is further off than its bound."""
+    for name, ratio in ratios(got, true)._asdict().items():
+        assert ratio <= 1, f"{what}: the {name} is off by {ratio:.3g} times its bound"
 
 
 def _unit(dtype="float32") -> float:
