@@ -33,7 +33,9 @@ def main() -> None:
     """The command line."""
     args = cli.parse(Generate, prog=cli.called("python -m dsv2_jax.generate"))
     from dsv2_jax import loading
+    from dsv2_jax.parallel import xla
 
+    xla.choose()
     cli.keep_compiled_programs()
     check((args.prompt_ids is None) == (args.out_ids is None), "--prompt-ids and --out-ids belong together")
     check(args.prompt_ids is None or not args.prompt, "give --prompt or --prompt-ids, not both")

@@ -143,3 +143,11 @@ def here() -> str | None:
     version = str(pltpu.get_tpu_info().chip_version)
     name = "tpu7x" if version == "7x" else version
     return name if name in CHIPS else None
+
+
+def needed() -> str:
+    """`here`. Raises ValueError where there is none of these chips."""
+    chip = here()
+    if chip is None:
+        raise ValueError(f'implementation="pallas" needs a TPU of {", ".join(CHIPS)}: take "xla" here')
+    return chip

@@ -9,6 +9,7 @@ engine.replace(params); engine.release()                               # new wei
 
 import dataclasses
 import itertools
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +28,9 @@ from dsv2_jax.inference.scheduler import Sequence as Running
 from dsv2_jax.inference.text import Text
 from dsv2_jax.model import paged
 from dsv2_jax.model.formats import Format
+from dsv2_jax.model.layers import Kernels, kernels
 from dsv2_jax.parallel import processes
+from pallas_kernels.latent_attention.decode_kernel import most_sequences
 
 _FEW_SCORED = 64  # tokens of a chunk, up to which scoring them multiplies by the head for these alone
 
@@ -50,20 +53,30 @@ class Capacity:
         check(min(self.length, self.page, self.pages) >= 0, "length, page and pages must not be negative")
         check(self.chunk % 64 == 0, f"chunk must be a multiple of 64, not {self.chunk}")
 
-    def resolve(self, model: Model, platform: str | None = None) -> "Capacity":
-        """With the zeros filled in. Raises ValueError if not even one sequence fits, or no kernel takes such pages.
+    def most_rows(self, pages: int, model: Model, kernels: Kernels) -> int:
+        """Rows whose page numbers, of `pages` each, the kernel has memory for; any number where no kernel runs."""
+        return most_sequences(pages, self.chunk) if paged.has_kernel(model, kernels) else sys.maxsize
 
-        platform: `tpu` or `cpu`, by default where this runs.
+    def resolve(self, model: Model, kernels: Kernels) -> "Capacity":
+        """With the zeros filled in. Raises ValueError if not even one sequence fits, or the kernel takes no such pages.
+
+        kernels: what the engine runs on, of `layers.kernels`.
         """
         length = self.length or model.max_position_embeddings
         check(
             length <= model.max_position_embeddings,
             f"length ({length}) exceeds the model's {model.max_position_embeddings} positions",
         )
-        kernel = paged.has_kernel(model, platform)
+        kernel = paged.has_kernel(model, kernels)
         page = self.page or (256 if kernel else 64)
         check(not kernel or page % 128 == 0, f"page must be a multiple of 128 on a TPU, not {page}")
         each = -(-length // page)
+        most = self.most_rows(each, model, kernels)
+        check(
+            self.rows <= most,
+            f"the TPU's kernel has no memory for the page numbers of {self.rows} rows of {length} tokens in pages of "
+            f"{page}: at most {most} rows fit; take fewer, a lower length or larger pages",
+        )
         pages = self.pages or self.rows * each + 1
         check(pages > each, f"{pages} pages cannot hold one sequence of {length} tokens and the page for padding")
         return dataclasses.replace(self, length=length, page=page, pages=pages)
@@ -95,13 +108,15 @@ class Engine:
         """
         check(model.head == "tokens", "a reward model scores answers and generates none")
         self.model, self.words = model, words
-        self.capacity = (capacity or Capacity()).resolve(model)
+        compute = compute or Compute()
+        how = kernels(compute)
+        self.capacity = (capacity or Capacity()).resolve(model, how)
         c = self.capacity
         self.setup = programs.Setup(
-            model=model, compute=compute or Compute(), form=c.cache, weights=c.weights, devices=mesh, routes=routes
+            model=model, compute=compute, form=c.cache, weights=c.weights, devices=mesh, routes=routes
         )
         programs.check_mesh(self.setup.mesh)
-        self._block = paged.block(model)
+        self._block = paged.block(model, how)
         self._lanes = [Scheduler(c.pages, c.page, c.rows, c.chunk, self._block) for _ in range(self.setup.lanes)]
         self._layers = programs.empty(self.setup, c.pages, c.page)
         self._routes = Routes(model, self.setup.lanes, c.pages, c.page) if routes else None

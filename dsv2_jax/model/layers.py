@@ -1,5 +1,7 @@
 """The small pieces every layer is made of: normalisation, the SwiGLU FFN, parameters declared by name."""
 
+import functools
+import sys
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -7,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from dsv2_jax.config import Compute, Model
+from dsv2_jax.config import Compute, Model, check
 from dsv2_jax.model import parameters
 from dsv2_jax.model.matmul import project
-from dsv2_jax.parallel.mesh import platform
+from dsv2_jax.parallel.mesh import device_kind, platform
 from pallas_kernels import chips
 from pallas_kernels.quantized import Quantized, Weight
 
@@ -27,11 +29,36 @@ def compute_dtype(compute: Compute) -> Any:
     return jnp.dtype(compute.dtype)
 
 
-def kernels(compute: Compute) -> Kernels:
-    """What attention and routed experts run on; `auto` is `pallas` on a TPU that has kernels, and `xla` elsewhere."""
-    if compute.kernels == "auto":
-        return "pallas" if chips.here() else "xla"
-    return compute.kernels
+def kernels(compute: Compute, chip: str | None = None) -> Kernels:
+    """What attention, its pages in generation and routed experts run on.
+
+    `auto` is `pallas` on a TPU that the kernels are made for, and `xla` elsewhere. chip: the TPU that is planned for,
+    such as v5p; by default the devices that the program being traced will run on. Of devices that nobody has tried, and
+    of TPUs without kernels, one line on stderr says so. Raises ValueError for `pallas` where no kernel runs.
+    """
+    here = platform() if chip is None else "tpu"
+    if here not in ("cpu", "tpu"):
+        _warn_once(f"nobody has run this program on {here} devices: it takes XLA's own operations, untested there")
+    if compute.kernels == "xla":
+        return "xla"
+    if (chip or chips.here()) in chips.CHIPS:
+        return "pallas"
+    name = chip or device_kind()
+    check(
+        compute.kernels == "auto",
+        f"compute.kernels is pallas, but the kernels run on TPUs of {', '.join(chips.CHIPS)} and not on {name}: "
+        "leave it at auto",
+    )
+    if here == "tpu":
+        _warn_once(
+            f"there are no kernels for {name}: attention and experts take XLA's own operations, which are slower"
+        )
+    return "xla"
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def cast(params: Any, dtype: Any) -> Any:

@@ -19,6 +19,7 @@ from jax import Array, lax
 from dsv2_jax.config import Mesh, Model
 from dsv2_jax.model import formats, rope, streams
 from dsv2_jax.model.formats import Format
+from dsv2_jax.model.layers import Kernels
 from dsv2_jax.model.matmul import Weight, from_bits, to_bits, whole
 from dsv2_jax.parallel.mesh import platform
 from pallas_kernels.latent_attention import packing
@@ -58,12 +59,16 @@ class Cache(NamedTuple):
 
 
 class Where(NamedTuple):
-    """A plan with what layers read of a call besides: RoPE's cos and sin, and segments [1, T], 0 for padding."""
+    """A plan with what layers read of a call besides: RoPE's cos and sin, and segments [1, T], 0 for padding.
+
+    kernels: what reads the pages; of GQA's there is no kernel.
+    """
 
     phases_BTR: tuple[Array, Array]
     segments_BT: Array
     plan: Plan
     form: Format
+    kernels: Kernels = "xla"
 
 
 def empty(model: Model, mesh: Mesh, pages: int, slots: int, form: Format, dtype: jnp.dtype) -> tuple[Layer, ...]:
@@ -97,14 +102,14 @@ def empty(model: Model, mesh: Mesh, pages: int, slots: int, form: Format, dtype:
     return tuple(layer() for _ in range(model.num_hidden_layers))
 
 
-def block(model: Model) -> int:
+def block(model: Model, kernels: Kernels) -> int:
     """Tokens of a block of a chunk, all of one sequence: the kernel takes any rows, plain XLA rectangles."""
-    return 1 if has_kernel(model) else _BLOCK
+    return 1 if has_kernel(model, kernels) else _BLOCK
 
 
-def has_kernel(model: Model, where: str | None = None) -> bool:
-    """Whether a kernel reads the pages, in multiples of 128 slots; where: `tpu` or `cpu`, by default here."""
-    return (where or platform()) == "tpu" and model.attention.kind == "mla"
+def has_kernel(model: Model, kernels: Kernels) -> bool:
+    """Whether a kernel reads the pages, in multiples of 128 slots. kernels: of `layers.kernels`."""
+    return kernels == "pallas" and model.attention.kind == "mla"
 
 
 def latent(
@@ -124,7 +129,7 @@ def latent(
     dtype = q_nope_BTHN.dtype
     layer = _write(layer, {"latent_LKC": latent_BTC[0], "rope_LRK": k_rope_BTR[0]}, where)
     q_THC = jnp.einsum("thn,hcn->thc", q_nope_BTHN[0], whole(p["w_uk_HCN"], dtype), **_FLOAT32).astype(dtype)
-    if has_kernel(model):
+    if has_kernel(model, where.kernels):
         o_THC = _kernel(q_THC, q_rope_BTHR[0], layer, where.plan, rope.softmax_scale(model))
     else:
         heads = (q_THC[:, None], q_rope_BTHR[0][:, None])  # all heads share one key
@@ -189,8 +194,7 @@ def _kernel(q_THC: Array, q_THR: Array, layer: Layer, plan: Plan, scale: float) 
     starts = jnp.concatenate([jnp.arange(n, dtype=jnp.int32), n + jnp.cumsum(counts_N) - counts_N, n + plan.used[None]])
     last_N = jnp.max(jnp.where(own_NM, plan.times_T[n:], 0), axis=1, initial=0)
     lengths = 1 + jnp.concatenate([plan.times_T[:n], last_N])
-    table = jnp.concatenate([plan.table_NP, plan.table_NP])
-    return run(table, lengths, starts, scales_L1K=scales, implementation="pallas")
+    return run(plan.table_NP, lengths, starts, scales_L1K=scales, implementation="pallas")
 
 
 def _read_latent(layer: Layer, page_X: Array) -> tuple[tuple[Array, ...], Array]:

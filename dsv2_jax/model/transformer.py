@@ -145,7 +145,7 @@ class Transformer(nn.Module):
         phases_BTR = rope.phases(self.model, positions_BT)
         where: Any = Where(phases_BTR, segments_BT, context.whole(segments_BT, self.mesh))
         if cache is not None:
-            where = paged.Where(phases_BTR, segments_BT, cache.plan, cache.form)
+            where = paged.Where(phases_BTR, segments_BT, cache.plan, cache.form, kernels(self.compute))
         x_BTD = Embed(self.model, self.mesh, name="embed")(tokens_BT, compute_dtype(self.compute))
         if self.unrolled:
             x_BTD, layers, statistics = self._unrolled(x_BTD, cache, where, exempt_B, experts_LBTK)

@@ -18,10 +18,11 @@ from dsv2_jax import cli
 from dsv2_jax.config import Batch, Cadence, Config, Data, Grpo, Processes, check, to_json
 from dsv2_jax.inference import programs
 from dsv2_jax.inference.engine import Capacity
+from dsv2_jax.model.layers import kernels
 from dsv2_jax.parallel import sharding, xla
 from dsv2_jax.parallel.mesh import BATCH
 from dsv2_jax.plan.program import HLO, PROGRAM, REQUEST, Program, Work
-from pallas_kernels.chips import CHIPS, PLANNED, Chip
+from pallas_kernels.chips import PLANNED, Chip
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
 # What a compiled step depends on; the rest of plan/ only reads it.
@@ -108,8 +109,7 @@ def laid_out(config: Config, topology: Topology, work: Work = "step") -> Config:
     compute = config.compute
     if compute.dtype == "auto":  # what it is on a TPU
         compute = dataclasses.replace(compute, dtype="bfloat16")
-    if compute.kernels == "auto":
-        compute = dataclasses.replace(compute, kernels="pallas" if topology.kind in CHIPS else "xla")
+    compute = dataclasses.replace(compute, kernels=kernels(compute, topology.kind))
     return dataclasses.replace(
         config,
         batch=batch,
@@ -156,6 +156,8 @@ def compiled(
 
 def _run(folder: Path, topology: Topology, say: Callable[[str], None]) -> None:
     say(f"starting the compiler for {topology.name}")
+    if xla.left_out():
+        say(xla.left_out())
     with (folder / "stderr.txt").open("w+") as stderr:
         process = subprocess.Popen(
             [sys.executable, "-m", "dsv2_jax.plan.program", str(folder)],
@@ -185,7 +187,7 @@ def _folder(config: Config, topology: Topology, work: Work) -> Path:
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or Path.home() / ".cache" / "dsv2_jax"
     digest = hashlib.sha256()
     tools = map(importlib.metadata.version, _TOOLS)
-    for part in (to_json(config), topology.name, repr(work), json.dumps(xla.OPTIONS), *tools):
+    for part in (to_json(config), topology.name, repr(work), json.dumps(xla.options()), *tools):
         digest.update(part.encode() + b"\0")
     for path in sources(*_CODE, "pallas_kernels"):
         digest.update(path.read_bytes() + b"\0")

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from dsv2_jax.config import Config, check
 from dsv2_jax.inference.engine import Capacity
+from dsv2_jax.model.layers import kernels
 from dsv2_jax.plan.compile import Topology
 from dsv2_jax.plan.estimate import Estimate
 from dsv2_jax.plan.program import Work
@@ -22,9 +23,10 @@ def largest(
     Starts with its rows; then the room that is left is filled, or what is too much taken away. plan: compiles. Raises
     ValueError if not even a few sequences fit.
     """
+    how = kernels(config.compute, topology.kind)
     best, rows, lowest, highest = None, capacity.rows, 0, 0  # highest: the fewest rows that do not fit
     for _ in range(_TRIES):
-        tried = dataclasses.replace(capacity, rows=rows, pages=0).resolve(config.model, "tpu")
+        tried = dataclasses.replace(capacity, rows=rows, pages=0).resolve(config.model, how)
         e = plan(config, topology, tried)
         m = e.memory
         each = (m.cache + max(m.activations, 0)) / rows
@@ -35,7 +37,8 @@ def largest(
         more = (m.size - m.peak) / each
         if e.fits and more < _CLOSE * rows:
             break
-        wanted = int(rows + more) // _STEP * _STEP
+        most = tried.most_rows(-(-tried.length // tried.page), config.model, how)
+        wanted = min(int(rows + more), most) // _STEP * _STEP
         if highest and not lowest < wanted < highest:  # proportion errs: half way between what fits and what does not
             wanted = (lowest + highest) // 2 // _STEP * _STEP
         if wanted <= lowest:

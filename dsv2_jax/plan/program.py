@@ -121,7 +121,7 @@ def compile_step(config: Config, devices: list[Any], work: Work = "step") -> tup
             "xla_dump_hlo_module_re": ".*(train_step|sums_of_batch|prepare_weights|decode_step).*",
         }
         try:
-            memory = lowered.compile(xla.OPTIONS | dump).memory_analysis()
+            memory = lowered.compile(xla.options() | dump).memory_analysis()
             assert memory is not None
             used = memory.peak_memory_in_bytes
             (printed,) = Path(dumps).glob("*after_codegen.txt")

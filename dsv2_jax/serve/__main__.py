@@ -42,9 +42,10 @@ def main() -> None:
     args = cli.parse(Serve, prog=cli.called("python -m dsv2_jax.serve"))
     from dsv2_jax import loading
     from dsv2_jax.inference.engine import Engine
-    from dsv2_jax.parallel import mesh
+    from dsv2_jax.parallel import mesh, xla
     from dsv2_jax.serve.app import Limits, Server
 
+    xla.choose()
     cli.keep_compiled_programs()
     key = ""
     if args.api_key_file is not None:

@@ -32,7 +32,8 @@ def decode(
 
     q_THC: queries times the key's up-projection; q_THR: their rope part. The cache is paged and not padded: latents
     [L, K, C] and rope keys [L, R, K], transposed so that they fill whole tiles. Sequence n has its first lengths[n]
-    slots filled, in the order of its pages table[n]; its queries are rows starts[n] to starts[n + 1] - 1, the last of
+    slots filled, in the order of its pages table[n]; a table of fewer rows, which must divide N, begins again for those
+    beyond, so that two sequences may share a row. Its queries are rows starts[n] to starts[n + 1] - 1, the last of
     them at slot lengths[n] - 1, each seeing the slots up to its own. Rows from starts[N] on are padding and give zero.
     Without starts every sequence has one query, and T = N: the kernel of prefill chunks is then not called at all.
     Integers are int32, all else of one dtype. Slots and pages that are in no sequence may hold anything.
@@ -50,9 +51,7 @@ def decode(
         case "xla":
             return reference_decode.decode(*arrays, scale=scale, scales_L1K=scales_L1K)
         case "pallas":
-            chip = chips.here()
-            if chip is None:
-                raise ValueError('implementation="pallas" needs a TPU: take "xla" here')
+            chip = chips.needed()
             bits = packing.bits(latent_LKC.dtype)
             blocks = blocks or tuning.latent_decode(chip, q_THC.shape[1], latent_LKC.shape[1], bits)
             cores = pltpu.get_tpu_info().num_cores
@@ -71,7 +70,7 @@ def _check(
     starts: Array | None,
     scales: Array | None,
 ) -> None:
-    (t, h, c), r, (pages, k, _), (n, _) = q_c.shape, q_r.shape[-1], latent.shape, table.shape
+    (t, h, c), r, (pages, k, _), (n,) = q_c.shape, q_r.shape[-1], latent.shape, lengths.shape
     packed = packing.is_packed(latent.dtype)
     stored = latent.dtype if packed else q_c.dtype
     expected = {
@@ -81,6 +80,8 @@ def _check(
         "table": (table, table.shape, "int32"),
         "lengths": (lengths, (n,), "int32"),
     }
+    if n % len(table):
+        raise ValueError(f"a table of {len(table)} rows for {n} sequences: the rows must divide the sequences")
     if starts is not None:
         expected["starts"] = (starts, (n + 1,), "int32")
     elif t != n:

@@ -27,6 +27,7 @@ Ref = Any  # what Pallas hands a kernel: memory that is read and written like an
 
 _LANES = 128
 _VMEM = 56 * 2**20  # of the 64 MiB that the smallest has
+_SMEM = 2**20 - 2**14  # of the MiB that every chip has: the rest is for what the compiler keeps there
 _MASKED = -1e30
 _LOG2_E = 1.4426950408889634
 
@@ -52,7 +53,7 @@ class _Jobs(NamedTuple):
 
     first_J: Array  # row of the first token
     count_J: Array  # tokens
-    sequence_J: Array
+    sequence_J: Array  # its row of the page table
     visible_J: Array  # slots that the last token sees
     bounds_S1: Array
     steps_S: Array  # chunks of each stream's jobs
@@ -100,6 +101,12 @@ def decode(
     interpret: bool | pltpu.InterpretParams = False,
 ) -> Array:
     """See decode.decode, whose ValueErrors of the kernel are raised here. cores: over which the jobs are spread."""
+    t, (sequences, each) = q_THC.shape[0], table_NP.shape
+    if _scalars(t, sequences, each) > _SMEM:
+        raise ValueError(
+            f"{t} tokens and a table of {sequences} x {each} pages: the kernel's scalar memory holds "
+            f"{most_sequences(each, t - sequences)} such sequences"
+        )
     if latent_LKC.shape[1] % _LANES:
         raise ValueError(f"pages of {latent_LKC.shape[1]} slots: the kernel needs a multiple of {_LANES}")
     if scales_L1K is not None and (q_THC.shape[2] % 4 or q_THR.shape[2] % 16):
@@ -118,11 +125,22 @@ def decode(
     for cut, tokens in cuts:
         slots = cut.pages * latent_LKC.shape[1]
         jobs = _jobs(lengths_N, starts_N1, q_THC.shape[0], slots, cut.streams * cores, tokens)
+        jobs = jobs._replace(sequence_J=jobs.sequence_J % len(table_NP))
         o_THC = _call(
             jobs, hbm, table_NP, o_THC, tokens=tokens, scale=scale, blocks=cut, cores=cores, interpret=interpret
         )
     assert o_THC is not None
     return o_THC
+
+
+def most_sequences(pages: int, tokens: int) -> int:
+    """Sequences of so many pages, each with one token, that the kernel takes beside `tokens` others: a table's rows."""
+    return max(0, (_SMEM - _scalars(tokens, 0, 0)) // _scalars(1, 1, pages))
+
+
+def _scalars(tokens: int, sequences: int, pages: int) -> int:
+    """Bytes of scalar memory that the page table takes, and four numbers of each job, of which there are `tokens`."""
+    return 4 * (sequences * pages + 4 * tokens)
 
 
 def _jobs(lengths_N: Array, starts_N1: Array, t: int, slots: int, streams: int, tokens: int) -> _Jobs:

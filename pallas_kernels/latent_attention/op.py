@@ -3,8 +3,8 @@
 from typing import Literal
 
 from jax import Array
-from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import chips
 from pallas_kernels.latent_attention import flash, reference
 
 
@@ -38,8 +38,7 @@ def latent_attention(
         case "xla":
             return reference.attention(*arrays, **rest)
         case "pallas":
-            if not pltpu.is_tpu_device():
-                raise ValueError('implementation="pallas" needs a TPU: take "xla" here')
+            chips.needed()
             return flash.attention(*arrays, **rest)
         case _:
             raise ValueError(f'no implementation {implementation!r}: there are "pallas" and "xla"')

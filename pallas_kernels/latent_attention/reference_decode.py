@@ -24,6 +24,8 @@ def decode(
     """See decode.decode; products in float32 accumulation, the softmax in float32."""
     slots = table_NP.shape[1] * latent_LKC.shape[1]
 
+    table_NP = jnp.tile(table_NP, (len(lengths_N) // len(table_NP), 1))
+
     def token(row: tuple[pages.Rows, Array, Array]) -> Array:
         (n, slot, real), q_HC, q_HR = row
         sees_S = (jnp.arange(slots) <= slot) & real

@@ -1,5 +1,6 @@
 """The engine against transformers and against itself: requests that come and go, shared prompts, few pages, scores."""
 
+import dataclasses
 import functools
 import weakref
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from dsv2_jax.config import Compute, Mesh
+from dsv2_jax.config import Compute, Mesh, Rope
 from dsv2_jax.hf import load_params
 from dsv2_jax.inference import programs
 from dsv2_jax.inference.engine import Capacity, Engine
@@ -225,9 +226,19 @@ def test_impossible_capacities_are_refused(loaded, capacity, told):
 
 def test_pages_are_such_as_the_tpus_kernel_takes(loaded):
     model, _ = loaded
-    assert (Capacity().resolve(model, "cpu").page, Capacity().resolve(model, "tpu").page) == (64, 256)
+    assert (Capacity().resolve(model, "xla").page, Capacity().resolve(model, "pallas").page) == (64, 256)
     with pytest.raises(ValueError, match="a multiple of 128 on a TPU, not 64"):
-        Capacity(page=64).resolve(model, "tpu")
+        Capacity(page=64).resolve(model, "pallas")
+
+
+def test_page_tables_that_the_tpus_kernel_cannot_hold_are_refused(loaded):
+    """512 rows of 512 pages are a MiB of page numbers, all the scalar memory that there is."""
+    model = dataclasses.replace(loaded[0], max_position_embeddings=2**17, rope=Rope(factor=32.0))
+    with pytest.raises(ValueError, match=r"512 rows of 131072 tokens in pages of 256: at most 496 rows fit"):
+        Capacity(rows=512, chunk=512).resolve(model, "pallas")
+    assert Capacity(rows=496, chunk=512).resolve(model, "pallas").pages == 496 * 512 + 1
+    assert Capacity(rows=512, chunk=512, page=512).resolve(model, "pallas").rows == 512
+    assert Capacity(rows=512, chunk=512).resolve(model, "xla").rows == 512
 
 
 def test_meshes_that_split_layers_or_sequences_are_refused(loaded):

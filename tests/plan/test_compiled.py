@@ -32,7 +32,7 @@ def played(function, chip, tpus, arguments, specs, out):
         for shape, spec in zip(arguments, specs, strict=True)
     ]
     with tempfile.TemporaryDirectory() as dumps:
-        jax.jit(mapped).lower(*shapes).compile(xla.OPTIONS | {"xla_dump_to": dumps, "xla_dump_hlo_as_text": True})
+        jax.jit(mapped).lower(*shapes).compile(xla.options() | {"xla_dump_to": dumps, "xla_dump_hlo_as_text": True})
         (printed,) = Path(dumps).glob("*after_codegen.txt")
         module = hlo.parse(_as_calls(printed.read_text()))
     torus = network.Torus(CHIPS[chip], tuple(network.place(device) for device in mesh.devices.flat))

@@ -105,7 +105,7 @@ def test_more_chips_are_the_last_thing_tried():
 
 
 def test_fewer_sequences_are_tried_where_an_engine_does_not_fit():
-    topology, asked = Topology("v5p:2x2x1"), Capacity(rows=40, length=24, page=8).resolve(config().model)
+    topology, asked = Topology("v5p:2x2x1"), Capacity(rows=40, length=24, page=8).resolve(config().model, "xla")
 
     def plan(changed, chips, work):
         here = laid_out(changed, chips, work)
