@@ -50,12 +50,8 @@ def main() -> None:
     """The command line."""
     args = cli.parse(Evaluate, prog=cli.called("eval.py"))
     check((args.token_ids is None) == (args.logits is None), "--token-ids and --logits belong together")
-<<<<<<< ours
     check(not args.skip_text or bool(args.tasks) or args.needle, "--skip-text leaves nothing: add --tasks or --needle")
-    from dsv2_jax.parallel import processes
-=======
     from dsv2_jax.parallel import processes, xla
->>>>>>> theirs
 
     xla.choose()
     cli.keep_compiled_programs()

@@ -17,19 +17,20 @@ from dsv2_jax.data.tokenizer import Tokenizer
 from dsv2_jax.inference.engine import Capacity, Engine
 from dsv2_jax.inference.request import Request, Result
 from dsv2_jax.inference.sampling import Sampling
-from dsv2_jax.parallel.mesh import BATCH, platform
+from dsv2_jax.model.layers import Kernels, kernels
+from dsv2_jax.parallel.mesh import BATCH
 
 _MOST_ROWS = 64  # responses that are drawn at a time, of each group of devices
 
 
-def capacity(config: Config, kind: str) -> Capacity:
+def capacity(config: Config, how: Kernels) -> Capacity:
     """What the engine takes on: all responses of an iteration at once, up to 64 a group of devices.
 
-    kind: `tpu` or `cpu`. The engine computes a prompt once for its group, in whole pages: small ones, where no kernel
+    how: what the engine runs on. It computes a prompt once for its group, in whole pages: small ones, where no kernel
     asks for large ones.
     """
     each = -(-config.grpo.prompts * config.grpo.group // config.mesh.size(*BATCH))
-    return Capacity(rows=min(_MOST_ROWS, each), length=config.batch.length, page=128 if kind == "tpu" else 16)
+    return Capacity(rows=min(_MOST_ROWS, each), length=config.batch.length, page=128 if how == "pallas" else 16)
 
 
 class Sampler:
@@ -43,7 +44,7 @@ class Sampler:
             None,
             config.model,
             compute=config.compute,
-            capacity=capacity(config, platform()),
+            capacity=capacity(config, kernels(config.compute)),
             words=words,
             mesh=mesh,
             routes=config.model.moe_layers > 0,

@@ -12,6 +12,7 @@ from typing import Any
 
 from dsv2_jax.alignment import sampler, verifiers
 from dsv2_jax.config import Config
+from dsv2_jax.model.layers import kernels
 from dsv2_jax.plan import report
 from dsv2_jax.plan.compile import Topology
 from dsv2_jax.plan.estimate import Estimate
@@ -58,7 +59,8 @@ def iteration(config: Config, topology: Topology, plan: Callable[[Config, Topolo
     """
     mesh = config.mesh.resolve(topology.devices * config.mesh.slices)
     resolved = dataclasses.replace(config, mesh=mesh)
-    capacity = sampler.capacity(resolved, "tpu").resolve(config.model, "tpu")
+    how = kernels(config.compute, topology.kind)
+    capacity = sampler.capacity(resolved, how).resolve(config.model, how)
     preparing, sampling, updating = (plan(config, topology, work) for work in ("weights", capacity, "step"))
     masters, optimizer, cache = updating.memory.parameters, updating.memory.optimizer, sampling.memory.cache
     judges = sum(name not in verifiers.REWARDS for name in config.grpo.rewards) * masters
