@@ -117,7 +117,7 @@ def test_every_stage_and_the_server_render_the_checkpoints_template(released, tm
     ]
     lines = {
         "conversations": [{"messages": talk} for talk in talks],
-        "prompts": [{"prompt": talk[:2]} for talk in talks],
+        "prompts": [{"prompt": talk[:2], "most_characters": 9} for talk in talks],
         "preferences": [{"prompt": talk[:2], "chosen": "Yes.", "rejected": "No."} for talk in talks],
     }
     found = {}
@@ -129,7 +129,9 @@ def test_every_stage_and_the_server_render_the_checkpoints_template(released, tm
     documents = pipeline.tokenised(found["conversations"], "train", ours)
     assert documents.ids[: documents.ends[0]].tolist() in [ids_of(talk) for talk in talks]
     assert [protocol.chat_prompt(talk[:2], ours) for talk in talks] == prompts
-    config = dataclasses.replace(pretrain.tiny(), batch=Batch(size=8, length=64), grpo=Grpo(group=2, max_new=4))
+    config = dataclasses.replace(
+        pretrain.tiny(), batch=Batch(size=8, length=64), grpo=Grpo(group=2, max_new=4, rewards=("brevity",))
+    )
     assert list(next(Prompts(config, found["prompts"], ours))[1]) in prompts
     better, _ = preferences.read(found["preferences"].train[0]["text"].decode(), ours).answers
     assert better.tolist() in [ids_of(talk) for talk in talks]

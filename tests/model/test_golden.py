@@ -129,7 +129,7 @@ def test_prefill_then_decode_through_the_latent_cache_is_the_full_pass(case):
     ids, slots, table = golden["ids_long"][0, :300], 64, np.array([3, 1, 5, 2, 4])
     setup = programs.Setup(model=model, compute=COMPUTE, form="compute", weights="compute", devices=None)
     prepared, layers, found = programs.prepare(params, setup), programs.empty(setup, 6, slots), []
-    block = paged.block(model)
+    block = paged.block(model, "xla")
     for start, stop in [(0, 192), (192, 296), *((i, i + 1) for i in range(296, 300))]:
         single, count = stop - start == 1, stop - start
         chunk = 0 if single else -(-count // block) * block

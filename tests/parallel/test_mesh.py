@@ -54,7 +54,7 @@ def check_layout(wanted: Mesh, topology: str) -> None:
             for group in groups(made, name):
                 sides = np.ptp([device.coords for device in group], axis=0) + 1
                 assert sides.prod() == len(group), (name, group)
-                assert max(sides) < 8
+                assert max(sides) < 8 or len(group) > 8  # a ring of 8 takes an all-to-all twice as long as a box
 
 
 def groups(made, name: str) -> list[list[Device]]:

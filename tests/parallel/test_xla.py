@@ -8,9 +8,8 @@ import sys
 import jax
 import pytest
 
-import eval as evaluation
-import train
-from dsv2_jax import generate, loading
+from dsv2_jax import eval as evaluation
+from dsv2_jax import generate, loading, train
 from dsv2_jax.parallel import xla
 from dsv2_jax.serve import __main__ as serve_command
 
