@@ -6,13 +6,11 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Programs for CPUs are compiled without optimisation: at these sizes that takes longer than they run.
-# The older fusion emitters halve what is left.
-_COMPILE_FAST = (
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-)
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {_COMPILE_FAST}"
+_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+# The older fusion emitters halve what is left. libtpu ends a process that finds these two in XLA_FLAGS.
+COMPILE_FAST = f"{_FLAGS} --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,6 +20,19 @@ os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 os.environ["TPU_ACCELERATOR_TYPE"] = "v5litepod-4"
 os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+
+
+def _start_jax() -> None:
+    """JAX reads the flags when it meets its devices, once. What libtpu and other processes read are those they know."""
+    import jax
+
+    given = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{given} {COMPILE_FAST}"
+    jax.devices()
+    os.environ["XLA_FLAGS"] = f"{given} {_FLAGS}"
+
+
+_start_jax()
 
 
 @pytest.fixture(scope="session")

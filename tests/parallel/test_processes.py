@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import COMPILE_FAST
 
 from dsv2_jax.evaluation.tasks import sets
 from dsv2_jax.training import checkpoint, loop, metrics
@@ -53,7 +54,7 @@ def started(run, command, processes, devices):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    flags = f"{COMPILE_FAST} --xla_force_host_platform_device_count={devices}"
     environment = {**os.environ, "XLA_FLAGS": flags}
     those = []
     for index in range(processes):

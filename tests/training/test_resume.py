@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import COMPILE_FAST
 
 from dsv2_jax.training import checkpoint, loop, metrics
 
@@ -37,7 +38,7 @@ def flags(tmp_path_factory):
 
 def start(run, flags):
     """train.py as a user starts it, on one CPU device."""
-    environment = {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"}
+    environment = {**os.environ, "XLA_FLAGS": f"{COMPILE_FAST} --xla_force_host_platform_device_count=1"}
     command = [sys.executable, str(ROOT / "train.py"), "tiny", "--workdir", str(run), *flags]
     return subprocess.Popen(
         command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
