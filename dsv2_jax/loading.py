@@ -17,7 +17,8 @@ from dsv2_jax.hf import arrays
 from dsv2_jax.inference import programs
 from dsv2_jax.inference.quantize import Weights
 from dsv2_jax.model import parameters
-from dsv2_jax.model.layers import compute_dtype, stored_dtype
+from dsv2_jax.model.layers import stored_dtype
+from dsv2_jax.ops.switch import compute_dtype
 from dsv2_jax.parallel import sharding
 from dsv2_jax.parallel.mesh import sizes
 from dsv2_jax.training import checkpoint, integrity

@@ -17,20 +17,23 @@ from dsv2_jax.data.tokenizer import Tokenizer
 from dsv2_jax.inference.engine import Capacity, Engine
 from dsv2_jax.inference.request import Request, Result
 from dsv2_jax.inference.sampling import Sampling
-from dsv2_jax.model.layers import Kernels, kernels
+from dsv2_jax.ops import switch
+from dsv2_jax.ops.switch import Implementation
 from dsv2_jax.parallel.mesh import BATCH
 
 _MOST_ROWS = 64  # responses that are drawn at a time, of each group of devices
 
 
-def capacity(config: Config, how: Kernels) -> Capacity:
-    """What the engine takes on: all responses of an iteration at once, up to 64 a group of devices.
+def capacity(config: Config, implementation: Implementation) -> Capacity:
+    """The engine's capacity: all responses of an iteration at once, up to 64 for each group of devices.
 
-    how: what the engine runs on. It computes a prompt once for its group, in whole pages: small ones, where no kernel
-    asks for large ones.
+    implementation: of `switch.implementation`. The engine computes a prompt once for its group, in full pages. Pages
+    are small where no kernel needs large ones.
     """
     each = -(-config.grpo.prompts * config.grpo.group // config.mesh.size(*BATCH))
-    return Capacity(rows=min(_MOST_ROWS, each), length=config.batch.length, page=128 if how == "pallas" else 16)
+    return Capacity(
+        rows=min(_MOST_ROWS, each), length=config.batch.length, page=128 if implementation == "pallas" else 16
+    )
 
 
 class Sampler:
@@ -44,7 +47,7 @@ class Sampler:
             None,
             config.model,
             compute=config.compute,
-            capacity=capacity(config, kernels(config.compute)),
+            capacity=capacity(config, switch.implementation(config.compute)),
             words=words,
             mesh=mesh,
             routes=config.model.moe_layers > 0,

@@ -26,11 +26,11 @@ from dsv2_jax.inference.sampling import Adjust
 from dsv2_jax.inference.scheduler import Part, Scheduler
 from dsv2_jax.inference.scheduler import Sequence as Running
 from dsv2_jax.inference.text import Text
-from dsv2_jax.model import paged
-from dsv2_jax.model.formats import Format
-from dsv2_jax.model.layers import Kernels, kernels
+from dsv2_jax.ops import pages, switch
+from dsv2_jax.ops.formats import Format
+from dsv2_jax.ops.switch import Implementation
 from dsv2_jax.parallel import processes
-from pallas_kernels.latent_attention.decode_kernel import most_sequences
+from pallas_kernels.latent_attention import max_sequences
 
 _FEW_SCORED = 64  # tokens of a chunk, up to which scoring them multiplies by the head for these alone
 
@@ -53,25 +53,26 @@ class Capacity:
         check(min(self.length, self.page, self.pages) >= 0, "length, page and pages must not be negative")
         check(self.chunk % 64 == 0, f"chunk must be a multiple of 64, not {self.chunk}")
 
-    def most_rows(self, pages: int, model: Model, kernels: Kernels) -> int:
+    def most_rows(self, pages: int, model: Model, implementation: Implementation) -> int:
         """Rows whose page numbers, of `pages` each, the kernel has memory for; any number where no kernel runs."""
-        return most_sequences(pages, self.chunk) if paged.has_kernel(model, kernels) else sys.maxsize
+        kernel = switch.of_pages(model, implementation) == "pallas"
+        return max_sequences(pages, self.chunk) if kernel else sys.maxsize
 
-    def resolve(self, model: Model, kernels: Kernels) -> "Capacity":
+    def resolve(self, model: Model, implementation: Implementation) -> "Capacity":
         """With the zeros filled in. Raises ValueError if not even one sequence fits, or the kernel takes no such pages.
 
-        kernels: what the engine runs on, of `layers.kernels`.
+        implementation: of `switch.implementation`.
         """
         length = self.length or model.max_position_embeddings
         check(
             length <= model.max_position_embeddings,
             f"length ({length}) exceeds the model's {model.max_position_embeddings} positions",
         )
-        kernel = paged.has_kernel(model, kernels)
+        kernel = switch.of_pages(model, implementation) == "pallas"
         page = self.page or (256 if kernel else 64)
         check(not kernel or page % 128 == 0, f"page must be a multiple of 128 on a TPU, not {page}")
         each = -(-length // page)
-        most = self.most_rows(each, model, kernels)
+        most = self.most_rows(each, model, implementation)
         check(
             self.rows <= most,
             f"the TPU's kernel has no memory for the page numbers of {self.rows} rows of {length} tokens in pages of "
@@ -109,14 +110,14 @@ class Engine:
         check(model.head == "tokens", "a reward model scores answers and generates none")
         self.model, self.words = model, words
         compute = compute or Compute()
-        how = kernels(compute)
-        self.capacity = (capacity or Capacity()).resolve(model, how)
+        implementation = switch.implementation(compute)
+        self.capacity = (capacity or Capacity()).resolve(model, implementation)
         c = self.capacity
         self.setup = programs.Setup(
             model=model, compute=compute, form=c.cache, weights=c.weights, devices=mesh, routes=routes
         )
         programs.check_mesh(self.setup.mesh)
-        self._block = paged.block(model, how)
+        self._block = pages.chunk_block(switch.of_pages(model, implementation))
         self._lanes = [Scheduler(c.pages, c.page, c.rows, c.chunk, self._block) for _ in range(self.setup.lanes)]
         self._layers = programs.empty(self.setup, c.pages, c.page)
         self._routes = Routes(model, self.setup.lanes, c.pages, c.page) if routes else None

@@ -20,10 +20,13 @@ from dsv2_jax.config import Compute, Model
 from dsv2_jax.inference import quantize
 from dsv2_jax.inference.quantize import Weights
 from dsv2_jax.inference.sampling import Adjust, Rows, sample
-from dsv2_jax.model import paged, parameters, transformer
-from dsv2_jax.model.formats import Format
-from dsv2_jax.model.layers import cast, compute_dtype
-from dsv2_jax.model.matmul import dot
+from dsv2_jax.model import attention, parameters, transformer
+from dsv2_jax.model.layers import cast
+from dsv2_jax.ops import pages as page_arrays
+from dsv2_jax.ops.formats import Format
+from dsv2_jax.ops.matmul import dot
+from dsv2_jax.ops.pages import LayerPages
+from dsv2_jax.ops.switch import compute_dtype
 from dsv2_jax.parallel import collectives, mesh, sharding
 from pallas_kernels.quantized import Quantized
 
@@ -178,7 +181,7 @@ def _in_formats(unstacked: Any, setup: Setup) -> Any:
     }
     if setup.weights != "compute":
         unstacked = quantize.quantize(unstacked, setup.weights)
-    return cast(paged.by_head(unstacked), dtype)
+    return cast(attention.by_head(unstacked), dtype)
 
 
 def _prepared_shapes(setup: Setup) -> Any:
@@ -189,7 +192,7 @@ def _prepared_shapes(setup: Setup) -> Any:
     return jax.eval_shape(functools.partial(_prepared, setup=setup), stacked)
 
 
-def empty(setup: Setup, pages: int, slots: int) -> tuple[paged.Layer, ...]:
+def empty(setup: Setup, pages: int, slots: int) -> tuple[LayerPages, ...]:
     """Every lane's cache, on its devices."""
     specs = _cache_specs(setup)
     # Said to be where they are: programs would be compiled anew for arrays of which that is not known.
@@ -197,14 +200,14 @@ def empty(setup: Setup, pages: int, slots: int) -> tuple[paged.Layer, ...]:
 
 
 def _empty(setup: Setup, pages: int, slots: int) -> Any:
-    def make() -> tuple[paged.Layer, ...]:
-        layers = paged.empty(setup.model, setup.mesh, pages, slots, setup.form, compute_dtype(setup.compute))
+    def make() -> tuple[LayerPages, ...]:
+        layers = page_arrays.empty(setup.model, setup.mesh, pages, slots, setup.form, compute_dtype(setup.compute))
         return jax.tree.map(lambda x: x[None], layers)
 
     return _spread(make, setup, (), _cache_specs(setup))
 
 
-def described(setup: Setup, pages: int, slots: int) -> tuple[Any, tuple[paged.Layer, ...]]:
+def described(setup: Setup, pages: int, slots: int) -> tuple[Any, tuple[LayerPages, ...]]:
     """What `prepare` and `empty` return, as shapes with their shardings: devices that are not there do."""
 
     def placed(shapes: Any, specs: Any) -> Any:
@@ -216,7 +219,9 @@ def described(setup: Setup, pages: int, slots: int) -> tuple[Any, tuple[paged.La
 
 
 def _cache_specs(setup: Setup) -> Any:
-    one = jax.eval_shape(lambda: paged.empty(setup.model, config.SINGLE, 2, 16, setup.form, jnp.dtype(jnp.float32)))
+    one = jax.eval_shape(
+        lambda: page_arrays.empty(setup.model, config.SINGLE, 2, 16, setup.form, jnp.dtype(jnp.float32))
+    )
     by_head = setup.model.attention.kind != "mla"
     return jax.tree.map(lambda _: PartitionSpec(mesh.BATCH, None, None, "tensor") if by_head else LANES, one)
 
@@ -239,19 +244,19 @@ def _spread(function: Any, setup: Setup, in_specs: Any, out_specs: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnames="setup", donate_argnames="layers")
 def forward(
-    prepared: Any, layers: tuple[paged.Layer, ...], call: Call, *, setup: Setup
-) -> tuple[Array, Array, tuple[paged.Layer, ...], Array | None]:
+    prepared: Any, layers: tuple[LayerPages, ...], call: Call, *, setup: Setup
+) -> tuple[Array, Array, tuple[LayerPages, ...], Array | None]:
     """(hidden states [Z, N, D] of `last`, those [Z, T - N, D] of the chunk, the cache with the call's tokens, experts).
 
     Experts: int16 [Z, T, L, K] of the call's tokens in the MoE layers; None unless `setup.routes`.
     """
 
-    def lane(prepared: Any, layers: tuple[paged.Layer, ...], call: Call) -> Any:
+    def lane(prepared: Any, layers: tuple[LayerPages, ...], call: Call) -> Any:
         layers, one = jax.tree.map(lambda x: x[0], (layers, call))
-        plan = paged.Plan(one.table_ZNP, one.page_ZT, one.times_ZT, one.blocks_ZM, one.used_Z)
+        placement = page_arrays.Placement(one.table_ZNP, one.page_ZT, one.times_ZT, one.blocks_ZM, one.used_Z)
         net = transformer.Transformer(setup.model, setup.compute, setup.mesh, unrolled=True)
         rows = one.tokens_ZT[None], one.times_ZT[None], one.real_ZT[None]
-        out: Any = net.apply({"params": prepared}, *rows, cache=paged.Cache(layers, plan, setup.form))
+        out: Any = net.apply({"params": prepared}, *rows, cache=page_arrays.Cache(layers, placement, setup.form))
         hidden_TD = out.hidden_BTD[0]
         experts_TLK = None
         if setup.routes:

@@ -1,182 +1,156 @@
-"""Multi-head latent attention in its two forms (section 2.1, App. C), and grouped-query attention beside it.
+"""Multi-head latent attention in its two forms (section 2.1, App. C), and grouped-query attention (App. D.1).
 
 Expanded (training, evaluation): keys and values of every head are computed from the latent, then plain attention.
-Absorbed (generation): W^UK is multiplied into the query and W^UV is applied after the sum, so all heads share one
-576-wide key, the cache's own rows, and no key or value is ever computed. Both are the same function. `absorbed` is
-the second form in its readable shape; generation runs it over pages, in `paged.latent`.
+Absorbed (generation): W^UK is multiplied into the query and W^UV is applied after the weighted sum. All heads then
+share one 576-wide key, which is the cache's row, and no key or value of a head is computed. Both forms are the same
+function.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from dsv2_jax.config import SINGLE, Mesh, Model
-from dsv2_jax.model import paged, rope
-from dsv2_jax.model.blockwise import attention as blockwise_attention
-from dsv2_jax.model.layers import Kernels, rms_norm
-from dsv2_jax.model.matmul import project
+from dsv2_jax.config import Model
+from dsv2_jax.model import rope
+from dsv2_jax.model.layers import rms_norm
+from dsv2_jax.ops import attention as ops
+from dsv2_jax.ops import rotary, switch
+from dsv2_jax.ops.attention import PackedTokens, PagedTokens
+from dsv2_jax.ops.cpu import MASKED
+from dsv2_jax.ops.matmul import dequantize, project
+from dsv2_jax.ops.pages import LayerPages
+from dsv2_jax.ops.switch import Execution
 from dsv2_jax.parallel import collectives, context
-from pallas_kernels.latent_attention import latent_attention as kernel_attention
 
-LATENT_EPSILON = 1e-6  # of the norms behind both compressions: fixed in the released models, whatever rms_norm_eps is
-_MASKED = -1e30
+LATENT_EPSILON = 1e-6  # of the norms after both compressions: fixed in the released models, whatever rms_norm_eps is
+_BY_HEAD = {"w_uk_CHN": ("w_uk_HCN", (1, 0, 2)), "w_uv_CHV": ("w_uv_HVC", (1, 2, 0))}
 
-Params = dict[str, Array]
-
-
-class Where(NamedTuple):
-    """Where the tokens of a call stand.
-
-    phases_BTR: RoPE's cos and sin. segments_BT, segments_BS int32: a query attends the keys of its own segment.
-    """
-
-    phases_BTR: tuple[Array, Array]
-    segments_BT: Array
-    segments_BS: Array
+Params = dict[str, Any]  # arrays, or `Quantized` in generation
+Tokens = PackedTokens | PagedTokens
 
 
-def attend(
-    p: Params,
-    x_BTD: Array,
-    where: Where | paged.Where,
-    cache: paged.Layer | None,
-    model: Model,
-    mesh: Mesh = SINGLE,
-    kernels: Kernels = "xla",
-) -> tuple[Array, paged.Layer | None]:
-    """Attention of the config's kind: (result [B, T, D], the layer's cache with these tokens written, or None)."""
-    form = latent_attention if model.attention.kind == "mla" else grouped_query_attention
-    o_BTHV, cache = form(p, x_BTD, where, cache, model, mesh, kernels)
-    return collectives.add(project(o_BTHV, p["w_o_HVD"], axes=2), ("tensor",), mesh), cache
+def attention(
+    p: Params, x_BTD: Array, tokens: Tokens, layer: LayerPages | None, model: Model, run: Execution
+) -> tuple[Array, LayerPages | None]:
+    """Attention of the config's kind: (the result [B, T, D], the layer's cache with these tokens written, or None)."""
+    of_kind = latent_attention if model.attention.kind == "mla" else grouped_query_attention
+    o_BTHV, layer = of_kind(p, x_BTD, tokens, layer, model, run)
+    with jax.named_scope("output"):
+        u_BTD = project(o_BTHV, p["w_o_HVD"], axes=2)  # eq. 19
+        return collectives.add(u_BTD, ("tensor",), run.mesh), layer
 
 
 def latent_attention(
-    p: Params,
-    x_BTD: Array,
-    where: Where | paged.Where,
-    cache: paged.Layer | None,
-    model: Model,
-    mesh: Mesh = SINGLE,
-    kernels: Kernels = "xla",
-) -> tuple[Array, paged.Layer | None]:
-    """MLA before W^O, [B, T, H, V]: absorbed over the pages of a cache, expanded without one."""
+    p: Params, h_BTD: Array, tokens: Tokens, layer: LayerPages | None, model: Model, run: Execution
+) -> tuple[Array, LayerPages | None]:
+    """MLA before W^O, [B, T, H, V]: absorbed over the pages of a cache, expanded without one (eq. 9 to 18)."""
     if "w_dq_DQ" in p:
-        c_q_BTQ = rms_norm(project(x_BTD, p["w_dq_DQ"]), p["norm_q_Q"], LATENT_EPSILON)
-        q_nope_BTHN = project(c_q_BTQ, p["w_uq_QHN"])
-        q_rope_BTHR = rope.rotated(c_q_BTQ, p["w_qr_QHR"], where.phases_BTR)
-    else:
-        q_nope_BTHN = project(x_BTD, p["w_uq_DHN"])
-        q_rope_BTHR = rope.rotated(x_BTD, p["w_qr_DHR"], where.phases_BTR)
-    latent_BSC = rms_norm(project(x_BTD, p["w_dkv_DC"]), p["norm_kv_C"], LATENT_EPSILON)
-    k_rope_BSR = rope.rotate(project(x_BTD, p["w_kr_DR"]), where.phases_BTR)
+        with jax.named_scope("q_compress"):
+            c_q_BTQ = rms_norm(project(h_BTD, p["w_dq_DQ"]), p["norm_q_Q"], LATENT_EPSILON)  # eq. 12
+        w_uq, w_qr = p["w_uq_QHN"], p["w_qr_QHR"]
+    else:  # V2-Lite does not compress queries (App. B)
+        c_q_BTQ, w_uq, w_qr = h_BTD, p["w_uq_DHN"], p["w_qr_DHR"]
+    with jax.named_scope("q_project"):
+        q_nope_BTHN = project(c_q_BTQ, w_uq)  # eq. 13
+    with jax.named_scope("rope"):
+        q_rope_BTHR = rotary.project_and_rotate(c_q_BTQ, w_qr, tokens.phases_BTR)  # eq. 14
+    with jax.named_scope("kv_compress"):
+        latent_BTC = rms_norm(project(h_BTD, p["w_dkv_DC"]), p["norm_kv_C"], LATENT_EPSILON)  # eq. 9
+    with jax.named_scope("rope"):
+        k_rope_BTR = rotary.rotate(project(h_BTD, p["w_kr_DR"]), tokens.phases_BTR)  # eq. 15
 
-    if isinstance(where, paged.Where):
-        assert cache is not None
-        return paged.latent(p, q_nope_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR, where, cache, model)
-    latent_BSC, k_rope_BSR = context.whole(latent_BSC, mesh), context.whole(k_rope_BSR, mesh)
-    return expanded(p, q_nope_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR, where, model, mesh, kernels), None
+    q = q_nope_BTHN, q_rope_BTHR
+    with jax.named_scope("attend"):
+        if isinstance(tokens, PagedTokens):
+            assert layer is not None
+            return absorbed_over_pages(p, q, latent_BTC, k_rope_BTR, tokens, layer, model, run)
+        latent_BSC, k_rope_BSR = context.gather(latent_BTC, run.mesh), context.gather(k_rope_BTR, run.mesh)
+        return expanded(p, q, latent_BSC, k_rope_BSR, tokens, model, run), None
 
 
 def expanded(
     p: Params,
-    q_nope_BTHN: Array,
-    q_rope_BTHR: Array,
+    q: tuple[Array, Array],
     latent_BSC: Array,
     k_rope_BSR: Array,
-    where: Where,
+    tokens: PackedTokens,
     model: Model,
-    mesh: Mesh,
-    kernels: Kernels,
+    run: Execution,
 ) -> Array:
-    """o_i = softmax(q_i k_i / sqrt(d_h + d_h^R)) v_i with k_i = [W^UK_i c ; k^R] and v_i = W^UV_i c (eq. 9 to 19)."""
-    k_nope_BSHN, v_BSHV = project(latent_BSC, p["w_uk_CHN"]), project(latent_BSC, p["w_uv_CHV"])
-    if kernels == "pallas":
-        queries = q_nope_BTHN, q_rope_BTHR
-        return _causal(_flash(k_nope_BSHN, k_rope_BSR, v_BSHV, where, model), queries, where, mesh)
-    k_rope_BSHR = jnp.broadcast_to(k_rope_BSR[:, :, None], (*k_nope_BSHN.shape[:3], k_rope_BSR.shape[-1]))
-    q_BTHK = jnp.concatenate([q_nope_BTHN, q_rope_BTHR], axis=-1)
-    k_BSHK = jnp.concatenate([k_nope_BSHN, k_rope_BSHR], axis=-1)
-    return _causal(_blockwise(k_BSHK, v_BSHV, where, model), (q_BTHK,), where, mesh)
+    """o_i = softmax(q_i k_i / sqrt(d_h + d_h^R)) v_i over q_i = [q^C_i ; q^R_i] and k_i = [k^C_i ; k^R] (eq. 16 to 18).
+
+    q: [B, T, H, N] and [B, T, H, R]. Returns [B, T, H, V].
+    """
+    k_nope_BSHN = project(latent_BSC, p["w_uk_CHN"])  # eq. 10
+    v_BSHV = project(latent_BSC, p["w_uv_CHV"])  # eq. 11
+    return ops.full(q, (k_nope_BSHN, k_rope_BSR), v_BSHV, tokens, scale=rope.softmax_scale(model), run=run)
 
 
 def absorbed(
-    p: Params, q_nope_BTHN: Array, q_rope_BTHR: Array, latent_BSC: Array, k_rope_BSR: Array, where: Where, model: Model
+    p: Params, q: tuple[Array, Array], latent_BSC: Array, k_rope_BSR: Array, tokens: PackedTokens, model: Model
 ) -> Array:
-    """The same function with W^UK in the query and W^UV after the sum: multi-query attention on latents (App. C)."""
+    """`expanded` in the absorbed form: multi-query attention on latents, in its readable shape (App. C)."""
+    q_nope_BTHN, q_rope_BTHR = q
     q_BTHC = jnp.einsum("bthn,chn->bthc", q_nope_BTHN, p["w_uk_CHN"])
-    scores_BHTS = jnp.einsum("bthc,bsc->bhts", q_BTHC, latent_BSC) + jnp.einsum(
-        "bthr,bsr->bhts", q_rope_BTHR, k_rope_BSR
-    )
+    scores_BHTS = jnp.einsum("bthc,bsc->bhts", q_BTHC, latent_BSC)
+    scores_BHTS += jnp.einsum("bthr,bsr->bhts", q_rope_BTHR, k_rope_BSR)
     causal_TS = jnp.tri(q_BTHC.shape[1], latent_BSC.shape[1], dtype=bool)
-    sees_BTS = causal_TS & (where.segments_BT[:, :, None] == where.segments_BS[:, None])
-    scores_BHTS = jnp.where(sees_BTS[:, None], scores_BHTS * rope.softmax_scale(model), _MASKED)
+    sees_BTS = causal_TS & (tokens.segments_BT[:, :, None] == tokens.segments_BS[:, None])
+    scores_BHTS = jnp.where(sees_BTS[:, None], scores_BHTS * rope.softmax_scale(model), MASKED)
     o_BTHC = jnp.einsum("bhts,bsc->bthc", jax.nn.softmax(scores_BHTS, axis=-1), latent_BSC)
     return jnp.einsum("bthc,chv->bthv", o_BTHC, p["w_uv_CHV"])
 
 
-def grouped_query_attention(
+def absorbed_over_pages(
     p: Params,
-    x_BTD: Array,
-    where: Where | paged.Where,
-    cache: paged.Layer | None,
+    q: tuple[Array, Array],
+    latent_BTC: Array,
+    k_rope_BTR: Array,
+    tokens: PagedTokens,
+    layer: LayerPages,
     model: Model,
-    mesh: Mesh = SINGLE,
-    kernels: Kernels = "xla",
-) -> tuple[Array, paged.Layer | None]:
-    """GQA before W^O, [B, T, H, V]; MHA with as many KV heads as heads, MQA with one (App. D.1)."""
-    q_BTHR = rope.rotated(x_BTD, p["w_q_DHR"], where.phases_BTR)
-    k_BSJR, v_BSJV = rope.rotated(x_BTD, p["w_k_DJR"], where.phases_BTR), project(x_BTD, p["w_v_DJV"])
-    if isinstance(where, paged.Where):
-        assert cache is not None
-        return paged.grouped_queries(q_BTHR, k_BSJR, v_BSJV, where, cache, model)
-    k_BSJR, v_BSJV = context.whole(k_BSJR, mesh), context.whole(v_BSJV, mesh)
-    if kernels == "pallas":
-        return _causal(_flash(k_BSJR, None, v_BSJV, where, model), (q_BTHR, None), where, mesh), None
-    return _causal(_blockwise(k_BSJR, v_BSJV, where, model), (q_BTHR,), where, mesh), None
+    run: Execution,
+) -> tuple[Array, LayerPages]:
+    """`absorbed` over a paged cache, [1, T, H, V], and the layer's cache with these tokens written (App. C).
+
+    p holds W^UK and W^UV as `by_head` arranges them.
+    """
+    dtype = q[0].dtype
+    wide = {"preferred_element_type": jnp.float32}
+    q_THC = jnp.einsum("thn,hcn->thc", q[0][0], dequantize(p["w_uk_HCN"], dtype), **wide).astype(dtype)
+    how = {"scale": rope.softmax_scale(model), "implementation": switch.of_pages(model, run.implementation)}
+    o_BTHC, layer = ops.paged_latent((q_THC[None], q[1]), latent_BTC, k_rope_BTR, tokens, layer, **how)
+    o_THV = jnp.einsum("thc,hvc->thv", o_BTHC[0], dequantize(p["w_uv_HVC"], dtype), **wide).astype(dtype)
+    return o_THV[None], layer
 
 
-# (this device's queries, or a run of them, [B, T, H, *] in the parts that a form takes, their segments, the slot of the
-# first) -> [B, T, H, V]
-Attention = Callable[[tuple[Array | None, ...], Array, Array | int], Array]
+def by_head(unstacked: Any) -> Any:
+    """A tree of `transformer.unstack` with W^UK and W^UV head by head, so that no step transposes them."""
+
+    def leaf(name: str, w: Any) -> tuple[str, Any]:
+        if name not in _BY_HEAD:
+            return name, w
+        new, order = _BY_HEAD[name]
+        return new, jax.tree.map(lambda x: x.transpose(order), w)
+
+    return {part: dict(leaf(*named) for named in p.items()) for part, p in unstacked.items()}
 
 
-def _causal(attention: Attention, queries: tuple[Array | None, ...], where: Where, mesh: Mesh) -> Array:
-    """Attention of this device's queries: with context parallelism they are two chunks, far from each other."""
-    if mesh.context == 1:
-        return attention(queries, where.segments_BT, 0)
-    halves = zip(*(jnp.split(q, 2, axis=1) if q is not None else (None, None) for q in queries), strict=True)
-    segments, length = jnp.split(where.segments_BT, 2, axis=1), where.segments_BT.shape[1] // 2
-    parts = zip(halves, segments, context.places(mesh), strict=True)
-    return jnp.concatenate([attention(q, segments_BT, at * length) for q, segments_BT, at in parts], axis=1)
-
-
-def _blockwise(k_BSJK: Array, v_BSJV: Array, where: Where, model: Model) -> Attention:
+def grouped_query_attention(
+    p: Params, h_BTD: Array, tokens: Tokens, layer: LayerPages | None, model: Model, run: Execution
+) -> tuple[Array, LayerPages | None]:
+    """GQA before W^O, [B, T, H, V]; MHA with one KV head per head, MQA with one in all (App. D.1)."""
+    with jax.named_scope("q_project"):
+        q_BTHR = rotary.project_and_rotate(h_BTD, p["w_q_DHR"], tokens.phases_BTR)
+    with jax.named_scope("kv_project"):
+        k_BTJR = rotary.project_and_rotate(h_BTD, p["w_k_DJR"], tokens.phases_BTR)
+        v_BTJV = project(h_BTD, p["w_v_DJV"])
     scale = rope.softmax_scale(model)
-
-    def run(queries: tuple[Array | None, ...], segments_BT: Array, offset: Array | int) -> Array:
-        (q_BTHK,) = queries
-        assert q_BTHK is not None
-        segments = {"segments_BT": segments_BT, "segments_BS": where.segments_BS}
-        return blockwise_attention(q_BTHK, k_BSJK, v_BSJV, scale=scale, offset=offset, **segments)
-
-    return run
-
-
-def _flash(k_BSJN: Array, k_rope_BSR: Array | None, v_BSJV: Array, where: Where, model: Model) -> Attention:
-    """By the kernels, which want heads before tokens and the shared rope key once."""
-    scale = rope.softmax_scale(model)
-    k_BJSN, v_BJSV = k_BSJN.swapaxes(1, 2), v_BSJV.swapaxes(1, 2)
-
-    def run(queries: tuple[Array | None, ...], segments_BT: Array, offset: Array | int) -> Array:
-        q_BHTN, q_BHTR = (None if q is None else q.swapaxes(1, 2) for q in queries)
-        assert q_BHTN is not None
-        segments = {"segments_BT": segments_BT, "segments_BS": where.segments_BS}
-        o_BHTV = kernel_attention(
-            q_BHTN, q_BHTR, k_BJSN, k_rope_BSR, v_BJSV, scale=scale, offset=offset, implementation="pallas", **segments
-        )
-        return o_BHTV.swapaxes(1, 2)
-
-    return run
+    with jax.named_scope("attend"):
+        if isinstance(tokens, PagedTokens):
+            assert layer is not None
+            return ops.paged_grouped(q_BTHR, k_BTJR, v_BTJV, tokens, layer, scale=scale)
+        k_BSJR, v_BSJV = context.gather(k_BTJR, run.mesh), context.gather(v_BTJV, run.mesh)
+        return ops.full((q_BTHR, None), (k_BSJR, None), v_BSJV, tokens, scale=scale, run=run), None

@@ -1,70 +1,25 @@
 """The small pieces every layer is made of: normalisation, the SwiGLU FFN, parameters declared by name."""
 
-import functools
-import sys
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from dsv2_jax.config import Compute, Model, check
+from dsv2_jax.config import Model
 from dsv2_jax.model import parameters
-from dsv2_jax.model.matmul import project
-from dsv2_jax.parallel.mesh import device_kind, platform
-from pallas_kernels import chips
+from dsv2_jax.ops.matmul import project
 from pallas_kernels.quantized import Quantized, Weight
 
-# The gate is float32 (section 2.2), and so is a reward model's score; embedding rows are cast when read.
+# The router runs in float32 (section 2.2), and so does a reward model's score. Embedding rows are cast when read.
 KEPT_FLOAT32 = ("norm", "w_router", "w_embed", "w_score")
-
-Kernels = Literal["pallas", "xla"]
-
-
-def compute_dtype(compute: Compute) -> Any:
-    """The dtype of activations and matmul operands; `auto` is float32 on CPU and bfloat16 elsewhere."""
-    if compute.dtype == "auto":
-        return jnp.dtype(jnp.float32 if platform() == "cpu" else jnp.bfloat16)
-    return jnp.dtype(compute.dtype)
-
-
-def kernels(compute: Compute, chip: str | None = None) -> Kernels:
-    """What attention, its pages in generation and routed experts run on.
-
-    `auto` is `pallas` on a TPU that the kernels are made for, and `xla` elsewhere. chip: the TPU that is planned for,
-    such as v5p; by default the devices that the program being traced will run on. Of devices that nobody has tried, and
-    of TPUs without kernels, one line on stderr says so. Raises ValueError for `pallas` where no kernel runs.
-    """
-    here = platform() if chip is None else "tpu"
-    if here not in ("cpu", "tpu"):
-        _warn_once(f"nobody has run this program on {here} devices: it takes XLA's own operations, untested there")
-    if compute.kernels == "xla":
-        return "xla"
-    if (chip or chips.here()) in chips.CHIPS:
-        return "pallas"
-    name = chip or device_kind()
-    check(
-        compute.kernels == "auto",
-        f"compute.kernels is pallas, but the kernels run on TPUs of {', '.join(chips.CHIPS)} and not on {name}: "
-        "leave it at auto",
-    )
-    if here == "tpu":
-        _warn_once(
-            f"there are no kernels for {name}: attention and experts take XLA's own operations, which are slower"
-        )
-    return "xla"
-
-
-@functools.cache
-def _warn_once(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def cast(params: Any, dtype: Any) -> Any:
-    """Parameters as matmul operands of `dtype`; norms, gate, score and embedding stay float32.
+    """Parameters as matmul operands of `dtype`; norms, router, score and embedding stay float32.
 
-    Done once per step, before the layers are scanned: a cast inside would be repeated by every recomputation.
+    A step casts once, before its layers are scanned: every recomputation would repeat a cast inside a layer.
     """
 
     def leaf(path: tuple, w: Weight) -> Weight:
@@ -76,17 +31,17 @@ def cast(params: Any, dtype: Any) -> Any:
 
 
 def stored_dtype(name: str, dtype: Any) -> Any:
-    """The dtype that a parameter is held in where matmul operands are `dtype`: float32 of what `cast` leaves alone."""
+    """The dtype of a parameter where matmul operands are `dtype`: float32 for parameters that `cast` leaves alone."""
     return jnp.dtype(jnp.float32 if name.startswith(KEPT_FLOAT32) else dtype)
 
 
 def declare(module: nn.Module, model: Model, names: list[str]) -> dict[str, Array]:
-    """Declares parameters on a Linen module: N(0, initializer_range) (section 3.1.2), norm scales one; float32."""
+    """Declares float32 parameters on a Linen module: N(0, initializer_range) (section 3.1.2), norm scales one."""
 
     def initializer(name: str) -> Any:
         return nn.initializers.ones if name.startswith("norm") else nn.initializers.normal(model.initializer_range)
 
-    if not module.is_initializing():  # on a mesh they are this device's shards, in generation some lie otherwise
+    if not module.is_initializing():  # shapes differ then: shards on a mesh, transposed matrices in generation
         return dict(module.variables["params"])
     return {name: module.param(name, initializer(name), parameters.shape(name, model)) for name in names}
 

@@ -1,91 +1,66 @@
-"""DeepSeekMoE (section 2.2): shared experts for every token, routed experts for those that chose them."""
+"""DeepSeekMoE (section 2.2): shared experts for every token, routed experts for the tokens that chose them."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from dsv2_jax.config import SINGLE, Mesh, Moe
+from dsv2_jax.config import Moe
 from dsv2_jax.model import router
-from dsv2_jax.model.grouped import grouped_swiglu
-from dsv2_jax.model.layers import Kernels, gated
-from dsv2_jax.model.matmul import project
-from dsv2_jax.parallel import collectives, expert
-from dsv2_jax.parallel.mesh import BATCH
-from pallas_kernels import expert_dispatch
+from dsv2_jax.model.layers import gated
+from dsv2_jax.ops import experts
+from dsv2_jax.ops.matmul import project
+from dsv2_jax.ops.switch import Execution
+from dsv2_jax.parallel import collectives
+from dsv2_jax.parallel.expert import Work
+
+
+class RoutedTokens(NamedTuple):
+    """What the router knows about the tokens besides their hidden states.
+
+    valid_BT bool: padding goes to no expert. exempt_B bool: sequences that drop nothing; None in evaluation, where no
+    token is dropped. experts_BTK: given experts (see `router.route`), or None.
+    """
+
+    valid_BT: Array
+    exempt_B: Array | None = None
+    experts_BTK: Array | None = None
 
 
 def mixture(
-    p: dict[str, Array],
-    x_BTD: Array,
-    valid_BT: Array,
-    exempt_B: Array | None,
-    moe: Moe,
-    mesh: Mesh = SINGLE,
-    kernels: Kernels = "xla",
-    experts_BTK: Array | None = None,
-    layer: int = 0,
+    p: dict[str, Array], x_BTD: Array, tokens: RoutedTokens, moe: Moe, run: Execution
 ) -> tuple[Array, dict[str, Array]]:
-    """The MoE layer's FFN without its residual: (result [B, T, D] in x's dtype, statistics).
+    """sum_s FFN_s(x) + sum_i g_i FFN_i(x), the MoE layer without its residual (eq. 20): ([B, T, D], statistics).
 
-    valid_BT bool: padding goes to no expert. exempt_B bool: sequences that are never dropped; None is evaluation, where
-    nothing is dropped. Statistics: those of `router.balance`, `dropped` (share of the valid pairs), which add up over
-    the devices, and `experts_BTK`. experts_BTK: see `router.route`; layer: see `expert.dispatch`.
+    Statistics: those of `router.balance` and `dropped`, the dropped share of the valid token-expert pairs, which add up
+    over the devices; and `experts_BTK`.
     """
-    routing = router.route(x_BTD, p["w_router_DE"], moe, experts_BTK)
-    valid_BT1 = valid_BT[..., None]
-    kept_BTK = jnp.broadcast_to(valid_BT1, routing.experts_BTK.shape)
+    routing = router.route(x_BTD, p["w_router_DE"], moe, tokens.experts_BTK)
+    valid_BT1, exempt_B = tokens.valid_BT[..., None], tokens.exempt_B
     dropping = exempt_B is not None and moe.capacity_factor > 0
+    kept_BTK = jnp.broadcast_to(valid_BT1, routing.experts_BTK.shape)
     if exempt_B is not None and dropping:
-        kept_BTK &= router.drop(routing, valid_BT, exempt_B, moe, mesh)
+        kept_BTK &= router.kept(routing, tokens.valid_BT, exempt_B, moe, run.mesh)
 
-    (b, t), own = valid_BT.shape, moe.n_routed_experts // mesh.expert
+    choice = experts.Choice(jnp.where(kept_BTK, routing.experts_BTK, moe.n_routed_experts), routing.gates_BTK)
+    weights = p["w_gate_EDF"], p["w_up_EDF"], p["w_down_EFD"]
+    shared_ffn = _shared_ffn(p, x_BTD) if moe.n_shared_experts else None
+    routed_BTD, shared_BTD = experts.routed(x_BTD, choice, weights, moe, run, dropping=dropping, overlap=shared_ffn)
+    y_BTD = routed_BTD if shared_BTD is None else shared_BTD + routed_BTD  # eq. 20
 
-    def experts(x_ND: Array, experts_NK: Array, gates_NK: Array) -> Array:
-        weights = p["w_gate_EDF"], p["w_up_EDF"], p["w_down_EFD"]
-        if kernels == "xla":
-            if mesh.expert == 1:
-                return grouped_swiglu(x_ND, experts_NK, gates_NK, *weights)
-            # Products of whole blocks read rows that nobody sent, of x here and of the gradient on the way back.
-            sent_N1 = (experts_NK < own).any(axis=1, keepdims=True)
-            y_ND = grouped_swiglu(jnp.where(sent_N1, x_ND, 0), experts_NK, gates_NK, *weights)
-            return jnp.where(sent_N1, y_ND, 0)
-        return expert_dispatch.grouped_swiglu(
-            x_ND,
-            experts_NK,
-            gates_NK,
-            *weights,
-            rows=expert.most_pairs(moe, mesh, b, t, dropping=dropping),
-            room=expert.pairs_at_a_time(moe, b, t),
-            implementation="pallas",
-        )
-
-    tokens = (-1, moe.num_experts_per_tok)
-    beside = None
-    if moe.n_shared_experts:
-        up = expert.Work(_shared_up, (x_BTD, p["w_gate_DX"], p["w_up_DX"]))
-        beside = up, expert.Work(_shared_down, (p["w_down_XD"],))
-    y_ND, shared = expert.dispatch(
-        x_BTD.reshape(-1, x_BTD.shape[-1]),
-        jnp.where(kept_BTK, routing.experts_BTK, moe.n_routed_experts).reshape(tokens),
-        routing.gates_BTK.reshape(tokens),
-        experts,
-        moe,
-        mesh,
-        expert.most_rows(moe, mesh, b, t, dropping=dropping),
-        beside,
-        layer,
-    )
-    y_BTD = y_ND.reshape(x_BTD.shape)
-    if shared is not None:
-        y_BTD += shared
-
-    pairs = collectives.add(valid_BT.sum() * moe.num_experts_per_tok, (*BATCH, "context"), mesh)
-    dropped = (valid_BT1 & ~kept_BTK).sum() / (jnp.maximum(pairs, 1) * mesh.tensor)
-    statistics = router.balance(routing, valid_BT, moe, mesh) | {
+    pairs = tokens.valid_BT.sum() * moe.num_experts_per_tok
+    dropped = collectives.fraction_of_tokens((valid_BT1 & ~kept_BTK).sum(), pairs, run.mesh)
+    statistics = router.balance(routing, tokens.valid_BT, moe, run.mesh) | {
         "dropped": jax.lax.stop_gradient(dropped),
         "experts_BTK": routing.experts_BTK,
     }
-    return collectives.add(y_BTD, ("tensor",), mesh), statistics
+    return collectives.add(y_BTD, ("tensor",), run.mesh), statistics
+
+
+def _shared_ffn(p: dict[str, Array], x_BTD: Array) -> tuple[Work, Work]:
+    """The shared experts, one SwiGLU of their joint width, in the two parts that run while tokens travel."""
+    return Work(_shared_up, (x_BTD, p["w_gate_DX"], p["w_up_DX"])), Work(_shared_down, (p["w_down_XD"],))
 
 
 def _shared_up(x_BTD: Array, w_gate_DX: Array, w_up_DX: Array) -> Array:

@@ -1,4 +1,4 @@
-"""The gate: which experts a token goes to, what keeps them in balance, and which pairs a full device drops (2.2)."""
+"""The router: each token's experts, the losses that balance them, and the pairs a full device drops (section 2.2)."""
 
 import functools
 from typing import NamedTuple
@@ -9,36 +9,55 @@ from jax import Array
 
 from dsv2_jax.config import SINGLE, Mesh, Moe
 from dsv2_jax.parallel import collectives, context
-from dsv2_jax.parallel.mesh import BATCH
 
 
 class Routing(NamedTuple):
-    """scores_BTE float32: affinities s_i, summing to one. experts_BTK int32 and gates_BTK float32: the choice."""
+    """scores_BTE float32: affinities s_i, which sum to one. experts_BTK int32 and gates_BTK float32: the choice."""
 
     scores_BTE: Array
     experts_BTK: Array
     gates_BTK: Array
 
 
-def route(x_BTD: Array, w_router_DE: Array, moe: Moe, experts_BTK: Array | None = None) -> Routing:
-    """Top-K among the experts of the M groups whose best expert has the highest affinity (section 2.2.2), in float32.
+class SequenceSums(NamedTuple):
+    """Sums over each sequence's valid tokens, float32.
 
-    The gate is the affinity times `routed_scaling_factor`; only the gshard router normalises it over the K chosen.
-    experts_BTK int: the choice is made already, and only gates are computed (routing replay).
+    tokens_B1: their number. counted_BE: choices of an expert (the gshard router counts first choices). scores_BE:
+    affinities. sent_BG: tokens sent to a group.
+    """
+
+    tokens_B1: Array
+    counted_BE: Array
+    scores_BE: Array
+    sent_BG: Array
+
+
+def route(x_BTD: Array, w_router_DE: Array, moe: Moe, experts_BTK: Array | None = None) -> Routing:
+    """Device-limited top-K routing in float32 (eq. 21 and 22, section 2.2.2).
+
+    Experts are chosen from the M groups whose best expert has the highest affinity. A gate is the affinity times
+    `routed_scaling_factor`; the gshard router first normalises it over the K chosen.
+
+    Args:
+      x_BTD: The FFN's input.
+      w_router_DE: Expert centroids e_i, float32.
+      moe: The settings.
+      experts_BTK: A choice made before, which is kept; only gates are computed (routing replay).
     """
     logits_BTE = jnp.einsum("btd,de->bte", x_BTD.astype(jnp.float32), w_router_DE, precision="highest")
-    scores_BTE = jax.nn.softmax(logits_BTE, axis=-1)
+    scores_BTE = jax.nn.softmax(logits_BTE, axis=-1)  # eq. 22
     if experts_BTK is None:
-        chosen_BTK, experts_BTK = _choose(scores_BTE, moe)
+        chosen_BTK, experts_BTK = _top_experts(scores_BTE, moe)
     else:
         experts_BTK = experts_BTK.astype(jnp.int32)
         chosen_BTK = jnp.take_along_axis(scores_BTE, experts_BTK, axis=-1)
     if moe.router == "gshard":
         chosen_BTK = chosen_BTK / chosen_BTK.sum(axis=-1, keepdims=True)
-    return Routing(scores_BTE, experts_BTK, chosen_BTK * moe.routed_scaling_factor)
+    return Routing(scores_BTE, experts_BTK, chosen_BTK * moe.routed_scaling_factor)  # eq. 21
 
 
-def _choose(scores_BTE: Array, moe: Moe) -> tuple[Array, Array]:
+def _top_experts(scores_BTE: Array, moe: Moe) -> tuple[Array, Array]:
+    """Affinities and ids [B, T, K] of the top-K experts in the M groups with the highest maximum (section 2.2.2)."""
     eligible_BTE = scores_BTE
     if moe.topk_group < moe.n_group:
         grouped = scores_BTE.reshape(*scores_BTE.shape[:-1], moe.n_group, -1)
@@ -50,58 +69,67 @@ def _choose(scores_BTE: Array, moe: Moe) -> tuple[Array, Array]:
 
 
 def balance(routing: Routing, valid_BT: Array, moe: Moe, mesh: Mesh = SINGLE) -> dict[str, Array]:
-    """The three balance losses, factors included (section 2.2.3, eq. 23 to 31), and each expert's load.
+    """The three balance losses (section 2.2.3), each averaged over the sequences with valid tokens, and the load.
 
-    Each loss is computed per sequence over its valid tokens and averaged over the sequences that have any. Choices are
-    counted before anything is dropped. Returns float32 scalars `expert_balance`, `device_balance`,
-    `communication_balance`, and `load_E`: an expert's share of the choices times E, so 1 is average. Each is this
-    device's part: over the devices of the mesh they add up.
+    Returns float32 scalars `expert_balance`, `device_balance` and `communication_balance`, factors included, and
+    `load_E`, an expert's share of the choices times E, so that 1 is average. Choices count before any is dropped. Each
+    value is this device's part; the parts add up over the mesh.
     """
-    e, g, k = moe.n_routed_experts, moe.n_group, moe.num_experts_per_tok
-
-    def over_time(x_BT: Array) -> Array:
-        return collectives.add(x_BT.sum(axis=1), ("context",), mesh)
-
     valid_BT1 = valid_BT[..., None].astype(jnp.float32)
-    valid_tokens_B1 = over_time(valid_BT1)
-    tokens_B1 = jnp.maximum(valid_tokens_B1, 1)
-    chosen_BTE = jax.nn.one_hot(routing.experts_BTK, e).sum(axis=-2) * valid_BT1
-    sent_BTG = chosen_BTE.reshape(*valid_BT.shape, g, -1).max(axis=-1)
-    if moe.router == "gshard":  # its loss counts first choices
-        counted_BTE, per_token = jax.nn.one_hot(routing.experts_BTK[..., 0], e) * valid_BT1, 1
-    else:
-        counted_BTE, per_token = chosen_BTE, k
-
-    f_BE = over_time(counted_BTE) * e / (per_token * tokens_B1)
-    p_BE = over_time(routing.scores_BTE * valid_BT1) / tokens_B1
-    p_BG = p_BE.reshape(-1, g, e // g).sum(axis=-1)
-    f_device_BG = f_BE.reshape(-1, g, e // g).mean(axis=-1)
-    f_communication_BG = over_time(sent_BTG) * g / (moe.topk_group * tokens_B1)
-
-    sequence_B = (valid_tokens_B1[:, 0] > 0).astype(jnp.float32)
-    sequences = jnp.maximum(collectives.add(sequence_B.sum(), BATCH, mesh), 1)
-    alike = mesh.size("context", "tensor")  # devices that hold the same sums
-
-    def averaged(factor: float, f_B: Array, p_B: Array) -> Array:
-        return factor * ((f_B * p_B).sum(axis=-1) * sequence_B).sum() / (sequences * alike)
-
+    chosen_BTE = jax.nn.one_hot(routing.experts_BTK, moe.n_routed_experts).sum(axis=-2) * valid_BT1
+    sums = _sums(routing, chosen_BTE, valid_BT1, moe, mesh)
+    has_tokens_B = sums.tokens_B1[:, 0] > 0
+    factors = moe.expert_balance, moe.device_balance, moe.communication_balance
+    expert, device, communication = (
+        collectives.mean_over_sequences(loss_B, has_tokens_B, mesh, scale=factor)
+        for factor, loss_B in zip(factors, sequence_losses(sums, moe), strict=True)
+    )
     counts_E = chosen_BTE.sum(axis=(0, 1))
-    choices = jnp.maximum(collectives.add(counts_E.sum(), (*BATCH, "context"), mesh), 1)
+    load_E = collectives.fraction_of_tokens(counts_E * moe.n_routed_experts, counts_E.sum(), mesh)
     return {
-        "expert_balance": averaged(moe.expert_balance, f_BE, p_BE),
-        "device_balance": averaged(moe.device_balance, f_device_BG, p_BG),
-        "communication_balance": averaged(moe.communication_balance, f_communication_BG, p_BG),
-        "load_E": jax.lax.stop_gradient(counts_E * e / (choices * mesh.tensor)),
+        "expert_balance": expert,
+        "device_balance": device,
+        "communication_balance": communication,
+        "load_E": jax.lax.stop_gradient(load_E),
     }
 
 
-def drop(routing: Routing, valid_BT: Array, exempt_B: Array, moe: Moe, mesh: Mesh = SINGLE) -> Array:
+def sequence_losses(sums: SequenceSums, moe: Moe) -> tuple[Array, Array, Array]:
+    """The expert, device and communication loss of each sequence, float32 [B], without their factors (eq. 23 to 31)."""
+    e, g = moe.n_routed_experts, moe.n_group
+    per_token = 1 if moe.router == "gshard" else moe.num_experts_per_tok
+    tokens_B1 = jnp.maximum(sums.tokens_B1, 1)
+
+    f_BE = sums.counted_BE * e / (per_token * tokens_B1)  # eq. 24
+    p_BE = sums.scores_BE / tokens_B1  # eq. 25
+    f_device_BG = f_BE.reshape(-1, g, e // g).mean(axis=-1)  # eq. 27
+    p_BG = p_BE.reshape(-1, g, e // g).sum(axis=-1)  # eq. 28 and 31
+    f_sent_BG = sums.sent_BG * g / (moe.topk_group * tokens_B1)  # eq. 30
+
+    return (
+        (f_BE * p_BE).sum(axis=-1),  # eq. 23
+        (f_device_BG * p_BG).sum(axis=-1),  # eq. 26
+        (f_sent_BG * p_BG).sum(axis=-1),  # eq. 29
+    )
+
+
+def _sums(routing: Routing, chosen_BTE: Array, valid_BT1: Array, moe: Moe, mesh: Mesh) -> SequenceSums:
+    """Sums over time, over all devices that hold a part of a sequence."""
+    sent_BTG = chosen_BTE.reshape(*chosen_BTE.shape[:2], moe.n_group, -1).max(axis=-1)
+    counted_BTE = chosen_BTE
+    if moe.router == "gshard":
+        counted_BTE = jax.nn.one_hot(routing.experts_BTK[..., 0], moe.n_routed_experts) * valid_BT1
+    over_time = (valid_BT1, counted_BTE, routing.scores_BTE * valid_BT1, sent_BTG)
+    return SequenceSums(*(collectives.add(x_BT.sum(axis=1), context.AXIS, mesh) for x_BT in over_time))
+
+
+def kept(routing: Routing, valid_BT: Array, exempt_B: Array, moe: Moe, mesh: Mesh = SINGLE) -> Array:
     """Device-level token dropping (section 2.2.4): bool [B, T, K], the token-expert pairs that are kept.
 
-    For every `budget_sequences` sequences a group may compute capacity_factor times the average number of pairs over
-    groups. Beyond that, its pairs of lowest affinity are dropped, the later one of equals. Pairs of exempt sequences
-    come first and are kept even when they alone exceed the budget; padding comes last. Which pairs are kept does not
-    depend on the mesh: devices that hold parts of sequences with one budget tell each other their affinities.
+    For every `budget_sequences` sequences a group may compute capacity_factor times the groups' average number of
+    pairs. It drops the pairs of lowest affinity beyond that, of equal ones the later. Pairs of exempt sequences rank
+    first and are kept even if they alone exceed the budget; padding ranks last. The result does not depend on the mesh:
+    devices that hold parts of sequences with one budget gather their affinities.
     """
     b, _, k = routing.experts_BTK.shape
     scores_BTE = jax.lax.stop_gradient(routing.scores_BTE)
@@ -110,21 +138,22 @@ def drop(routing: Routing, valid_BT: Array, exempt_B: Array, moe: Moe, mesh: Mes
     priority_BTK = jnp.where(valid_BT[..., None], priority_BTK, -1.0)
     group_BTK = routing.experts_BTK // (moe.n_routed_experts // moe.n_group)
 
-    together = moe.budget_sequences or b * mesh.expert
-    apart = b % together != 0
-    group, priority = (context.whole(x, mesh) for x in (group_BTK, priority_BTK))
-    if apart:
+    sequences = moe.budget_sequences or b * mesh.expert  # that share a budget
+    spread = b % sequences != 0  # over devices of the expert axis
+    group, priority = (context.gather(x, mesh) for x in (group_BTK, priority_BTK))
+    if spread:
         group, priority = (collectives.gather(x, ("expert",), 0, mesh) for x in (group, priority))
-    shape, runs = group.shape, (-1, together * group.shape[1] * k)
-    within = jax.vmap(functools.partial(_within, budget=moe.budget(together * group.shape[1]), groups=moe.n_group))
+    shape, runs = group.shape, (-1, sequences * group.shape[1] * k)
+    budget = moe.budget(sequences * group.shape[1])
+    within = jax.vmap(functools.partial(_within_budget, budget=budget, groups=moe.n_group))
     kept = within(group.reshape(runs), priority.reshape(runs)).reshape(shape)
-    if apart:
+    if spread:
         kept = jax.lax.dynamic_slice_in_dim(kept, collectives.index(("expert",), mesh) * b, b)
-    return context.part(kept, mesh) | exempt_B[:, None, None]
+    return context.local(kept, mesh) | exempt_B[:, None, None]
 
 
-def _within(group_P: Array, priority_P: Array, *, budget: int, groups: int) -> Array:
-    """Which pairs are among the `budget` of highest priority in their group."""
+def _within_budget(group_P: Array, priority_P: Array, *, budget: int, groups: int) -> Array:
+    """Which pairs are among the `budget` pairs of highest priority in their group."""
     index_P = jnp.arange(group_P.size, dtype=jnp.int32)
     sorted_group_P, _, order_P = jax.lax.sort((group_P, -priority_P, index_P), num_keys=3)
     starts_G = jnp.searchsorted(sorted_group_P, jnp.arange(groups))

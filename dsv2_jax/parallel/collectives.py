@@ -1,11 +1,11 @@
 """Collectives for use inside shard_map, under one convention that keeps every gradient exact.
 
-What is minimised is the sum, over all devices, of the values that each of them returns. So a number that n devices
-hold alike is returned as an n-th by each, and its cotangent is n parts, one on each, which the transposes below add up
-where they meet. A parameter that devices hold alike gets its gradient by one last sum over them.
+Training minimises the sum of the values that all devices return. So each of n devices that hold the same number
+returns an n-th of it. Its cotangent arrives as n parts, one on each device, and the transposes below add them up. One
+last sum over the devices that hold the same parameter gives its gradient.
 
-On CPU a sum is a gather and a local sum in the order of the devices: in-process and network transports add in
-different orders, and a run must give the same bits on any number of processes.
+On CPU a sum is a gather followed by a local sum in the order of the devices: transports within and between processes
+add in different orders, and a run must give the same bits on any number of processes.
 """
 
 import functools
@@ -15,19 +15,19 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from dsv2_jax.config import Mesh
-from dsv2_jax.parallel.mesh import platform
+from dsv2_jax.parallel.mesh import BATCH, platform
 
 Axes = tuple[str, ...]
 
 
 def index(axes: Axes, mesh: Mesh) -> Array | int:
-    """This device's place along these axes together, the first one outermost."""
+    """This device's index along these axes together, the first one outermost."""
     present = _present(axes, mesh)
     return lax.axis_index(present) if present else 0
 
 
 def add(x: Array, axes: Axes, mesh: Mesh) -> Array:
-    """The sum of x over the devices of these axes, on each of them; its transpose is the same sum of cotangents."""
+    """The sum of x over the devices of these axes, on each of them. Its transpose is the same sum of cotangents."""
     present = _present(axes, mesh)
     if not present:
         return x
@@ -35,21 +35,39 @@ def add(x: Array, axes: Axes, mesh: Mesh) -> Array:
 
 
 def gather(x: Array, axes: Axes, dim: int, mesh: Mesh) -> Array:
-    """The shards of x along `dim`, joined in the order of the devices; transposed, a `scatter`."""
+    """The shards of x, concatenated along `dim` in the order of the devices. Its transpose is `scatter`."""
     present = _present(axes, mesh)
     return _gather(present, dim, x) if present else x
 
 
 def scatter(x: Array, axes: Axes, dim: int, mesh: Mesh) -> Array:
-    """This device's shard, along `dim`, of the sum of x over these axes; transposed, a `gather`."""
+    """This device's shard, along `dim`, of the sum of x over these axes. Its transpose is `gather`."""
     present = _present(axes, mesh)
     return _scatter(present, dim, x) if present else x
 
 
-def swap(x: Array, axes: Axes, split: int, join: int, mesh: Mesh) -> Array:
-    """All-to-all: cuts x along `split`, sends each device its part, and joins what arrives along `join`."""
+def all_to_all(x: Array, axes: Axes, split: int, concat: int, mesh: Mesh) -> Array:
+    """Cuts x along `split`, sends each device its part, and concatenates the received parts along `concat`."""
     present = _present(axes, mesh)
-    return lax.all_to_all(x, present, split, join, tiled=True) if present else x
+    return lax.all_to_all(x, present, split, concat, tiled=True) if present else x
+
+
+def mean_over_sequences(x_B: Array, counted_B: Array, mesh: Mesh, scale: float = 1.0) -> Array:
+    """This device's part of scale times the mean of x over the counted sequences of all devices.
+
+    x and counted (bool) are the same on the devices of the context and tensor axes. The parts add up over the mesh.
+    """
+    weight_B = counted_B.astype(jnp.float32)
+    sequences = jnp.maximum(add(weight_B.sum(), BATCH, mesh), 1)
+    return scale * (x_B * weight_B).sum() / (sequences * mesh.size("context", "tensor"))
+
+
+def fraction_of_tokens(count: Array, total: Array, mesh: Mesh) -> Array:
+    """This device's part of count / total, both counted over its own tokens and summed over all devices.
+
+    Devices of the tensor axis count the same tokens. The parts add up over the mesh.
+    """
+    return count / (jnp.maximum(add(total, (*BATCH, "context"), mesh), 1) * mesh.tensor)
 
 
 def _present(axes: Axes, mesh: Mesh) -> Axes:

@@ -1,8 +1,8 @@
-"""Context parallelism: the positions of a sequence spread over devices, of which only the latent travels.
+"""Context parallelism: the positions of a sequence are spread over devices, and only latents travel.
 
-A sequence is cut into twice as many chunks as there are devices. Device i holds chunks i and 2n - 1 - i: under a causal
-mask every device then has the same work. Queries stay; what keys and values are made of, 576 numbers a token with MLA,
-is gathered and brought into the order of the text.
+A sequence is cut into twice as many chunks as there are devices. Device i holds chunks i and 2n - 1 - i, which gives
+all devices equal work under a causal mask. Queries stay. The latents that keys and values are computed from, 576
+numbers a token with MLA, are gathered into text order.
 """
 
 import jax.numpy as jnp
@@ -16,32 +16,32 @@ AXIS = ("context",)
 
 
 def order(length: int, devices: int) -> np.ndarray:
-    """Which position of the text stands at each place of an array that is split over `devices`: int [length]."""
+    """The text position of each element of an array that is split over `devices`: int [length]."""
     if devices == 1:
         return np.arange(length)
     chunks = np.arange(length).reshape(2 * devices, -1)
     return chunks[[chunk for i in range(devices) for chunk in (i, 2 * devices - 1 - i)]].reshape(-1)
 
 
-def whole(x_BT: Array, mesh: Mesh) -> Array:
-    """This device's part of [B, T, ...] and all others', in the order of the text: [B, S, ...]."""
+def gather(x_BT: Array, mesh: Mesh) -> Array:
+    """The positions of all devices in text order, [B, S, ...], given this device's [B, T, ...]."""
     if mesh.context == 1:
         return x_BT
     gathered = collectives.gather(x_BT, AXIS, 1, mesh)
-    chunks = jnp.split(gathered, 2 * mesh.context, axis=1)
-    return jnp.concatenate([*chunks[0::2], *chunks[1::2][::-1]], axis=1)
+    parts = jnp.split(gathered, 2 * mesh.context, axis=1)
+    return jnp.concatenate([*parts[0::2], *parts[1::2][::-1]], axis=1)
 
 
-def part(x_BS: Array, mesh: Mesh) -> Array:
-    """The inverse of `whole`: this device's two chunks of [B, S, ...], [B, T, ...]."""
+def local(x_BS: Array, mesh: Mesh) -> Array:
+    """The inverse of `gather`: this device's two chunks of [B, S, ...], as [B, T, ...]."""
     if mesh.context == 1:
         return x_BS
-    chunks = jnp.stack(jnp.split(x_BS, 2 * mesh.context, axis=1))
-    first, last = places(mesh)
-    return jnp.concatenate([chunks[first], chunks[last]], axis=1)
+    parts = jnp.stack(jnp.split(x_BS, 2 * mesh.context, axis=1))
+    first, last = chunks(mesh)
+    return jnp.concatenate([parts[first], parts[last]], axis=1)
 
 
-def places(mesh: Mesh) -> tuple[Array | int, Array | int]:
-    """Which chunks this device holds, int32."""
+def chunks(mesh: Mesh) -> tuple[Array | int, Array | int]:
+    """The numbers of this device's two chunks, int32."""
     i = collectives.index(AXIS, mesh)
     return i, 2 * mesh.context - 1 - i

@@ -1,9 +1,9 @@
-"""Expert parallelism: tokens travel to the devices of their experts, each at most once to a device (section 2.2.2).
+"""Expert parallelism: tokens travel to the devices of their experts, at most once to each device (section 2.2.2).
 
-A token that chose several experts of one device is sent there in one copy, with its gates; the device adds up what its
-experts make of it, and one vector comes back. With device-limited routing at most M of the D devices are visited, so
-at most M T d numbers leave a device where one copy per expert would be K T d. Shapes are static, transfers are not
-padded: each device tells all others how many rows it has for whom, in integers, and hidden states move once each way.
+A token with several experts on one device is sent there as one copy with its gates. The device adds up its experts'
+results, and one vector travels back. Device-limited routing visits at most M of D devices, so at most M T d numbers
+leave a device; one copy per expert would send K T d. Shapes are static and transfers carry no padding: devices first
+exchange how many rows each sends to each, as integers, then hidden states move once in each direction.
 
     N tokens of this device   K choices of a token   X devices of the expert axis
     P rows sent   S rows received   C L numbers of a row in tiles
@@ -25,16 +25,30 @@ from dsv2_jax.parallel.mesh import platform
 
 AXIS = ("expert",)
 _LANES = 128  # of a vector register
-_FEW_PAIRS = 32_768  # their rows take a third of a GiB at V2's width: not worth reading the weights twice
+_FEW_PAIRS = 32_768  # their rows take a third of a GiB at V2's width, which is cheaper than reading the weights twice
 
 Experts = Callable[[Array, Array, Array], Array]  # (x_ND, experts_NK, gates_NK) -> y_ND, of this device's experts
 
 
-class Plan(NamedTuple):
-    """Where rows go. Sent rows are ordered by device, then by token.
+class Bounds(NamedTuple):
+    """Static sizes of a dispatch.
 
-    tokens_P: the token of each sent row. devices_P: where it goes. rows_NR, sent_NR: the row of a token's r-th copy,
-    and whether it has so many. sizes_XX: rows that device i has for device j, the same on all devices.
+    own: experts of a device. devices: to which one token can be sent. rows: that a device can receive. pairs: (token,
+    expert) pairs that a device can be asked to compute. buffer_size: pairs that it computes at a time.
+    """
+
+    own: int
+    devices: int
+    rows: int
+    pairs: int
+    buffer_size: int
+
+
+class Transfer(NamedTuple):
+    """Which rows go where. Sent rows are ordered by device, then by token.
+
+    tokens_P: the token of each sent row. devices_P: its destination. rows_NR, sent_NR: the row of a token's r-th copy,
+    and whether it has that many. sizes_XX: rows that device i sends to device j, the same on all devices.
     """
 
     tokens_P: Array
@@ -45,42 +59,31 @@ class Plan(NamedTuple):
 
 
 class Work(NamedTuple):
-    """function(*arguments): work that waits for no transfer. The function is one of a module, for it is a jit key."""
+    """function(*arguments), computed while rows travel. The function is a module's, since it is a jit cache key."""
 
     function: Callable[..., Array]
     arguments: tuple[Array, ...]
 
 
-def most_devices(moe: Moe, devices: int) -> int:
-    """Devices that one token can be sent to: its K experts lie in M groups, each on its own run of devices."""
-    return min(moe.num_experts_per_tok, devices, moe.topk_group * math.ceil(devices / moe.n_group))
+def bounds(moe: Moe, mesh: Mesh, b: int, t: int, *, dropping: bool) -> Bounds:
+    """The bounds of a dispatch in which each device holds b sequences of t tokens.
 
-
-def most_rows(moe: Moe, mesh: Mesh, b: int, t: int, *, dropping: bool) -> int:
-    """Rows that a device must have room for when it and its peers each hold b sequences of t tokens."""
-    return min(b * mesh.expert * t, most_pairs(moe, mesh, b, t, dropping=dropping))
-
-
-def most_pairs(moe: Moe, mesh: Mesh, b: int, t: int, *, dropping: bool) -> int:
-    """(token, expert) pairs that a device can be asked to compute when it and its peers each hold b sequences of t.
-
-    Without dropping every token may choose all it can of the device's experts. With it a group's pairs are bounded by
-    its budget, which holds the exempt sequences too: these alone exceed the budget only if their share times D is above
-    the capacity factor.
+    Without dropping, every token may choose as many of a device's experts as it can. With dropping, the budget bounds a
+    group's pairs, exempt sequences included. These alone exceed the budget only if their share times D is above the
+    capacity factor. The buffer holds a quarter more pairs than a balanced router sends, and never few.
     """
+    own, k = moe.n_routed_experts // mesh.expert, moe.num_experts_per_tok
+    # A token's K experts lie in M groups, each on its own run of devices.
+    devices = min(k, mesh.expert, moe.topk_group * math.ceil(mesh.expert / moe.n_group))
     sequences, length = b * mesh.expert, t * mesh.context
-    everything = sequences * t * min(moe.num_experts_per_tok, moe.n_routed_experts // mesh.expert)
-    if not dropping:
-        return everything
-    together = moe.budget_sequences or sequences
-    exempt = math.ceil(moe.exempt_fraction * together) * length * moe.num_experts_per_tok
-    pairs = sequences // together * max(moe.budget(together * length), exempt)
-    return min(everything, pairs * max(1, moe.n_group // mesh.expert))
-
-
-def pairs_at_a_time(moe: Moe, b: int, t: int) -> int:
-    """Pairs that a device computes in one go: a quarter more than a balanced router sends it, and never few."""
-    return max(b * t * moe.num_experts_per_tok * 5 // 4, _FEW_PAIRS)
+    pairs = sequences * t * min(k, own)
+    if dropping:
+        together = moe.budget_sequences or sequences
+        exempt = math.ceil(moe.exempt_fraction * together) * length * k
+        budget = sequences // together * max(moe.budget(together * length), exempt)
+        pairs = min(pairs, budget * max(1, moe.n_group // mesh.expert))
+    buffer_size = max(b * t * k * 5 // 4, _FEW_PAIRS)
+    return Bounds(own=own, devices=devices, rows=min(sequences * t, pairs), pairs=pairs, buffer_size=buffer_size)
 
 
 def dispatch(
@@ -88,55 +91,60 @@ def dispatch(
     experts_NK: Array,
     gates_NK: Array,
     experts: Experts,
-    moe: Moe,
+    limits: Bounds,
     mesh: Mesh,
-    rows: int,
-    beside: tuple[Work, Work] | None = None,
+    overlap: tuple[Work, Work] | None = None,
     layer: int = 0,
 ) -> tuple[Array, Array | None]:
-    """`experts` applied where each expert lives: (y_ND of this device's tokens, the result of `beside`).
+    """`experts` applied on the devices that hold them: (y_ND of this device's tokens, the result of `overlap`).
 
-    Of the work `beside`, the first part runs while rows travel out; the second takes its result as one more argument,
-    the first one, and runs while rows come back. `layer` tells one call in a program from another.
+    With so few devices that a token may be sent to all of them, all tokens are gathered and the results scattered
+    instead: the same traffic, and nothing to sort.
 
-    experts_NK int32: ids over all devices, E where a pair is dropped. gates_NK float32. `experts` gets rows from all
-    devices with ids among its own E / X experts, E / X for none; rows that have none at all hold anything, NaN too, and
-    must not be read. `rows` bounds what it can get (see `most_rows`).
-    With so few devices that a token may be sent to all of them, all tokens are gathered instead and the results
-    scattered: the same traffic, and nothing to sort.
+    Args:
+      x_ND: Hidden states of this device's tokens.
+      experts_NK: int32 ids over all devices; E drops a pair.
+      gates_NK: float32.
+      experts: Gets rows of all devices with ids among its own E / X experts, E / X for none. Rows without an expert
+        hold anything, NaN included, and must not be read.
+      limits: The static sizes (see `bounds`).
+      mesh: The sizes of the mesh.
+      overlap: Work that does not wait for the rows. The first runs while rows travel out. The second takes its result
+        as its first argument and runs while rows travel back.
+      layer: Distinguishes the calls of one program.
     """
-    own = moe.n_routed_experts // mesh.expert
-    out, back = beside or (None, None)
-    if mesh.expert <= most_devices(moe, mesh.expert):  # one device, too
+    own = limits.own
+    out, back = overlap or (None, None)
+    if mesh.expert <= limits.devices:  # includes a single device
         x, gates, ids = (collectives.gather(a, AXIS, 0, mesh) for a in (x_ND, gates_NK, experts_NK))
         y = experts(x, _local(ids, collectives.index(AXIS, mesh), own), gates)
-        meanwhile = back.function(out.function(*out.arguments), *back.arguments) if out and back else None
-        return collectives.scatter(y, AXIS, 0, mesh), meanwhile
-    plan = make_plan(experts_NK // own, most_devices(moe, mesh.expert), mesh)
-    # On TPU a row that travels must be whole in memory, so it is tiles of its own, [.., D / 128, 128], from its gather
-    # to the sum at home. Of a matrix XLA would make [P, 2, D / 2], which all that touch it pay for tenfold.
+        overlapped = back.function(out.function(*out.arguments), *back.arguments) if out and back else None
+        return collectives.scatter(y, AXIS, 0, mesh), overlapped
+    transfer = plan_transfer(experts_NK // own, limits.devices, mesh)
+    # On TPU a row that travels must be contiguous, so each row is tiles of its own, [.., D / 128, 128], from its gather
+    # to the sum at home. XLA would lay a matrix out as [P, 2, D / 2], which makes each access ten times as slow.
     tiles = (-1, _LANES) if x_ND.shape[1] % _LANES == 0 else (1, -1)
-    rows_PCL, gates_PK = expand(x_ND.reshape(len(x_ND), *tiles), plan), expand(gates_NK, plan)
-    ids_PK = _local(experts_NK[plan.tokens_P], plan.devices_P[:, None], own)
-    notes_PK = jnp.concatenate([gates_PK, ids_PK.astype(jnp.float32)], axis=1)  # they travel in one array
-    notes_SK = exchange(notes_PK, plan.sizes_XX, rows)
-    # XLA is told to schedule the work between the start of a transfer and its end. Left alone it puts it behind, for it
-    # does not know how long a ragged transfer takes. The barriers keep out of a group what needs its results.
+    rows_PCL, gates_PK = expand(x_ND.reshape(len(x_ND), *tiles), transfer), expand(gates_NK, transfer)
+    ids_PK = _local(experts_NK[transfer.tokens_P], transfer.devices_P[:, None], own)
+    notes_PK = jnp.concatenate([gates_PK, ids_PK.astype(jnp.float32)], axis=1)  # one array, so one transfer
+    notes_SK = exchange(notes_PK, transfer.sizes_XX, limits.rows)
+    # XLA does not know how long a ragged transfer takes and would schedule the work after it. The scheduling group
+    # puts the work between the start of a transfer and its end; the barriers keep what needs the results out of it.
     with set_xla_metadata(_scheduling_group_id=str(2 * layer)):
-        arrived = exchange(rows_PCL, plan.sizes_XX, rows), _run(out)
-    x_SCL, meanwhile = lax.optimization_barrier(arrived)
-    x_SD = _relaid(x_SCL, (rows, x_ND.shape[1]))
+        arrived = exchange(rows_PCL, transfer.sizes_XX, limits.rows), _run(out)
+    x_SCL, overlapped = lax.optimization_barrier(arrived)
+    x_SD = _retile(x_SCL, (limits.rows, x_ND.shape[1]))
     gates_SK, ids_SK = jnp.split(notes_SK, 2, axis=1)
-    came_S1 = jnp.arange(rows)[:, None] < plan.sizes_XX[:, lax.axis_index(AXIS)].sum()
+    came_S1 = jnp.arange(limits.rows)[:, None] < transfer.sizes_XX[:, lax.axis_index(AXIS)].sum()
     y_SD = experts(x_SD, jnp.where(came_S1, ids_SK, own).astype(jnp.int32), gates_SK)
     with set_xla_metadata(_scheduling_group_id=str(2 * layer + 1)):
-        arrived = exchange(_relaid(y_SD, x_SCL.shape), plan.sizes_XX.T, len(rows_PCL)), _run(back, meanwhile)
-    back_PCL, meanwhile = lax.optimization_barrier(arrived)
-    return merge(back_PCL, plan).reshape(x_ND.shape), meanwhile
+        arrived = exchange(_retile(y_SD, x_SCL.shape), transfer.sizes_XX.T, len(rows_PCL)), _run(back, overlapped)
+    back_PCL, overlapped = lax.optimization_barrier(arrived)
+    return merge(back_PCL, transfer).reshape(x_ND.shape), overlapped
 
 
-def _relaid(x: Array, shape: tuple[int, ...]) -> Array:
-    """x in another shape, and no part of what makes or reads it: fused with either the change of tiles is dearer."""
+def _retile(x: Array, shape: tuple[int, ...]) -> Array:
+    """x in another shape, kept apart from its producer and consumers: fused with them it is slower."""
     return lax.optimization_barrier(lax.optimization_barrier(x).reshape(shape))
 
 
@@ -146,7 +154,7 @@ def _run(work: Work | None, *first: Array | None) -> Array | None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _forward_group(function: Callable[..., Array], *arguments: Array) -> Array:
-    """The function, whose gradient leaves the scheduling group: in one of a layer's backward pass both would stand."""
+    """The function. Its gradient leaves the scheduling group, which would else hold both directions of a layer."""
     return function(*arguments)
 
 
@@ -159,13 +167,13 @@ _forward_group.defvjp(lambda function, *arguments: (function(*arguments), argume
 
 
 def _local(ids: Array, device: Array | int, own: int) -> Array:
-    """Ids among the `own` experts of a device, `own` for the experts of others."""
+    """Ids among the `own` experts of a device; `own` for experts of other devices."""
     here = ids - device * own
     return jnp.where((here >= 0) & (here < own), here, own)
 
 
-def make_plan(devices_NK: Array, copies: int, mesh: Mesh) -> Plan:
-    """The plan of this device for choices on the given devices, X or more for none; `copies`: devices of a token."""
+def plan_transfer(devices_NK: Array, copies: int, mesh: Mesh) -> Transfer:
+    """This device's transfer, given the device of each choice, X or more for none; `copies`: devices of a token."""
     n, x = devices_NK.shape[0], mesh.expert
     sends_NX = (devices_NK[:, :, None] == jnp.arange(x)).any(axis=1)
     counts_X = sends_NX.sum(axis=0, dtype=jnp.int32)
@@ -175,7 +183,7 @@ def make_plan(devices_NK: Array, copies: int, mesh: Mesh) -> Plan:
     copy_NXR = sends_NX[:, :, None] & (rank_NX[:, :, None] == jnp.arange(copies))
     token_NX = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32)[:, None], sends_NX.shape)
     row_P = jnp.arange(n * copies, dtype=jnp.int32)
-    return Plan(
+    return Transfer(
         tokens_P=jnp.zeros(n * copies, jnp.int32)
         .at[jnp.where(sends_NX, rows_NX, n * copies)]
         .set(token_NX, mode="drop"),
@@ -187,61 +195,61 @@ def make_plan(devices_NK: Array, copies: int, mesh: Mesh) -> Plan:
 
 
 @jax.custom_vjp
-def expand(x_ND: Array, plan: Plan) -> Array:
-    """The rows to send, [P, ...]; transposed, `merge`. Both are gathers: no scatter of hidden states is ever made."""
-    return x_ND[plan.tokens_P]
+def expand(x_ND: Array, transfer: Transfer) -> Array:
+    """The rows to send, [P, ...]. Its transpose is `merge`; both are gathers, so hidden states are never scattered."""
+    return x_ND[transfer.tokens_P]
 
 
 @jax.custom_vjp
-def merge(rows_PD: Array, plan: Plan) -> Array:
-    """The sum of every token's rows, [N, ...], in float32, then of the rows' dtype; transposed, `expand`."""
-    y_ND = jnp.zeros((plan.rows_NR.shape[0], *rows_PD.shape[1:]), jnp.float32)
-    for r in range(plan.rows_NR.shape[1]):
-        sent = plan.sent_NR[:, r].reshape(-1, *(1,) * (rows_PD.ndim - 1))
-        y_ND += jnp.where(sent, rows_PD[plan.rows_NR[:, r]], 0)
+def merge(rows_PD: Array, transfer: Transfer) -> Array:
+    """The sum of each token's rows, [N, ...] in the rows' dtype, added in float32. Its transpose is `expand`."""
+    y_ND = jnp.zeros((transfer.rows_NR.shape[0], *rows_PD.shape[1:]), jnp.float32)
+    for r in range(transfer.rows_NR.shape[1]):
+        sent = transfer.sent_NR[:, r].reshape(-1, *(1,) * (rows_PD.ndim - 1))
+        y_ND += jnp.where(sent, rows_PD[transfer.rows_NR[:, r]], 0)
     return y_ND.astype(rows_PD.dtype)
 
 
-# Rows that are not sent get a cotangent of some token too; nobody reads it.
-expand.defvjp(lambda x, plan: (expand(x, plan), plan), lambda plan, g: (merge(g, plan), None))
-merge.defvjp(lambda x, plan: (merge(x, plan), plan), lambda plan, g: (expand(g, plan), None))
+# Rows that are not sent get a cotangent of some token too, which nothing reads.
+expand.defvjp(lambda x, to: (expand(x, to), to), lambda to, g: (merge(g, to), None))
+merge.defvjp(lambda x, to: (merge(x, to), to), lambda to, g: (expand(g, to), None))
 
 
-def exchange(rows_PD: Array, sizes_XX: Array, room: int) -> Array:
-    """Sends runs of rows to the devices of the expert axis: what arrives, in the order of the senders, [room, ...].
+def exchange(rows_PD: Array, sizes_XX: Array, buffer_rows: int) -> Array:
+    """Sends runs of rows to the devices of the expert axis and returns the received rows by sender, [buffer_rows, ...].
 
-    sizes_XX int32: rows of device i for device j. A sender's runs lie in the order of the receivers, without gaps.
-    Rows behind the last hold anything: on TPU memory as it was, for zeros are dear to write; on CPU NaN. Transposed,
-    the exchange of the transposed sizes.
+    sizes_XX int32: rows that device i sends to device j. A sender's runs are in the order of the receivers, without
+    gaps. Rows after the last received one hold anything: on TPU uninitialised memory, since zeros are slow to write;
+    on CPU NaN. The transpose is the exchange with transposed sizes.
     """
-    return _exchange(room, len(rows_PD), rows_PD, sizes_XX)
+    return _exchange(buffer_rows, len(rows_PD), rows_PD, sizes_XX)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _exchange(room: int, room_back: int, rows_PD: Array, sizes_XX: Array) -> Array:
-    assert len(rows_PD) == room_back
-    return _move(rows_PD, sizes_XX, room)
+def _exchange(buffer_rows: int, buffer_back: int, rows_PD: Array, sizes_XX: Array) -> Array:
+    assert len(rows_PD) == buffer_back
+    return _move(rows_PD, sizes_XX, buffer_rows)
 
 
-def _exchange_bwd(_: int, room_back: int, sizes_XX: Array, g_SD: Array) -> tuple[Array, None]:
+def _exchange_bwd(_: int, buffer_back: int, sizes_XX: Array, g_SD: Array) -> tuple[Array, None]:
     with set_xla_metadata(_scheduling_group_id=None):
-        return _move(g_SD, sizes_XX.T, room_back), None
+        return _move(g_SD, sizes_XX.T, buffer_back), None
 
 
-_exchange.defvjp(lambda room, _, rows, sizes: (_move(rows, sizes, room), sizes), _exchange_bwd)
+_exchange.defvjp(lambda buffer_rows, _, rows, sizes: (_move(rows, sizes, buffer_rows), sizes), _exchange_bwd)
 
 
-def _move(rows_PD: Array, sizes_XX: Array, room: int) -> Array:
+def _move(rows_PD: Array, sizes_XX: Array, buffer_rows: int) -> Array:
     me = lax.axis_index(AXIS)
-    sent_XX = jnp.cumsum(sizes_XX, axis=1) - sizes_XX  # where in the sender's rows a run begins
-    landed_XX = jnp.cumsum(sizes_XX, axis=0) - sizes_XX  # and where in the receiver's
+    sent_XX = jnp.cumsum(sizes_XX, axis=1) - sizes_XX  # the start of each run among the sender's rows
+    landed_XX = jnp.cumsum(sizes_XX, axis=0) - sizes_XX  # and among the receiver's
     if platform() != "cpu":
         runs = (sent_XX[me], sizes_XX[me], landed_XX[me], sizes_XX[:, me])
-        empty = lax.empty((room, *rows_PD.shape[1:]), rows_PD.dtype)
+        empty = lax.empty((buffer_rows, *rows_PD.shape[1:]), rows_PD.dtype)
         return lax.ragged_all_to_all(rows_PD, empty, *runs, axis_name=AXIS[0])
-    # XLA's CPU has no ragged transfer: everybody gets everything and takes what is his.
+    # XLA's CPU backend has no ragged transfer: each device gathers all rows and picks its own.
     everything_XPD = lax.all_gather(rows_PD, AXIS)
-    row_S = jnp.arange(room, dtype=jnp.int32)
+    row_S = jnp.arange(buffer_rows, dtype=jnp.int32)
     ends_X = landed_XX[:, me] + sizes_XX[:, me]
     sender_S = (row_S[:, None] >= ends_X).sum(axis=1)
     came_S = sender_S < len(ends_X)

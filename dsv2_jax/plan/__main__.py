@@ -15,7 +15,7 @@ import jax
 from dsv2_jax import cli
 from dsv2_jax.config import Config, check
 from dsv2_jax.inference.engine import Capacity
-from dsv2_jax.model.layers import kernels
+from dsv2_jax.ops import switch
 from dsv2_jax.plan import claims, grpo, largest, page, report, search
 from dsv2_jax.plan.compile import Topology, compiled, laid_out
 from dsv2_jax.plan.estimate import Estimate, estimate
@@ -139,7 +139,7 @@ def _parsed(name: str, flags: list[str]) -> Plan:
 def _work(plan: Plan) -> Work:
     check(not (plan.forward and plan.decode), "--forward and --decode plan different programs: leave one out")
     if plan.decode:
-        return plan.capacity.resolve(plan.model, kernels(plan.compute, Topology(plan.topology).kind))
+        return plan.capacity.resolve(plan.model, switch.implementation(plan.compute, Topology(plan.topology).kind))
     return "forward" if plan.forward else "step"
 
 

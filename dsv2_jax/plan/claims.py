@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from dsv2_jax.config import SINGLE, Attention, Config, Model, Moe
-from dsv2_jax.model import paged, transformer
+from dsv2_jax.model import transformer
+from dsv2_jax.ops import pages
 from dsv2_jax.plan.compile import Topology
 from dsv2_jax.plan.estimate import Estimate
 from dsv2_jax.plan.largest import largest
@@ -33,7 +34,7 @@ class Claim:
 
 def cached_numbers(model: Model) -> int:
     """Numbers that one token leaves in the cache, counted in the arrays of one page."""
-    page = paged.empty(model, SINGLE, 1, _SLOTS, "compute", jnp.dtype(jnp.bfloat16))
+    page = pages.empty(model, SINGLE, 1, _SLOTS, "compute", jnp.dtype(jnp.bfloat16))
     return sum(x.size for layer in page for x in layer.values()) // _SLOTS
 
 

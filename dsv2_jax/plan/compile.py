@@ -18,7 +18,7 @@ from dsv2_jax import cli
 from dsv2_jax.config import Batch, Cadence, Config, Data, Grpo, Processes, check, to_json
 from dsv2_jax.inference import programs
 from dsv2_jax.inference.engine import Capacity
-from dsv2_jax.model.layers import kernels
+from dsv2_jax.ops import switch
 from dsv2_jax.parallel import sharding, xla
 from dsv2_jax.parallel.mesh import BATCH
 from dsv2_jax.plan.program import HLO, PROGRAM, REQUEST, Program, Work
@@ -109,7 +109,7 @@ def laid_out(config: Config, topology: Topology, work: Work = "step") -> Config:
     compute = config.compute
     if compute.dtype == "auto":  # what it is on a TPU
         compute = dataclasses.replace(compute, dtype="bfloat16")
-    compute = dataclasses.replace(compute, kernels=kernels(compute, topology.kind))
+    compute = dataclasses.replace(compute, kernels=switch.implementation(compute, topology.kind))
     return dataclasses.replace(
         config,
         batch=batch,

@@ -12,7 +12,7 @@ from typing import Any
 
 from dsv2_jax.alignment import sampler, verifiers
 from dsv2_jax.config import Config
-from dsv2_jax.model.layers import kernels
+from dsv2_jax.ops import switch
 from dsv2_jax.plan import report
 from dsv2_jax.plan.compile import Topology
 from dsv2_jax.plan.estimate import Estimate
@@ -59,7 +59,7 @@ def iteration(config: Config, topology: Topology, plan: Callable[[Config, Topolo
     """
     mesh = config.mesh.resolve(topology.devices * config.mesh.slices)
     resolved = dataclasses.replace(config, mesh=mesh)
-    how = kernels(config.compute, topology.kind)
+    how = switch.implementation(config.compute, topology.kind)
     capacity = sampler.capacity(resolved, how).resolve(config.model, how)
     preparing, sampling, updating = (plan(config, topology, work) for work in ("weights", capacity, "step"))
     masters, optimizer, cache = updating.memory.parameters, updating.memory.optimizer, sampling.memory.cache

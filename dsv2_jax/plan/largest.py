@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from dsv2_jax.config import Config, check
 from dsv2_jax.inference.engine import Capacity
-from dsv2_jax.model.layers import kernels
+from dsv2_jax.ops import switch
 from dsv2_jax.plan.compile import Topology
 from dsv2_jax.plan.estimate import Estimate
 from dsv2_jax.plan.program import Work
@@ -23,7 +23,7 @@ def largest(
     Starts with its rows; then the room that is left is filled, or what is too much taken away. plan: compiles. Raises
     ValueError if not even a few sequences fit.
     """
-    how = kernels(config.compute, topology.kind)
+    how = switch.implementation(config.compute, topology.kind)
     best, rows, lowest, highest = None, capacity.rows, 0, 0  # highest: the fewest rows that do not fit
     for _ in range(_TRIES):
         tried = dataclasses.replace(capacity, rows=rows, pages=0).resolve(config.model, how)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from dsv2_jax.config import SINGLE, Mesh
-from dsv2_jax.model.matmul import dot, project, weight_gradient
+from dsv2_jax.ops.matmul import dot, project, weight_gradient
 from dsv2_jax.parallel import collectives
 
 

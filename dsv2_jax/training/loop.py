@@ -17,7 +17,8 @@ from dsv2_jax.alignment import reward
 from dsv2_jax.config import Config, check
 from dsv2_jax.data import corpora, pipeline
 from dsv2_jax.evaluation import perplexity
-from dsv2_jax.model import layers, transformer
+from dsv2_jax.model import transformer
+from dsv2_jax.ops import switch
 from dsv2_jax.parallel import mesh as device_mesh
 from dsv2_jax.parallel import processes, sharding
 from dsv2_jax.parallel.feed import Feed
@@ -119,7 +120,7 @@ def train(config: Config) -> Outcome:
 
 def resolve(config: Config) -> Config:
     """The config with the sizes of its mesh for the devices at hand. Raises ValueError if anything does not fit."""
-    layers.kernels(config.compute)  # which says at once what cannot run, and what nobody has tried
+    switch.implementation(config.compute)  # fails early where kernels cannot run, and warns of untested platforms
     mesh = config.mesh.resolve(jax.device_count())
     sharding.check_model(config.model, mesh)
     sharding.check_batch(config.batch.micro_size or config.batch.size, config.batch.length, config.model, mesh)

@@ -12,9 +12,9 @@ from dsv2_jax.config import SINGLE, Compute
 from dsv2_jax.hf import load_params
 from dsv2_jax.inference import quantize
 from dsv2_jax.inference.engine import Capacity, Engine
-from dsv2_jax.model import formats, paged
 from dsv2_jax.model.layers import KEPT_FLOAT32
-from dsv2_jax.model.matmul import project, whole
+from dsv2_jax.ops import formats, pages
+from dsv2_jax.ops.matmul import dequantize, project
 from pallas_kernels.latent_attention import packing
 from pallas_kernels.quantized import Quantized
 
@@ -65,7 +65,7 @@ def test_two_scales_fill_a_word():
 def test_bits_of_a_cached_number(name, form, most):
     """Everything included, in the shapes of V2 (576 numbers a token and layer) and of nano."""
     model = getattr(models, name)()
-    made = jax.eval_shape(lambda: paged.empty(model, SINGLE, 10, 128, form, jnp.dtype(jnp.float32)))
+    made = jax.eval_shape(lambda: pages.empty(model, SINGLE, 10, 128, form, jnp.dtype(jnp.float32)))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(made))
     assert 8 * size / (10 * 128 * model.cache_elements) <= most
 
@@ -76,7 +76,7 @@ def test_weights_come_back(kind, share):
     w[:, 1, 3] *= 1000  # its channel alone loses by it
     q = quantize.channelwise(jnp.asarray(w), (0,), kind)
     assert (q.values.dtype.itemsize, q.scale.shape) == (1, (1, 4, 10))
-    error = np.abs(np.asarray(whole(q, jnp.dtype(jnp.float32))) - w)
+    error = np.abs(np.asarray(dequantize(q, jnp.dtype(jnp.float32))) - w)
     bound = np.abs(w).max(0) if kind == "int8" else np.maximum(np.abs(w), np.abs(w).max(0) * 2.0**-14)
     assert (error <= 1.001 * share * bound).all()
     x = np.random.default_rng(2).standard_normal((3, 24)).astype(np.float32)
@@ -110,7 +110,7 @@ def test_quantized_weights_compute_what_they_stand_for(loaded, ids, kind):
             return w
         layers = path[0].key in ("dense", "moe")
         axes = tuple(axis + layers for axis in quantize.contracted(name))
-        return whole(quantize.channelwise(w, axes, kind), jnp.dtype(jnp.float32))
+        return dequantize(quantize.channelwise(w, axes, kind), jnp.dtype(jnp.float32))
 
     spelled = jax.jit(lambda p: jax.tree_util.tree_map_with_path(same_values, p))(params)
     mine = logits(params, model, ids, weights=kind)

@@ -13,7 +13,8 @@ from safetensors.numpy import load_file
 from dsv2_jax import config as configs
 from dsv2_jax.hf import convert, names
 from dsv2_jax.inference import programs
-from dsv2_jax.model import paged, rope, transformer
+from dsv2_jax.model import rope, transformer
+from dsv2_jax.ops import pages
 from dsv2_jax.training import step
 from dsv2_jax.training.loss import loss
 
@@ -129,7 +130,7 @@ def test_prefill_then_decode_through_the_latent_cache_is_the_full_pass(case):
     ids, slots, table = golden["ids_long"][0, :300], 64, np.array([3, 1, 5, 2, 4])
     setup = programs.Setup(model=model, compute=COMPUTE, form="compute", weights="compute", devices=None)
     prepared, layers, found = programs.prepare(params, setup), programs.empty(setup, 6, slots), []
-    block = paged.block(model, "xla")
+    block = pages.chunk_block("cpu")
     for start, stop in [(0, 192), (192, 296), *((i, i + 1) for i in range(296, 300))]:
         single, count = stop - start == 1, stop - start
         chunk = 0 if single else -(-count // block) * block

@@ -13,8 +13,10 @@ from jax.experimental import pallas as pl
 from configs import models
 from dsv2_jax.config import SINGLE, Attention, Batch, Compute, Config, Mesh, Model, Optimizer
 from dsv2_jax.inference import quantize
-from dsv2_jax.model import attention, parameters, transformer
-from dsv2_jax.model.moe import mixture
+from dsv2_jax.model import parameters, transformer
+from dsv2_jax.model.moe import RoutedTokens, mixture
+from dsv2_jax.ops import attention
+from dsv2_jax.ops.switch import Execution
 from dsv2_jax.parallel import mesh as device_mesh
 from dsv2_jax.parallel import sharding
 from dsv2_jax.parallel.feed import Feed
@@ -41,11 +43,7 @@ GQA = Attention(
 def interpreted(monkeypatch):
     """Kernels run on CPU, as plain JAX: the interpreter that finds races has effects, which remat does not take."""
 
-    def kernel(*args, implementation, **rest):
-        assert implementation == "pallas"
-        return flash.attention(*args, **rest, interpret=True)
-
-    monkeypatch.setattr(attention, "kernel_attention", kernel)
+    monkeypatch.setattr(attention, "latent_attention", functools.partial(flash.attention, interpret=True))
     monkeypatch.setattr(chips, "here", lambda: "v5p")  # which alone lets the kernels be chosen
     monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
     # Small tiles: what XLA has to compile here grows with them.
@@ -118,7 +116,9 @@ def test_experts_in_8_bits_with_kernels_are_those_without():
     x_BTD = jnp.asarray(rng.standard_normal((ROWS, 8, size.hidden_size)), jnp.float32)
     valid_BT = jnp.arange(8) < jnp.array([[8], [5], [0], [8]])
     ours, theirs = (
-        jax.jit(lambda p, x, how=how: mixture(p, x, valid_BT, None, size.moe, SINGLE, how)[0])(p, x_BTD)
-        for how in ("pallas", "xla")
+        jax.jit(
+            lambda p, x, how=how: mixture(p, x, RoutedTokens(valid_BT), size.moe, Execution(implementation=how))[0]
+        )(p, x_BTD)
+        for how in ("pallas", "cpu")
     )
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())

@@ -10,7 +10,8 @@ import pytest
 
 from configs import PRESETS, models
 from dsv2_jax.config import SINGLE, Attention, Batch, Compute, Config, Mesh, Model, Optimizer
-from dsv2_jax.model import blockwise, rope, transformer
+from dsv2_jax.model import rope, transformer
+from dsv2_jax.ops.cpu import attention as cpu
 from dsv2_jax.parallel import mesh as device_mesh
 from dsv2_jax.parallel import sharding
 from dsv2_jax.parallel.feed import Feed
@@ -75,7 +76,7 @@ def test_the_last_queries_see_just_their_document(begin):
     k[:, :begin] = k[:, offset + last :] = 9 * q[:, -1:]
     segments = np.where(np.arange(LONGEST) < begin, 1, 2).astype(np.int32)[None]
     here = segments[:, offset : offset + last]
-    found = blockwise.attention(q, k, v, scale=0.5, segments_BT=here, segments_BS=segments, offset=offset)
+    found = cpu.attention(q, k, v, scale=0.5, segments_BT=here, segments_BS=segments, offset=offset)
     for i in range(last):
         scores = 0.5 * k[0, begin : offset + i + 1, 0].astype(np.float64) @ q[0, i, 0].astype(np.float64)
         weights = np.exp(scores - scores.max())

@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec
 
 from configs import models
 from dsv2_jax.config import SINGLE, Mesh
-from dsv2_jax.model.moe import mixture
+from dsv2_jax.model.moe import RoutedTokens, mixture
+from dsv2_jax.ops.switch import Execution
 from dsv2_jax.parallel import mesh as device_mesh
 
 B, T, D, F = 8, 8, 16, 8
@@ -30,7 +31,7 @@ def test_rows_that_nobody_sent_are_never_read(padded):
 
     def gradients(mesh, p, x, valid, weight):
         def value(p, x):
-            return jnp.vdot(mixture(p, x, valid, None, MOE, mesh)[0], weight)
+            return jnp.vdot(mixture(p, x, RoutedTokens(valid), MOE, Execution(mesh))[0], weight)
 
         dp, dx = jax.grad(value, argnums=(0, 1))(p, x)
         return {name: dp[name] for name in EXPERTS}, dx

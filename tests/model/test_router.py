@@ -10,7 +10,8 @@ from jax.test_util import check_grads
 
 from dsv2_jax.config import Moe
 from dsv2_jax.model import router
-from dsv2_jax.model.moe import mixture
+from dsv2_jax.model.moe import RoutedTokens, mixture
+from dsv2_jax.ops.switch import Execution
 
 MOE = Moe(
     n_routed_experts=12,
@@ -206,7 +207,7 @@ def test_dropping(capacity, exempt):
     for seed in range(3):
         scores, experts = crowded(seed)
         routing = router.Routing(jnp.asarray(scores), jnp.asarray(experts), jnp.ones(experts.shape))
-        kept = np.asarray(router.drop(routing, jnp.asarray(VALID_BT), jnp.asarray(exempt), moe))
+        kept = np.asarray(router.kept(routing, jnp.asarray(VALID_BT), jnp.asarray(exempt), moe))
         np.testing.assert_array_equal(kept, expected_kept(scores, experts, VALID_BT, exempt, moe))
         if not any(exempt) and capacity <= 1:
             assert not kept[VALID_BT].all()
@@ -216,7 +217,7 @@ def test_exempt_sequences_are_kept_even_beyond_the_budget():
     """All choices fall on one group, whose budget is a quarter of them; two of three sequences are exempt."""
     experts = jnp.broadcast_to(jnp.arange(3), (3, 9, 3))
     routing = router.Routing(jnp.full((3, 9, 12), 1 / 12), experts, jnp.ones((3, 9, 3)))
-    kept = np.asarray(router.drop(routing, jnp.ones((3, 9), bool), jnp.array([True, False, True]), MOE))
+    kept = np.asarray(router.kept(routing, jnp.ones((3, 9), bool), jnp.array([True, False, True]), MOE))
     assert kept[[0, 2]].all()
     assert not kept[1].any()
 
@@ -225,7 +226,7 @@ def test_of_equal_pairs_the_earlier_are_kept_and_padding_goes_first():
     experts = jnp.broadcast_to(jnp.arange(3), (1, 8, 3))
     routing = router.Routing(jnp.full((1, 8, 12), 1 / 12), experts, jnp.ones((1, 8, 3)))
     valid = jnp.arange(8)[None] >= 5  # three tokens behind five of padding; the budget is 24 / 4 = 6 pairs
-    kept = np.asarray(router.drop(routing, valid, jnp.array([False]), MOE))
+    kept = np.asarray(router.kept(routing, valid, jnp.array([False]), MOE))
     assert kept[0, :, :].sum(axis=-1).tolist() == [0, 0, 0, 0, 0, 3, 3, 0]
 
 
@@ -233,7 +234,7 @@ def test_nothing_is_dropped_with_ample_capacity():
     scores, experts = crowded(0)
     routing = router.Routing(jnp.asarray(scores), jnp.asarray(experts), jnp.ones(experts.shape))
     ample = dataclasses.replace(MOE, capacity_factor=4.0)
-    assert router.drop(routing, jnp.asarray(VALID_BT), jnp.zeros(3, bool), ample).all()
+    assert router.kept(routing, jnp.asarray(VALID_BT), jnp.zeros(3, bool), ample).all()
 
 
 def expert_params(w_router: np.ndarray) -> dict[str, np.ndarray]:
@@ -271,9 +272,9 @@ def test_mixture_adds_the_kept_pairs_only(training):
     y, statistics = mixture(
         jax.tree.map(jnp.asarray, p),
         jnp.asarray(x),
-        jnp.asarray(VALID_BT),
-        jnp.asarray(exempt) if training else None,
+        RoutedTokens(jnp.asarray(VALID_BT), jnp.asarray(exempt) if training else None),
         moe,
+        Execution(),
     )
     np.testing.assert_allclose(np.asarray(y)[VALID_BT], expected[VALID_BT], rtol=1e-4, atol=1e-4)
     share = (~kept[VALID_BT]).sum() / kept[VALID_BT].size

@@ -11,8 +11,11 @@ from hf_cases import gqa, lite, random_params
 
 from configs import PRESETS, models
 from dsv2_jax.config import SINGLE, Attention, Compute, Model, Moe
-from dsv2_jax.model import attention, paged, parameters, rope, transformer
+from dsv2_jax.model import attention, parameters, rope, transformer
 from dsv2_jax.model.layers import cast
+from dsv2_jax.ops import pages
+from dsv2_jax.ops.attention import PackedTokens
+from dsv2_jax.ops.switch import Execution
 
 EXACT = Compute(dtype="float32", remat="none")
 
@@ -164,11 +167,11 @@ def test_the_absorbed_form_is_the_expanded_one():
     shapes = [(b, t, h, n), (b, t, h, r), (b, t, c), (b, t, r), (c, h, n), (c, h, v)]
     q_nope, q_rope, latent, k_rope, w_uk, w_uv = exact = [rng.standard_normal(shape) for shape in shapes]
     segments = np.array([[1] * 7 + [2] * 5, [1] * 9 + [0] * 3])
-    where = attention.Where((jnp.zeros(()), jnp.zeros(())), jnp.asarray(segments), jnp.asarray(segments))
-    *tokens, w_uk_CHN, w_uv_CHV = (jnp.asarray(x, jnp.float32) for x in exact)
+    tokens = PackedTokens((jnp.zeros(()), jnp.zeros(())), jnp.asarray(segments), jnp.asarray(segments))
+    *q, latent_BSC, k_rope_BSR, w_uk_CHN, w_uv_CHV = (jnp.asarray(x, jnp.float32) for x in exact)
     p = {"w_uk_CHN": w_uk_CHN, "w_uv_CHV": w_uv_CHV}
-    expanded = attention.expanded(p, *tokens, where, model, SINGLE, "xla")
-    absorbed = attention.absorbed(p, *tokens, where, model)
+    expanded = attention.expanded(p, tuple(q), latent_BSC, k_rope_BSR, tokens, model, Execution())
+    absorbed = attention.absorbed(p, tuple(q), latent_BSC, k_rope_BSR, tokens, model)
 
     scores = np.einsum("bthn,bshn->bhts", q_nope, np.einsum("bsc,chn->bshn", latent, w_uk))
     scores = rope.softmax_scale(model) * (scores + np.einsum("bthr,bsr->bhts", q_rope, k_rope))
@@ -184,7 +187,7 @@ def test_the_absorbed_form_is_the_expanded_one():
 def test_the_cache_holds_what_the_table_says(case):
     """Table 1: elements a token over all layers."""
     model, _ = case
-    layers = paged.empty(model, SINGLE, 3, 7, "compute", jnp.dtype(jnp.float32))
+    layers = pages.empty(model, SINGLE, 3, 7, "compute", jnp.dtype(jnp.float32))
     a = model.attention
     width = a.kv_lora_rank + a.qk_rope_head_dim if a.kind == "mla" else 2 * a.num_key_value_heads * a.v_head_dim
     assert sum(leaf.size for leaf in jax.tree.leaves(layers)) == 3 * 7 * model.num_hidden_layers * width

@@ -14,8 +14,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from configs import models
 from dsv2_jax.config import Batch, Compute, Config, Mesh
 from dsv2_jax.model import transformer
-from dsv2_jax.model.grouped import grouped_swiglu
-from dsv2_jax.model.moe import mixture
+from dsv2_jax.model.moe import RoutedTokens, mixture
+from dsv2_jax.ops.cpu.experts import grouped_swiglu
+from dsv2_jax.ops.switch import Execution
 from dsv2_jax.parallel import expert, sharding
 from dsv2_jax.parallel import mesh as device_mesh
 from dsv2_jax.training.step import create, state_specs, train_step
@@ -74,12 +75,11 @@ def test_a_token_is_sent_at_most_once_to_a_device(tpus):
     def traffic(moe, tokens, choices):
         def dispatch(x_ND, experts_NK, gates_NK, w_gate, w_up, w_down):
             def experts(x, ids, gates):
-                return grouped_swiglu(x, ids, gates, w_gate, w_up, w_down)
+                return grouped_swiglu(x, ids, gates, (w_gate, w_up, w_down))
 
-            rows = expert.most_rows(MOE, MESH, 1, TOKENS, dropping=False)
-            return expert.dispatch(x_ND, experts_NK, gates_NK, experts, moe, MESH, rows * choices_of_a_copy)[0]
+            limits = expert.bounds(moe, MESH, 1, tokens, dropping=False)
+            return expert.dispatch(x_ND, experts_NK, gates_NK, experts, limits, MESH)[0]
 
-        choices_of_a_copy = MOE.num_experts_per_tok // choices
         split = PartitionSpec("expert")
         weights = [((160, *s), jnp.bfloat16) for s in ((WIDTH, INNER), (WIDTH, INNER), (INNER, WIDTH))]
         arguments = [
@@ -105,7 +105,9 @@ def test_shared_experts_run_while_tokens_travel(tpus):
         names = ("w_router_DE", "w_gate_EDF", "w_up_EDF", "w_down_EFD", "w_gate_DX", "w_up_DX", "w_down_XD")
         p = dict(zip(names, weights, strict=True))
         b, t = x_BTD.shape[:2]
-        return mixture(p, x_BTD, jnp.ones((b, t), bool), jnp.zeros(b, bool), MOE, MESH)[0]
+        return mixture(p, x_BTD, RoutedTokens(jnp.ones((b, t), bool), jnp.zeros(b, bool)), MOE, Execution(MESH, "xla"))[
+            0
+        ]
 
     split, whole = PartitionSpec("expert"), PartitionSpec()
     shared = 2 * MOE.moe_intermediate_size

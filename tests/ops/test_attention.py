@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv2_jax.model.blockwise import attention
+from dsv2_jax.ops.cpu.attention import attention
 
 
 def _dense(q, k, v, scale, segments_t, segments_s, offset):

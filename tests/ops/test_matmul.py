@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv2_jax.model.matmul import project, weight_gradient
+from dsv2_jax.ops.matmul import project, weight_gradient
 
 
 @pytest.mark.parametrize(("x_shape", "w_shape", "axes"), [((2, 3, 6), (6, 4, 5), 1), ((7, 4, 5), (4, 5, 6), 2)])

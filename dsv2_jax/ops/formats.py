@@ -1,8 +1,7 @@
-"""What a cache keeps numbers in, and how rows become int8 or 6-bit integers with one scale each.
+"""Formats of the cache's rows: the activations' dtype, bfloat16, or int8 and 6-bit integers with a scale a row.
 
-A row is what one token keeps in one array of one layer's cache. Its scale is the largest magnitude over the largest
-integer, rounded up to float16, so nothing is clipped. How rows are packed and come back:
-pallas_kernels/latent_attention/packing.py.
+A row is what one token keeps in one array of one layer. Its scale is the largest magnitude over the largest integer,
+rounded up to float16, so no number is clipped. pallas_kernels/latent_attention/packing.py packs and dequantises rows.
 """
 
 from typing import Literal
@@ -24,7 +23,7 @@ def is_quantized(form: Format) -> bool:
 
 
 def stored(form: Format, compute: jnp.dtype) -> jnp.dtype:
-    """The dtype of a cache's arrays, given that of activations."""
+    """The dtype of the cache's arrays, given that of the activations."""
     return jnp.dtype(_STORED.get(form, compute))
 
 
@@ -36,5 +35,5 @@ def quantize(x: Array, form: Format) -> tuple[Array, Array]:
     rounded = scale.astype(jnp.float16)
     up = jnp.nextafter(rounded, jnp.float16(jnp.inf))
     scale = jnp.where(rounded.astype(jnp.float32) < scale, up, rounded)
-    whole = jnp.round(x / scale.astype(jnp.float32)[..., None]).astype(jnp.int32)
-    return (whole.astype(jnp.int8) if form == "int8" else packing.pack(whole)), scale
+    integers = jnp.round(x / scale.astype(jnp.float32)[..., None]).astype(jnp.int32)
+    return (integers.astype(jnp.int8) if form == "int8" else packing.pack(integers)), scale

@@ -1,6 +1,6 @@
-"""Exact causal attention over packed rows, a block of queries at a time: scores never exist whole, nor are they kept.
+"""Exact causal attention over packed rows, one block of queries at a time: scores exist for a block only.
 
-The backward pass keeps the result and the logarithm of each softmax's sum and computes the scores again.
+The backward pass recomputes them from the result and the logarithm of each softmax's sum, which the forward pass keeps.
 """
 
 import functools
@@ -12,10 +12,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from dsv2_jax.model import streams
-from dsv2_jax.model.matmul import dot, from_bits, to_bits, transpose, weight_gradient
-
-_MASKED = -1e30
+from dsv2_jax.ops.cpu import MASKED, streams
+from dsv2_jax.ops.cpu.matmul import dot, from_bits, to_bits, transpose, weight_gradient
 
 
 def attention(
@@ -28,14 +26,12 @@ def attention(
     segments_BS: Array,
     offset: int | Array = 0,
 ) -> Array:
-    """softmax(scale q k^T) v in float32, [B, T, H, V] in q's dtype.
+    """softmax(scale q k^T) v with a float32 softmax: [B, T, H, V] in q's dtype.
 
-    The query at t sits at slot offset + t and sees slot s iff s <= offset + t and their segments (int32) are equal.
-    J divides H: each KV head serves H / J heads. A query that sees nothing gives finite values without meaning.
+    The query at t is at slot offset + t. It sees slot s if s <= offset + t and their segments (int32) are equal.
+    J divides H: each KV head serves H / J heads. A query that sees no key gives finite values without meaning.
     """
     t = q_BTHK.shape[1]
-    if t == 1:
-        return _plain(q_BTHK, k_BSJK, v_BSJV, scale, segments_BT, segments_BS, offset)
     if isinstance(offset, int) and offset == 0 and t <= k_BSJK.shape[1]:
         return _causal(q_BTHK, k_BSJK[:, :t], v_BSJV[:, :t], segments_BT, segments_BS[:, :t], scale)
     pad = -k_BSJK.shape[1] % _keys(k_BSJK.shape[1])
@@ -44,32 +40,13 @@ def attention(
     return _shifted(q_BTHK, k_BSJK, v_BSJV, segments_BT, segments_BS, jnp.asarray(offset, jnp.int32), scale)
 
 
-def _plain(
-    q_BTHK: Array,
-    k_BSJK: Array,
-    v_BSJV: Array,
-    scale: float,
-    segments_BT: Array,
-    segments_BS: Array,
-    offset: int | Array,
-) -> Array:
-    b, t, h, _ = q_BTHK.shape
-    s, j = k_BSJK.shape[1:3]
-    q = q_BTHK.reshape(b, t, j, h // j, -1)
-    sees_BTS = (jnp.arange(s) <= jnp.arange(t)[:, None] + offset) & (segments_BT[:, :, None] == segments_BS[:, None, :])
-    scores = jnp.einsum("btjhk,bsjk->bjhts", q, k_BSJK, preferred_element_type=jnp.float32) * scale
-    p = jax.nn.softmax(jnp.where(sees_BTS[:, None, None], scores, _MASKED), axis=-1).astype(q.dtype)
-    o = jnp.einsum("bjhts,bsjv->btjhv", p, v_BSJV, preferred_element_type=jnp.float32)
-    return o.reshape(b, t, h, -1).astype(q.dtype)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _causal(q_BTHK: Array, k_BTJK: Array, v_BTJV: Array, segments_BT: Array, segments_BS: Array, scale: float) -> Array:
     return _causal_fwd(q_BTHK, k_BTJK, v_BTJV, segments_BT, segments_BS, scale)[0]
 
 
 class _Group:
-    """One KV head of one sequence and the G query heads it serves, as matrices: rows are (token, query head)."""
+    """One KV head of one sequence and the G query heads that it serves, as matrices; rows are (token, query head)."""
 
     def __init__(self, i: Array, heads: int, kv_heads: int, segments_T: Array, segments_S: Array):
         self.b, self.j = i // kv_heads, i % kv_heads
@@ -77,20 +54,20 @@ class _Group:
         self.segments_T, self.segments_S = segments_T, segments_S
 
     def read(self, x: Array, heads: int) -> Array:
-        """This group's `heads` heads of x [B, T, heads in all, width], as [T * heads, width]."""
+        """This group's `heads` heads of x [B, T, all heads, width], as [T * heads, width]."""
         start = (self.b, 0, self.j * heads, 0)
         part = lax.dynamic_slice(to_bits(x), start, (1, x.shape[1], heads, x.shape[3]))
         return from_bits(part.reshape(-1, x.shape[3]))
 
     def rows(self, start: int, stop: int) -> slice:
-        """The rows of the tokens from `start` to `stop`."""
+        """The rows of tokens `start` to `stop`."""
         return slice(start * self.width, stop * self.width)
 
     def sees(self, start: int, stop: int, queries: int) -> Array:
-        """Which query rows of the tokens from `start` to `stop` see which keys up to there; queries along that axis.
+        """Which query rows of tokens `start` to `stop` see which keys before `stop`; `queries` is the queries' axis.
 
-        Made in the orientation it is used in: a transposed mask would keep XLA from computing it, and the softmax it is
-        fused with, in vectors.
+        The mask is made in the orientation of its use: a transposed one would keep XLA from vectorising it and the
+        softmax that it is fused with.
         """
         shape = [stop, stop]
         shape[queries] = (stop - start) * self.width
@@ -101,7 +78,7 @@ class _Group:
 
 
 def _blocks(tokens: int) -> list[tuple[int, int]]:
-    """Query blocks as (start, stop): of 128, or longer: at most 16 of them, for compile time."""
+    """Query blocks as (start, stop), of 128 tokens or more: at most 16 blocks, which bounds compile time."""
     size = max(128, -(-tokens // 16))
     return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
@@ -112,31 +89,31 @@ def _over_groups(
     groups: int,
     results: Sequence[tuple[tuple[int, ...], Any]],
 ) -> list[Array]:
-    """body(i, *vectors of i) of every group i, stacked: arrays [groups, *shape] for each (shape, dtype) of `results`.
+    """body(i, *vectors of i) for every group i, stacked: arrays [groups, *shape] for each (shape, dtype) of `results`.
 
-    vectors: (x, n) stands for x[i // n]. A turn finds them in the loop's state, where the turn before has put them:
-    sliced on the spot, they would be sliced again for every number of the softmax that XLA fuses the slicing with.
+    vectors: (x, n) stands for x[i // n]. Each iteration prefetches those of the next into the loop's state. Sliced in
+    place, they would be sliced again for every number of the softmax, since XLA would fuse the slice with it.
     """
 
     def fetch(i: Array | int) -> tuple[Array, ...]:
         return tuple(lax.dynamic_index_in_dim(x, i // n, 0, keepdims=False) for x, n in vectors)
 
     def part(start: int, stop: int) -> tuple[Array, ...]:
-        def turn(i: Array, state: tuple) -> tuple:
+        def iteration(i: Array, state: tuple) -> tuple:
             stacks, now = state
             new = (to_bits(x.astype(dtype)) for x, (_, dtype) in zip(body(i, *now), results, strict=True))
             stacks = [lax.dynamic_update_index_in_dim(s, x, i - start, 0) for s, x in zip(stacks, new, strict=True)]
             return tuple(stacks), fetch(i + 1)
 
         empty = tuple(to_bits(jnp.zeros((stop - start, *shape), dtype)) for shape, dtype in results)
-        return lax.fori_loop(start, stop, turn, (empty, fetch(start)))[0]
+        return lax.fori_loop(start, stop, iteration, (empty, fetch(start)))[0]
 
     parts = [part(start, stop) for start, stop in streams.ranges(groups)]
     return [jnp.concatenate(stacks) for stacks in zip(*parts, strict=True)]
 
 
-def _heads_inside(x_GRK: Array, shape: tuple[int, ...]) -> Array:
-    """Rows (token, head) of every group, held as bits, as [B, T, heads in all, width] again."""
+def _ungroup(x_GRK: Array, shape: tuple[int, ...]) -> Array:
+    """Rows (token, head) of every group, held as bits, as [B, T, all heads, width]."""
     b, t, heads, width = shape
     return from_bits(x_GRK.reshape(b, -1, t, heads * b // x_GRK.shape[0], width).swapaxes(1, 2).reshape(shape))
 
@@ -152,7 +129,7 @@ def _causal_fwd(
         outs, sums = [], []
         for start, stop in _blocks(t):
             scores = dot(q[group.rows(start, stop)], k[:stop], (1, 1)) * scale
-            scores = jnp.where(group.sees(start, stop, 0), scores, _MASKED)
+            scores = jnp.where(group.sees(start, stop, 0), scores, MASKED)
             top = jnp.max(scores, axis=1, keepdims=True)
             p = jnp.exp(scores - top)
             total = jnp.sum(p, axis=1, keepdims=True)
@@ -163,8 +140,8 @@ def _causal_fwd(
     rows = t * h // j
     vectors = (segments_BT, j), (segments_BS, j)
     o_GRV, lse_GR = _over_groups(body, vectors, b * j, [((rows, v_BTJV.shape[3]), dtype), ((rows,), jnp.float32)])
-    # Named, so that a remat policy that keeps them need not run the forward pass again.
-    o_BTHV = _heads_inside(o_GRV, (b, t, h, v_BTJV.shape[3]))
+    # Named, so that a remat policy can keep them and need not run the forward pass again.
+    o_BTHV = _ungroup(o_GRV, (b, t, h, v_BTJV.shape[3]))
     o_BTHV, lse_GR = checkpoint_name(o_BTHV, "attention"), checkpoint_name(lse_GR, "attention")
     return o_BTHV, (q_BTHK, k_BTJK, v_BTJV, segments_BT, segments_BS, o_BTHV, lse_GR)
 
@@ -182,8 +159,8 @@ def _causal_bwd(scale: float, kept: tuple, g_BTHV: Array) -> tuple:
         dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
         for start, stop in _blocks(t):
             rows = group.rows(start, stop)
-            # Keys down, queries across: then every product below has row-major operands (see weight_gradient).
-            scores = jnp.where(group.sees(start, stop, 1), dot(k[:stop], q[rows], (1, 1)) * scale, _MASKED)
+            # Keys are rows and queries columns: every product below then has row-major operands (see weight_gradient).
+            scores = jnp.where(group.sees(start, stop, 1), dot(k[:stop], q[rows], (1, 1)) * scale, MASKED)
             p = jnp.exp(scores - lse[rows])
             ds = (p * (dot(v[:stop], g[rows], (1, 1)) - mean[rows]) * scale).astype(dtype)
             dq.append(dot(kt[:, :stop], ds))
@@ -194,14 +171,14 @@ def _causal_bwd(scale: float, kept: tuple, g_BTHV: Array) -> tuple:
     inputs = (q_BTHK, h // j), (k_BTJK, 1), (v_BTJV, 1)
     vectors = (segments_BT, j), (segments_BS, j), (lse_GR, 1)
     stacks = _over_groups(body, vectors, b * j, [((t * heads, x.shape[3]), dtype) for x, heads in inputs])
-    return (*(_heads_inside(stack, x.shape) for stack, (x, _) in zip(stacks, inputs, strict=True)), None, None)
+    return (*(_ungroup(stack, x.shape) for stack, (x, _) in zip(stacks, inputs, strict=True)), None, None)
 
 
 _causal.defvjp(_causal_fwd, _causal_bwd)
 
 
-# Queries behind an offset that is known only when the program runs: keys come in blocks too, those behind the last
-# query are never touched, and the softmax is put together block by block.
+# Queries at an offset that is known at run time only. Keys come in blocks too, blocks after the last query are never
+# read, and the softmax is online.
 
 
 def _keys(slots: int) -> int:
@@ -209,8 +186,8 @@ def _keys(slots: int) -> int:
     return min(512, slots)
 
 
-class _Ahead:
-    """The blocks of keys that the query rows of the tokens from `start` to `stop` of a group may see."""
+class _KeyBlocks:
+    """The blocks of keys that the query rows of tokens `start` to `stop` of a group may see."""
 
     def __init__(self, group: _Group, start: int, stop: int, offset: Array, scale: float):
         self._group, self._start, self._stop, self._offset, self._scale = group, start, stop, offset, scale
@@ -229,7 +206,7 @@ class _Ahead:
         segments = jnp.repeat(self._group.segments_T[self._start : self._stop], width)[:, None]
         slots_S = block * self.size + jnp.arange(self.size)
         sees = (slots_S <= times) & (self.take(self._group.segments_S, block) == segments)
-        return jnp.where(sees, dot(q, self.take(k, block), (1, 1)) * self._scale, _MASKED)
+        return jnp.where(sees, dot(q, self.take(k, block), (1, 1)) * self._scale, MASKED)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -249,26 +226,26 @@ def _shifted_fwd(
         q, k, v = group.read(q_BTHK, h // j), group.read(k_BSJK, 1), group.read(v_BSJV, 1)
         outs, sums = [], []
         for start, stop in _blocks(t):
-            rows, ahead = q[group.rows(start, stop)], _Ahead(group, start, stop, offset, scale)
+            rows, blocks = q[group.rows(start, stop)], _KeyBlocks(group, start, stop, offset, scale)
 
-            def add(block: Array, carry: tuple, rows: Array = rows, ahead: _Ahead = ahead) -> tuple:
+            def add(block: Array, carry: tuple, rows: Array = rows, blocks: _KeyBlocks = blocks) -> tuple:
                 o, top, total = carry
-                scores = ahead.scores(rows, k, block)
+                scores = blocks.scores(rows, k, block)
                 higher = jnp.maximum(top, jnp.max(scores, axis=1, keepdims=True))
                 p, fade = jnp.exp(scores - higher), jnp.exp(top - higher)
-                o = o * fade + dot(p.astype(dtype), ahead.take(v, block))
+                o = o * fade + dot(p.astype(dtype), blocks.take(v, block))
                 return o, higher, total * fade + jnp.sum(p, axis=1, keepdims=True)
 
             zero = jnp.zeros((len(rows), 1), jnp.float32)
-            begin = (jnp.zeros((len(rows), width), jnp.float32), zero + 2 * _MASKED, zero)
-            o, top, total = lax.fori_loop(0, ahead.count, add, begin)
+            begin = (jnp.zeros((len(rows), width), jnp.float32), zero + 2 * MASKED, zero)
+            o, top, total = lax.fori_loop(0, blocks.count, add, begin)
             outs.append(o / total)
             sums.append(top[:, 0] + jnp.log(total[:, 0]))
         return jnp.concatenate(outs), jnp.concatenate(sums)
 
     rows, vectors = t * h // j, ((segments_BT, j), (segments_BS, j))
     o_GRV, lse_GR = _over_groups(body, vectors, b * j, [((rows, width), dtype), ((rows,), jnp.float32)])
-    o_BTHV = _heads_inside(o_GRV, (b, t, h, width))
+    o_BTHV = _ungroup(o_GRV, (b, t, h, width))
     o_BTHV, lse_GR = checkpoint_name(o_BTHV, "attention"), checkpoint_name(lse_GR, "attention")
     return o_BTHV, (q_BTHK, k_BSJK, v_BSJV, segments_BT, segments_BS, offset, o_BTHV, lse_GR)
 
@@ -284,29 +261,29 @@ def _shifted_bwd(scale: float, kept: tuple, g_BTHV: Array) -> tuple:
         mean = jnp.sum(g.astype(jnp.float32) * o.astype(jnp.float32), axis=1)
         dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
         for start, stop in _blocks(t):
-            rows, ahead = group.rows(start, stop), _Ahead(group, start, stop, offset, scale)
+            rows, blocks = group.rows(start, stop), _KeyBlocks(group, start, stop, offset, scale)
 
-            def add(block: Array, carry: tuple, rows: slice = rows, ahead: _Ahead = ahead) -> tuple:
+            def add(block: Array, carry: tuple, rows: slice = rows, blocks: _KeyBlocks = blocks) -> tuple:
                 dq, dk, dv = carry
-                p = jnp.exp(ahead.scores(q[rows], k, block) - lse[rows, None])
-                dp = dot(g[rows], ahead.take(v, block), (1, 1))
+                p = jnp.exp(blocks.scores(q[rows], k, block) - lse[rows, None])
+                dp = dot(g[rows], blocks.take(v, block), (1, 1))
                 ds = (p * (dp - mean[rows, None]) * scale).astype(dtype)
                 parts = weight_gradient(ds, q[rows]), weight_gradient(p.astype(dtype), g[rows])
                 dk, dv = (
-                    lax.dynamic_update_slice_in_dim(x, ahead.take(x, block) + part, block * ahead.size, 0)
+                    lax.dynamic_update_slice_in_dim(x, blocks.take(x, block) + part, block * blocks.size, 0)
                     for x, part in zip((dk, dv), parts, strict=True)
                 )
-                return dq + dot(ds, ahead.take(k, block)), dk, dv
+                return dq + dot(ds, blocks.take(k, block)), dk, dv
 
             begin = (jnp.zeros(q[rows].shape, jnp.float32), dk, dv)
-            part, dk, dv = lax.fori_loop(0, ahead.count, add, begin)
+            part, dk, dv = lax.fori_loop(0, blocks.count, add, begin)
             dq.append(part)
         return jnp.concatenate(dq), dk, dv
 
     inputs = (q_BTHK, t * h // j), (k_BSJK, slots), (v_BSJV, slots)
     vectors = (segments_BT, j), (segments_BS, j), (lse_GR, 1)
     stacks = _over_groups(body, vectors, b * j, [((rows, x.shape[3]), dtype) for x, rows in inputs])
-    grads = (_heads_inside(stack, x.shape) for stack, (x, _) in zip(stacks, inputs, strict=True))
+    grads = (_ungroup(stack, x.shape) for stack, (x, _) in zip(stacks, inputs, strict=True))
     return (*grads, None, None, None)
 
 

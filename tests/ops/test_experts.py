@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from bounds import exact
 
-from dsv2_jax.model import grouped
+from dsv2_jax.ops.cpu import experts as cpu
 
 E, D, F = 5, 6, 4
 
@@ -16,6 +16,10 @@ def _dense(x, experts, gates, w_gate, w_up, w_down):
     hidden = jax.nn.silu(jnp.einsum("nd,edf->nef", x, w_gate)) * jnp.einsum("nd,edf->nef", x, w_up)
     y = jnp.einsum("nef,efd->ned", hidden, w_down)
     return jnp.einsum("nk,nke,ned->nd", gates.astype(y.dtype), jax.nn.one_hot(experts, len(w_gate), dtype=y.dtype), y)
+
+
+def _grouped(x, experts, gates, *weights):
+    return cpu.grouped_swiglu(x, experts, gates, weights)
 
 
 def _case(n, k, dtype, seed=0, experts=None, d=D, f=F):
@@ -83,8 +87,8 @@ def test_against_dense(name):
     n, k, experts = CASES[name]
     case, g = _case(n, k, jnp.float32, experts=experts)
     true = _true(case, g)
-    assert max(_errors([jax.jit(grouped.grouped_swiglu)(*case)], true[:1])) < 3e-6
-    got = jax.jit(lambda case, g: _vjp(grouped.grouped_swiglu, case, g))(case, g)
+    assert max(_errors([jax.jit(_grouped)(*case)], true[:1])) < 3e-6
+    got = jax.jit(lambda case, g: _vjp(_grouped, case, g))(case, g)
     assert max(_errors(got, true)) < 3e-6
     for a, t in zip(got, _bounded(case, g), strict=True):
         bounds.check(a, t)
@@ -101,7 +105,7 @@ def _bounded(case, g):
 def test_bfloat16_stays_within_its_bounds(n):
     """And a scale that is off by 1e-2 does not."""
     case, g = _case(n, 3, jnp.bfloat16, d=64, f=32)
-    got = _vjp(grouped.grouped_swiglu, case, g)
+    got = _vjp(_grouped, case, g)
     assert [a.dtype for a in got] == [jnp.bfloat16] * 2 + [jnp.float32] + [jnp.bfloat16] * 3
     for a, t in zip(got, _bounded(case, g), strict=True):
         bounds.check(a, t)
@@ -112,16 +116,16 @@ def test_bfloat16_stays_within_its_bounds(n):
 def test_bfloat16_without_a_backward_pass(n):
     case, g = _case(n, 3, jnp.bfloat16, d=64, f=32)
     # Gate, up, their product and the result are rounded to 8 bits, by 2^-9 each.
-    assert _errors([jax.jit(grouped.grouped_swiglu)(*case)], _true(case, g)[:1])[0] < 2**-7
+    assert _errors([jax.jit(_grouped)(*case)], _true(case, g)[:1])[0] < 2**-7
 
 
 def test_remat_in_a_scan_changes_nothing():
     case, g = _case(150, 2, jnp.float32)
-    want = _vjp(grouped.grouped_swiglu, case, g)
+    want = _vjp(_grouped, case, g)
 
     def layers(x, experts, *rest):
         def layer(x, rest):
-            return grouped.grouped_swiglu(x, experts, *rest), None
+            return _grouped(x, experts, *rest), None
 
         return jax.lax.scan(jax.checkpoint(layer), x, jax.tree.map(lambda a: a[None], rest))[0]
 
@@ -131,14 +135,14 @@ def test_remat_in_a_scan_changes_nothing():
 
 def test_cost_follows_pairs_not_experts():
     """Dropped pairs and idle experts run no block: the compiled loop's own count of blocks says so."""
-    plan = grouped._sort(jnp.asarray(_dropping(300), jnp.int32), E, 0)
+    pairs = cpu._sort(jnp.asarray(_dropping(300), jnp.int32), E, 0)
     kept = int((_dropping(300) < E).sum())
-    assert int(plan.counts_E.sum()) == kept and int(plan.counts_E[0]) == int(plan.counts_E[2]) == 0
+    assert int(pairs.counts_E.sum()) == kept and int(pairs.counts_E[0]) == int(pairs.counts_E[2]) == 0
     rows = 0
 
     def body(size, _row, _left, carry):
         return (carry[0] + size,)
 
     for e in range(E):
-        rows += int(grouped._over_blocks(plan, grouped._BLOCKS, jnp.int32(e), body, (jnp.int32(0),))[0])
+        rows += int(cpu._over_blocks(pairs, cpu._BLOCKS, jnp.int32(e), body, (jnp.int32(0),))[0])
     assert kept <= rows < kept + E * 128
