@@ -30,7 +30,7 @@ from dsv2_jax.model import paged
 from dsv2_jax.model.formats import Format
 from dsv2_jax.model.layers import Kernels, kernels
 from dsv2_jax.parallel import processes
-from pallas_kernels.latent_attention.decode_kernel import most_sequences
+from pallas_kernels.latent_attention import max_sequences
 
 _FEW_SCORED = 64  # tokens of a chunk, up to which scoring them multiplies by the head for these alone
 
@@ -55,7 +55,7 @@ class Capacity:
 
     def most_rows(self, pages: int, model: Model, kernels: Kernels) -> int:
         """Rows whose page numbers, of `pages` each, the kernel has memory for; any number where no kernel runs."""
-        return most_sequences(pages, self.chunk) if paged.has_kernel(model, kernels) else sys.maxsize
+        return max_sequences(pages, self.chunk) if paged.has_kernel(model, kernels) else sys.maxsize
 
     def resolve(self, model: Model, kernels: Kernels) -> "Capacity":
         """With the zeros filled in. Raises ValueError if not even one sequence fits, or the kernel takes no such pages.

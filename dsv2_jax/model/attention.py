@@ -173,10 +173,8 @@ def _flash(k_BSJN: Array, k_rope_BSR: Array | None, v_BSJV: Array, where: Where,
     def run(queries: tuple[Array | None, ...], segments_BT: Array, offset: Array | int) -> Array:
         q_BHTN, q_BHTR = (None if q is None else q.swapaxes(1, 2) for q in queries)
         assert q_BHTN is not None
-        segments = {"segments_BT": segments_BT, "segments_BS": where.segments_BS}
-        o_BHTV = kernel_attention(
-            q_BHTN, q_BHTR, k_BJSN, k_rope_BSR, v_BJSV, scale=scale, offset=offset, implementation="pallas", **segments
-        )
+        keys, segments = (k_BJSN, k_rope_BSR), (segments_BT, where.segments_BS)
+        o_BHTV = kernel_attention((q_BHTN, q_BHTR), keys, v_BJSV, segments, scale=scale, offset=offset)
         return o_BHTV.swapaxes(1, 2)
 
     return run

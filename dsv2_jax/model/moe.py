@@ -53,10 +53,9 @@ def mixture(
             x_ND,
             experts_NK,
             gates_NK,
-            *weights,
-            rows=expert.most_pairs(moe, mesh, b, t, dropping=dropping),
-            room=expert.pairs_at_a_time(moe, b, t),
-            implementation="pallas",
+            weights,
+            max_pairs=expert.most_pairs(moe, mesh, b, t, dropping=dropping),
+            buffer_size=expert.pairs_at_a_time(moe, b, t),
         )
 
     tokens = (-1, moe.num_experts_per_tok)

@@ -22,8 +22,7 @@ from dsv2_jax.model.formats import Format
 from dsv2_jax.model.layers import Kernels
 from dsv2_jax.model.matmul import Weight, from_bits, to_bits, whole
 from dsv2_jax.parallel.mesh import platform
-from pallas_kernels.latent_attention import packing
-from pallas_kernels.latent_attention.decode import decode
+from pallas_kernels.latent_attention import CachePages, Sequences, latent_decode, packing
 
 _BLOCK = 32  # tokens of a block of a chunk
 _TOGETHER = 8  # sequences of one new token that a turn on CPU looks at: fewer steps, and products in one call
@@ -186,15 +185,16 @@ def _kernel(q_THC: Array, q_THR: Array, layer: Layer, plan: Plan, scale: float) 
     A row that only pads is a sequence of one slot of page 0. Blocks of the chunk must be single tokens there.
     """
     n, scales = plan.table_NP.shape[0], layer.get("scales_L1K")
-    run = functools.partial(decode, q_THC, q_THR, layer["latent_LKC"], layer["rope_LRK"], scale=scale)
+    pages = CachePages(layer["latent_LKC"], layer["rope_LRK"], scales)
+    run = functools.partial(latent_decode, (q_THC, q_THR), pages, scale=scale)
     if not len(plan.blocks_M):
-        return run(plan.table_NP, 1 + plan.times_T, None, scales_L1K=scales, implementation="pallas")
+        return run(Sequences(plan.table_NP, 1 + plan.times_T))
     own_NM = (plan.blocks_M == jnp.arange(n)[:, None]) & (jnp.arange(len(plan.blocks_M)) < plan.used)
     counts_N = jnp.sum(own_NM, axis=1, dtype=jnp.int32)
     starts = jnp.concatenate([jnp.arange(n, dtype=jnp.int32), n + jnp.cumsum(counts_N) - counts_N, n + plan.used[None]])
     last_N = jnp.max(jnp.where(own_NM, plan.times_T[n:], 0), axis=1, initial=0)
     lengths = 1 + jnp.concatenate([plan.times_T[:n], last_N])
-    return run(plan.table_NP, lengths, starts, scales_L1K=scales, implementation="pallas")
+    return run(Sequences(plan.table_NP, lengths, starts))
 
 
 def _read_latent(layer: Layer, page_X: Array) -> tuple[tuple[Array, ...], Array]:

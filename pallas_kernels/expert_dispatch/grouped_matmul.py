@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.constants import LANES
 from pallas_kernels.expert_dispatch.row_pipeline import Tile, over_rows
-from pallas_kernels.expert_dispatch.tiles import LANES, Tiles
+from pallas_kernels.expert_dispatch.tiles import Tiles
 from pallas_kernels.quantized import Weight
 
 

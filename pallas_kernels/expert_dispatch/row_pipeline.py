@@ -14,9 +14,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.constants import LANES
 from pallas_kernels.expert_dispatch.tiles import (
     ALIGN,
-    LANES,
     MIB,
     PIECES,
     Plan,

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
+from pallas_kernels.constants import LANES
 from pallas_kernels.expert_dispatch.grouped_matmul import dot, over_columns
 from pallas_kernels.expert_dispatch.row_pipeline import Tile, over_rows
-from pallas_kernels.expert_dispatch.tiles import LANES, Tiles
+from pallas_kernels.expert_dispatch.tiles import Tiles
 from pallas_kernels.quantized import Weight
 
 

@@ -14,8 +14,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.constants import LANES
+
 ALIGN = 16  # rows: DMAs start and end at multiples of it; the height of a packed bfloat16 register
-LANES = 128
 PIECES = 8  # a group's weights arrive in so many DMAs (of 8 bits, half), spread over the tiles of the group before
 MIB = 2**20
 

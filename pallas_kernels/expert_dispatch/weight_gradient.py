@@ -12,6 +12,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.constants import LANES
 from pallas_kernels.expert_dispatch.grouped_matmul import dot
 from pallas_kernels.expert_dispatch.row_pipeline import (
     Act,
@@ -23,7 +24,7 @@ from pallas_kernels.expert_dispatch.row_pipeline import (
     wait,
     work,
 )
-from pallas_kernels.expert_dispatch.tiles import ALIGN, LANES, MIB, Plan, Ref, Tiles, chip, lay_out
+from pallas_kernels.expert_dispatch.tiles import ALIGN, MIB, Plan, Ref, Tiles, chip, lay_out
 
 
 def tgmm(

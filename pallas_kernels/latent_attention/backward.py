@@ -16,8 +16,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.constants import LANES
 from pallas_kernels.latent_attention.forward import NN, NT, VMEM_LIMIT, dot, join
-from pallas_kernels.latent_attention.visibility import LANES, Blocks, Bounds, mask, mask_corner, place, walk, work
+from pallas_kernels.latent_attention.visibility import Blocks, Bounds, mask, mask_corner, place, walk, work
 
 
 class Operands(NamedTuple):

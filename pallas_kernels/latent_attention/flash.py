@@ -12,9 +12,11 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.constants import LANES
 from pallas_kernels.latent_attention import backward as backward_kernel
 from pallas_kernels.latent_attention.forward import forward
-from pallas_kernels.latent_attention.visibility import LANES, Blocks, bounds
+from pallas_kernels.latent_attention.inputs import AttentionInputs, Keys, Queries, Segments
+from pallas_kernels.latent_attention.visibility import Blocks, bounds
 
 
 class Tuning(NamedTuple):
@@ -60,36 +62,32 @@ def chip() -> str | None:
 
 
 def attention(
-    q_nope_BHTN: Array,
-    q_rope_BHTR: Array | None,
-    k_nope_BJSN: Array,
-    k_rope_BSR: Array | None,
+    queries: Queries,
+    keys: Keys,
     v_BJSV: Array,
+    segments: Segments,
     *,
     scale: float,
-    segments_BT: Array,
-    segments_BS: Array,
     offset: int | Array = 0,
     how: Tuning | None = None,
     interpret: bool = False,
 ) -> Array:
-    """As `latent_attention` of op.py. how: `tuning`'s unless given. interpret: run the kernels step by step, slowly."""
-    (_, _, t, _), (_, j, s, _) = q_nope_BHTN.shape, k_nope_BJSN.shape
-    how = how or tuning(t, s, j, k_rope_BSR is not None, v_BJSV.dtype, chip())
+    """As `latent_attention` of op.py. how: `tuning`'s by default. interpret: run the kernels in interpret mode."""
+    (q_nope, q_rope), (k_nope, k_rope), (segments_BT, segments_BS) = queries, keys, segments
+    t, (_, j, s, _) = q_nope.shape[2], k_nope.shape
+    how = how or tuning(t, s, j, k_rope is not None, v_BJSV.dtype, chip())
     long_t, long_s = _round(t, how.forward.queries), _round(s, how.forward.chunk)
-    o_BHTV: Any = _attention(
-        _pad(q_nope_BHTN, 2, long_t),
-        None if q_rope_BHTR is None else _pad(q_rope_BHTR, 2, long_t),
-        _pad(k_nope_BJSN, 2, long_s),
-        None if k_rope_BSR is None else _pad(k_rope_BSR, 1, long_s),
+    inputs = AttentionInputs(
+        _pad(q_nope, 2, long_t),
+        None if q_rope is None else _pad(q_rope, 2, long_t),
+        _pad(k_nope, 2, long_s),
+        None if k_rope is None else _pad(k_rope, 1, long_s),
         _pad(v_BJSV, 2, long_s),
         _pad(segments_BT, 1, long_t),
         _pad(segments_BS, 1, long_s),
         jnp.asarray(offset, jnp.int32),
-        scale,
-        how,
-        interpret,
     )
+    o_BHTV: Any = _attention(inputs, scale, how, interpret)
     return o_BHTV[:, :, :t]
 
 
@@ -99,34 +97,31 @@ def _pad(x: Array, axis: int, size: int) -> Array:
     return jnp.pad(x, [(0, size - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9, 10))
-def _attention(q_nope, q_rope, k_nope, k_rope, v, segments_BT, segments_BS, offset, scale, how, interpret):
-    args = (q_nope, q_rope, k_nope, k_rope, v, segments_BT, segments_BS, offset)
-    return _attention_forward(*args, scale, how, interpret)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _attention(inputs: AttentionInputs, scale: float, how: Tuning, interpret: bool) -> Array:
+    return _attention_forward(inputs, scale, how, interpret)[0]
 
 
-def _attention_forward(q_nope, q_rope, k_nope, k_rope, v, segments_BT, segments_BS, offset, scale, how, interpret):
-    args = (q_nope, q_rope, k_nope, k_rope, v, segments_BT, segments_BS, offset)
+def _attention_forward(inputs: AttentionInputs, scale: float, how: Tuning, interpret: bool) -> tuple[Array, tuple]:
     blocks = how.forward
-    queries, keys = bounds(segments_BT, blocks.queries), bounds(segments_BS, blocks.part)
-    o, lse = forward(*args, queries, keys, scale=scale, blocks=blocks, interpret=interpret)
+    queries, keys = bounds(inputs.segments_BT, blocks.queries), bounds(inputs.segments_BS, blocks.part)
+    o, lse = forward(inputs, queries, keys, scale=scale, blocks=blocks, interpret=interpret)
     # Named, so that a remat policy that keeps them need not run the forward pass again.
     o, lse = checkpoint_name(o, "attention"), checkpoint_name(lse, "attention")
-    return o, (*args, o, lse)
+    return o, (inputs, o, lse)
 
 
-def _attention_backward(scale, how, interpret, kept, g):
-    q_nope, q_rope, k_nope, k_rope, v, segments_BT, segments_BS, offset, o, lse = kept
+def _attention_backward(
+    scale: float, how: Tuning, interpret: bool, kept: tuple[AttentionInputs, Array, Array], g: Array
+) -> tuple[AttentionInputs]:
+    inputs, o, lse = kept
+    segments_BT, segments_BS = inputs.segments_BT, inputs.segments_BS
     blocks = how.backward
-    # Fused into the product that makes g, on TPU this sum takes three times as long as that product.
+    # XLA would fuse this sum into the matmul that makes g; on TPU it then takes three times as long as the matmul.
     g = jax.lax.optimization_barrier(g)
     mean = jnp.sum(g.astype(jnp.float32) * o.astype(jnp.float32), axis=-1)[:, :, None]
     operands = backward_kernel.Operands(
-        q_nope,
-        q_rope,
-        k_nope,
-        k_rope,
-        v,
+        *inputs[:5],
         g,
         lse,
         mean,
@@ -136,9 +131,10 @@ def _attention_backward(scale, how, interpret, kept, g):
     )
     queries, keys = bounds(segments_BT, blocks.queries), bounds(segments_BS, blocks.part)
     grad = backward_kernel.backward(
-        operands, offset, queries, keys, scale=scale, blocks=blocks, parts=how.parts, interpret=interpret
+        operands, inputs.offset, queries, keys, scale=scale, blocks=blocks, parts=how.parts, interpret=interpret
     )
-    return (*grad, None, None, None)
+    # JAX takes None for the cotangents of integers.
+    return (inputs._replace(**grad._asdict(), segments_BT=None, segments_BS=None, offset=None),)  # pyright: ignore
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

@@ -16,9 +16,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.constants import LANES, MASKED
+from pallas_kernels.latent_attention.inputs import AttentionInputs
 from pallas_kernels.latent_attention.visibility import (
-    LANES,
-    MASKED,
     Blocks,
     Bounds,
     Place,
@@ -189,14 +189,7 @@ class _At(NamedTuple):
 
 
 def forward(
-    q_nope_BHTN: Array,
-    q_rope_BHTR: Array | None,
-    k_nope_BJSN: Array,
-    k_rope_BSR: Array | None,
-    v_BJSV: Array,
-    segments_BT: Array,
-    segments_BS: Array,
-    offset: Array,
+    x: AttentionInputs,
     queries: Bounds,
     keys: Bounds,
     *,
@@ -208,8 +201,8 @@ def forward(
 
     blocks.queries divides T, blocks.chunk S; bounds are those of these blocks of queries and of blocks.keys.
     """
-    (b, h, t, n), (_, j, s, v) = q_nope_BHTN.shape, v_BJSV.shape
-    r, chunks = None if k_rope_BSR is None else k_rope_BSR.shape[2], s // blocks.chunk
+    (b, h, t, n), (_, j, s, v) = x.q_nope.shape, x.v.shape
+    r, chunks = None if x.k_rope is None else x.k_rope.shape[2], s // blocks.chunk
 
     def spec(shape: tuple, index: Callable[[_At], tuple]) -> pl.BlockSpec:
         return pl.BlockSpec(shape, lambda *at: index(_At(*at[:5])))
@@ -250,30 +243,26 @@ def forward(
                 spec((None, None, 1, blocks.queries), lambda at: (at.b, at.h, 0, at.i)),
             ],
             scratch_shapes=[
-                pltpu.VMEM((v + ONES * blocks.ones, blocks.chunk), v_BJSV.dtype),
+                pltpu.VMEM((v + ONES * blocks.ones, blocks.chunk), x.v.dtype),
                 pltpu.VMEM((1, LANES), jnp.float32),
                 *(state * (2 if chunks > 1 else 1)),
             ],
         ),
         out_shape=(
-            jax.ShapeDtypeStruct((b, h, t, v), q_nope_BHTN.dtype),
+            jax.ShapeDtypeStruct((b, h, t, v), x.q_nope.dtype),
             jax.ShapeDtypeStruct((b, h, 1, t), jnp.float32),
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
-        cost_estimate=work(b * h * t * s * (n + (r or 0) + v), (q_nope_BHTN, q_rope_BHTR, k_nope_BJSN, v_BJSV)),
+        cost_estimate=work(b * h * t * s * (n + (r or 0) + v), (x.q_nope, x.q_rope, x.k_nope, x.v)),
         interpret=interpret,
     )(
-        offset.reshape(1),
+        x.offset.reshape(1),
         queries,
         keys,
-        q_nope_BHTN,
-        q_rope_BHTR,
-        k_nope_BJSN,
-        k_rope_BSR,
-        v_BJSV,
-        segments_BT[:, None],
-        jnp.broadcast_to(segments_BS[:, :, None], (b, s, LANES)),
-        segments_BS[:, None],
+        *x[:5],
+        x.segments_BT[:, None],
+        jnp.broadcast_to(x.segments_BS[:, :, None], (b, s, LANES)),
+        x.segments_BS[:, None],
     )

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-LANES = 128
-MASKED = -1e30
+from pallas_kernels.constants import LANES
+
 _NOBODY = 1 << 30
 
 

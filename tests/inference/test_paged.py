@@ -11,6 +11,7 @@ from dsv2_jax.config import SINGLE, Attention, Compute
 from dsv2_jax.inference import programs
 from dsv2_jax.model import grouped, paged, rope
 from pallas_kernels.latent_attention import decode_kernel
+from pallas_kernels.latent_attention.decode_jobs import DecodeBlocks
 
 SLOTS = 128
 GQA = Attention(
@@ -55,12 +56,11 @@ def test_the_kernel_reads_what_xla_reads(monkeypatch):
     tokens = normal(1, 7, h, a.qk_nope_head_dim), normal(1, 7, h, r), normal(1, 7, c), normal(1, 7, r)
     theirs, filled = paged.latent(weights, *tokens, now, layer, model)
 
-    def decode(*arrays, implementation: str, **rest):
-        assert implementation == "pallas"
-        blocks = decode_kernel.Blocks(pages=1, streams=1, tokens=2)
+    def decode(*arrays, **rest):
+        blocks = DecodeBlocks(pages=1, streams=1, tokens=2)
         return decode_kernel.decode(*arrays, **rest, blocks=blocks, interpret=True)
 
-    monkeypatch.setattr(paged, "decode", decode)
+    monkeypatch.setattr(paged, "latent_decode", decode)
     ours, refilled = paged.latent(weights, *tokens, now._replace(kernels="pallas"), layer, model)
     real = [0, 1, 3, 4, 5]
     np.testing.assert_allclose(ours[0, real], theirs[0, real], rtol=1e-5, atol=1e-5)

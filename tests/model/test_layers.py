@@ -11,7 +11,7 @@ from configs import models
 from dsv2_jax.config import Compute
 from dsv2_jax.inference import programs
 from dsv2_jax.model import layers
-from pallas_kernels.latent_attention import latent_attention, latent_decode
+from pallas_kernels.latent_attention import CachePages, Sequences, latent_attention, latent_decode
 
 KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}  # those with kernels
 
@@ -80,16 +80,13 @@ def test_pages_are_read_by_what_was_chosen(kind, how, kernel):
     assert ("latent_decode" in str(traced.jaxpr)) == kernel
 
 
-def test_kernels_that_are_named_and_missing_raise():
+def test_kernels_that_are_missing_raise():
     q_THC, pages = jnp.zeros((1, 2, 8)), jnp.zeros((2, 128, 8))
     one = jnp.ones(1, jnp.int32)
     with on("TPU v4"):
-        with pytest.raises(ValueError, match=r'implementation="pallas" needs a TPU of v5e, v5p, v6e, tpu7x'):
-            latent_decode(
-                q_THC, q_THC, pages, pages.swapaxes(1, 2), one[:, None], one, None, scale=1.0, implementation="pallas"
-            )
+        with pytest.raises(ValueError, match=r"the kernels need a TPU of v5e, v5p, v6e, tpu7x"):
+            cache, sequences = CachePages(pages, pages.swapaxes(1, 2)), Sequences(one[:, None], one)
+            latent_decode((q_THC, q_THC), cache, sequences, scale=1.0)
         x, segments = jnp.zeros((1, 2, 4, 8)), jnp.ones((1, 4), jnp.int32)
-        with pytest.raises(ValueError, match=r'implementation="pallas" needs a TPU of v5e, v5p, v6e, tpu7x'):
-            latent_attention(
-                x, None, x, None, x, scale=1.0, segments_BT=segments, segments_BS=segments, implementation="pallas"
-            )
+        with pytest.raises(ValueError, match=r"the kernels need a TPU of v5e, v5p, v6e, tpu7x"):
+            latent_attention((x, None), (x, None), x, (segments, segments), scale=1.0)
