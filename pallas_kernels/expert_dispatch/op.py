@@ -25,7 +25,7 @@ from pallas_kernels.quantized import Quantized, Weight
 ExpertWeights = tuple[Weight, Weight, Weight]  # w_gate [E, D, F], w_up [E, D, F], w_down [E, F, D]
 
 
-class Limits(NamedTuple):
+class PairLimits(NamedTuple):
     """Static sizes: pairs that are kept at most, and pairs of a chunk, a multiple of ALIGN."""
 
     max_pairs: int
@@ -50,7 +50,7 @@ class PairChunk(NamedTuple):
     sizes_E: Array
 
 
-def sort(experts_NK: Array, experts: int, limits: Limits) -> PairOrder:
+def sort(experts_NK: Array, experts: int, limits: PairLimits) -> PairOrder:
     """Sorts pairs by expert. Keeps the first `max_pairs`, and no pair whose id is `experts` or more."""
     ids_A, (kept, size) = experts_NK.reshape(-1), limits
     order_A = jnp.argsort(ids_A, stable=True).astype(jnp.int32)
@@ -97,7 +97,7 @@ def grouped_swiglu(
     quantized weights: there is none.
     """
     depth, kept = x_ND.shape[1], experts_NK.size if max_pairs is None else min(max_pairs, experts_NK.size)
-    limits = Limits(kept, -(-min(buffer_size or kept, kept) // ALIGN) * ALIGN)
+    limits = PairLimits(kept, -(-min(buffer_size or kept, kept) // ALIGN) * ALIGN)
     x_ND = _pad(x_ND, 1)
     w_gate_EDF, w_up_EDF, w_down_EFD = (
         Quantized(_pad(w.values, 1), _pad(w.scale, 2)) if isinstance(w, Quantized) else _pad(w, 1) for w in weights
@@ -113,12 +113,12 @@ def _pad(x: Array, first: int) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _swiglu(limits: Limits, x_ND: Array, experts_NK: Array, gates_NK: Array, weights: ExpertWeights) -> Array:
+def _swiglu(limits: PairLimits, x_ND: Array, experts_NK: Array, gates_NK: Array, weights: ExpertWeights) -> Array:
     return _all_chunks(limits, x_ND, experts_NK, gates_NK, weights)[0]
 
 
 def _all_chunks(
-    limits: Limits, x_ND: Array, experts_NK: Array, gates_NK: Array, weights: ExpertWeights, keep: bool = False
+    limits: PairLimits, x_ND: Array, experts_NK: Array, gates_NK: Array, weights: ExpertWeights, keep: bool = False
 ) -> tuple[Array, PairOrder, list[Array]]:
     """y_ND, the order of the pairs, and with `keep` the products gate_PF and up_PF of chunk 0."""
     w_gate_EDF, w_up_EDF, w_down_EFD = weights
@@ -135,7 +135,7 @@ def _all_chunks(
 
 
 def _forward(
-    limits: Limits, x_ND: Array, experts_NK: Array, gates_NK: Array, weights: ExpertWeights
+    limits: PairLimits, x_ND: Array, experts_NK: Array, gates_NK: Array, weights: ExpertWeights
 ) -> tuple[Array, tuple]:
     if any(isinstance(w, Quantized) for w in weights):
         raise ValueError("grouped_swiglu has no gradient with quantized weights: they are for generation")
@@ -143,7 +143,7 @@ def _forward(
     return y_ND, (x_ND, gates_NK, weights, order, gate_PF, up_PF)
 
 
-def _backward(limits: Limits, kept: tuple, g_ND: Array) -> tuple:
+def _backward(limits: PairLimits, kept: tuple, g_ND: Array) -> tuple:
     x_ND, gates_NK, (w_gate_EDF, w_up_EDF, w_down_EFD), order, gate_PF, up_PF = kept
 
     def chunk(number: Array | int, products: tuple[Array, Array] | None = None) -> tuple[Array, ...]:
@@ -167,7 +167,7 @@ def _backward(limits: Limits, kept: tuple, g_ND: Array) -> tuple:
 _swiglu.defvjp(_forward, _backward)
 
 
-def _add_chunks(first: Any, chunk: Callable[[Array], Any], order: PairOrder, limits: Limits) -> Any:
+def _add_chunks(first: Any, chunk: Callable[[Array], Any], order: PairOrder, limits: PairLimits) -> Any:
     """The sum of all chunks: `first`, the result of chunk 0, itself where the buffer holds all pairs."""
     kept, size = limits
     if kept <= size:

@@ -10,39 +10,39 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import chips
 from pallas_kernels.constants import LANES
 from pallas_kernels.latent_attention import backward as backward_kernel
 from pallas_kernels.latent_attention.forward import forward
 from pallas_kernels.latent_attention.inputs import AttentionInputs, Keys, Queries, Segments
-from pallas_kernels.latent_attention.visibility import Blocks, bounds
+from pallas_kernels.latent_attention.visibility import FlashBlocks, Scalars, bounds
 
 
-class Tuning(NamedTuple):
-    """How the kernels cut their work. parts: see `backward`."""
+class FlashTuning(NamedTuple):
+    """Block sizes of both kernels. parts: see `backward`."""
 
-    forward: Blocks
-    backward: Blocks
+    forward: FlashBlocks
+    backward: FlashBlocks
     parts: int
 
 
-def tuning(queries: int, keys: int, kv_heads: int, shared_key: bool, dtype: jnp.dtype, chip: str | None) -> Tuning:
-    """Block sizes for so many queries and keys of a sequence; chip as in `CHIPS`, None for any other.
+def tuning(queries: int, keys: int, kv_heads: int, shared_key: bool, dtype: jnp.dtype, chip: str | None) -> FlashTuning:
+    """Block sizes for so many queries and keys of a sequence; chip as in `chips.CHIPS`, None for any other.
 
-    Large blocks win on all chips: what a block costs besides its matmuls is a constant. Beyond that the 256-wide MXUs
-    of v6e and tpu7x want larger masked parts, and have rows to spare for the sum of the weights; v5's have none.
+    Large blocks are faster on all chips, since a block has a constant cost besides its matmuls. The 256-wide MXUs of
+    v6e and tpu7x want larger masked parts and have spare rows for the sum of the weights; those of v5 have none.
     """
     wide = chip not in ("v5e", "v5p")
     step, span = _block(queries), _block(keys)
-    longest = 4096 if dtype.itemsize == 2 else 2048  # what VMEM holds of keys, values and their gradients
-    chunks = -(-keys // longest)
+    max_keys = 4096 if dtype.itemsize == 2 else 2048  # VMEM holds so many keys, values and their gradients
+    chunks = -(-keys // max_keys)
     chunk = _round(-(-keys // chunks), span)
     part = min(512 if wide else 256, step, span)
-    by_core = 2 if chip == "v5p" and kv_heads % 2 == 0 else 1  # the two cores of a v5p share the heads
-    return Tuning(
-        Blocks(step, chunk * (2 if chunks % 2 == 0 else 1), span, part, ones=wide),
-        Blocks(step, chunk, span, min(part, 256), ones=False),
+    by_core = 2 if chip == "v5p" and kv_heads % 2 == 0 else 1  # the two cores of a v5p split the heads
+    return FlashTuning(
+        FlashBlocks(step, chunk * (2 if chunks % 2 == 0 else 1), span, part, ones=wide),
+        FlashBlocks(step, chunk, span, min(part, 256), ones=False),
         by_core if shared_key else kv_heads,
     )
 
@@ -52,13 +52,8 @@ def _round(n: int, multiple: int) -> int:
 
 
 def _block(n: int) -> int:
-    """The smallest block that holds n, of 128, 256, 512 and 1024; the last for more."""
+    """The smallest of 128, 256 and 512 that holds n, or 1024."""
     return next((size for size in (128, 256, 512) if n <= size), 1024)
-
-
-def chip() -> str | None:
-    """The TPU that code traced now is for: the mesh's in use, else the default device's. None where there is none."""
-    return str(pltpu.get_tpu_info().chip_version) if pltpu.is_tpu_device() else None
 
 
 def attention(
@@ -69,13 +64,13 @@ def attention(
     *,
     scale: float,
     offset: int | Array = 0,
-    how: Tuning | None = None,
+    how: FlashTuning | None = None,
     interpret: bool = False,
 ) -> Array:
     """As `latent_attention` of op.py. how: `tuning`'s by default. interpret: run the kernels in interpret mode."""
     (q_nope, q_rope), (k_nope, k_rope), (segments_BT, segments_BS) = queries, keys, segments
     t, (_, j, s, _) = q_nope.shape[2], k_nope.shape
-    how = how or tuning(t, s, j, k_rope is not None, v_BJSV.dtype, chip())
+    how = how or tuning(t, s, j, k_rope is not None, v_BJSV.dtype, chips.here())
     long_t, long_s = _round(t, how.forward.queries), _round(s, how.forward.chunk)
     inputs = AttentionInputs(
         _pad(q_nope, 2, long_t),
@@ -98,21 +93,20 @@ def _pad(x: Array, axis: int, size: int) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _attention(inputs: AttentionInputs, scale: float, how: Tuning, interpret: bool) -> Array:
+def _attention(inputs: AttentionInputs, scale: float, how: FlashTuning, interpret: bool) -> Array:
     return _attention_forward(inputs, scale, how, interpret)[0]
 
 
-def _attention_forward(inputs: AttentionInputs, scale: float, how: Tuning, interpret: bool) -> tuple[Array, tuple]:
+def _attention_forward(inputs: AttentionInputs, scale: float, how: FlashTuning, interpret: bool) -> tuple[Array, tuple]:
     blocks = how.forward
-    queries, keys = bounds(inputs.segments_BT, blocks.queries), bounds(inputs.segments_BS, blocks.part)
-    o, lse = forward(inputs, queries, keys, scale=scale, blocks=blocks, interpret=interpret)
+    o, lse = forward(inputs, _scalars(inputs, blocks), scale=scale, blocks=blocks, interpret=interpret)
     # Named, so that a remat policy that keeps them need not run the forward pass again.
     o, lse = checkpoint_name(o, "attention"), checkpoint_name(lse, "attention")
     return o, (inputs, o, lse)
 
 
 def _attention_backward(
-    scale: float, how: Tuning, interpret: bool, kept: tuple[AttentionInputs, Array, Array], g: Array
+    scale: float, how: FlashTuning, interpret: bool, kept: tuple[AttentionInputs, Array, Array], g: Array
 ) -> tuple[AttentionInputs]:
     inputs, o, lse = kept
     segments_BT, segments_BS = inputs.segments_BT, inputs.segments_BS
@@ -129,12 +123,15 @@ def _attention_backward(
         jnp.broadcast_to(segments_BS[:, :, None], (*segments_BS.shape, LANES)),
         segments_BS[:, None],
     )
-    queries, keys = bounds(segments_BT, blocks.queries), bounds(segments_BS, blocks.part)
-    grad = backward_kernel.backward(
-        operands, inputs.offset, queries, keys, scale=scale, blocks=blocks, parts=how.parts, interpret=interpret
-    )
+    scalars = _scalars(inputs, blocks)
+    grad = backward_kernel.backward(operands, scalars, scale=scale, blocks=blocks, parts=how.parts, interpret=interpret)
     # JAX takes None for the cotangents of integers.
     return (inputs._replace(**grad._asdict(), segments_BT=None, segments_BS=None, offset=None),)  # pyright: ignore
+
+
+def _scalars(inputs: AttentionInputs, blocks: FlashBlocks) -> Scalars:
+    queries, keys = bounds(inputs.segments_BT, blocks.queries), bounds(inputs.segments_BS, blocks.part)
+    return Scalars(inputs.offset.reshape(1), None, queries, keys)
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

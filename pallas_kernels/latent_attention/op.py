@@ -1,5 +1,7 @@
 """Latent attention for training and prefill: checks the arguments and runs the kernels."""
 
+from typing import Any
+
 from jax import Array
 
 from pallas_kernels import chips
@@ -39,7 +41,7 @@ def _check(queries: Queries, keys: Keys, v: Array, segments: Segments) -> None:
     (q_nope, q_rope), (k_nope, k_rope), (segments_BT, segments_BS) = queries, keys, segments
     (b, h, t, n), (_, j, s, _) = q_nope.shape, k_nope.shape
     expected = {"k_nope": (b, j, s, n), "v": (b, j, s, v.shape[-1]), "segments_BT": (b, t), "segments_BS": (b, s)}
-    given = {"k_nope": k_nope, "v": v, "segments_BT": segments_BT, "segments_BS": segments_BS}
+    given: dict[str, Any] = {"k_nope": k_nope, "v": v, "segments_BT": segments_BT, "segments_BS": segments_BS}
     if (q_rope is None) != (k_rope is None):
         raise ValueError("only one of q_rope and k_rope is given: give both or neither")
     if q_rope is not None:
