@@ -149,5 +149,5 @@ def needed() -> str:
     """`here`. Raises ValueError where there is none of these chips."""
     chip = here()
     if chip is None:
-        raise ValueError(f'implementation="pallas" needs a TPU of {", ".join(CHIPS)}: take "xla" here')
+        raise ValueError(f"the kernels need a TPU of {', '.join(CHIPS)}, and this is none of them")
     return chip

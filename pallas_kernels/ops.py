@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import shapes, tuning
+from pallas_kernels import shapes
 from pallas_kernels.chips import CHIPS
 from pallas_kernels.expert_dispatch import combine, kernels
 from pallas_kernels.expert_dispatch.tiles import Tiles
-from pallas_kernels.latent_attention import decode_kernel, flash, packing
+from pallas_kernels.latent_attention import CachePages, Sequences, decode_kernel, decode_tuning, flash, packing
+from pallas_kernels.latent_attention.decode_jobs import DecodeBlocks
 from pallas_kernels.quantized import Quantized
 
 _BF16 = 2  # bytes
@@ -38,9 +39,9 @@ def _latent_decode(shape: shapes.LatentDecode, chip: str, blocks: Any, dtype: An
     packed = packing.is_packed(dtype)
 
     def run(*args: jax.Array) -> jax.Array:
-        scales = args[7] if packed else None
+        pages, sequences = CachePages(args[2], args[3], args[7] if packed else None), Sequences(*args[4:7])
         cores = CHIPS[chip].cores
-        return decode_kernel.decode(*args[:7], scale=1.0, scales_L1K=scales, blocks=blocks, cores=cores)
+        return decode_kernel.decode(args[:2], pages, sequences, scale=1.0, blocks=blocks, cores=cores)
 
     args = (
         _bf16(n, shape.heads, shape.latent),
@@ -64,7 +65,7 @@ def _latent_decode_bytes(shape: shapes.LatentDecode, dtype: Any) -> float:
 def _latent_decode_candidates(shape: shapes.LatentDecode) -> Iterable[Any]:
     chunks = {min(shape.length, slots) // shape.page for slots in (1024, 2048, 4096)}
     for pages, streams in itertools.product(sorted(chunks), (1, 2)):
-        yield decode_kernel.Blocks(pages=pages, streams=streams, tokens=max(2, min(16, 512 // shape.heads)))
+        yield DecodeBlocks(pages=pages, streams=streams, tokens=max(2, min(16, 512 // shape.heads)))
 
 
 def _bf16(*dims: int) -> jax.ShapeDtypeStruct:
@@ -80,7 +81,7 @@ def _latent_flash(shape: shapes.LatentAttention, chip: str, backward: bool) -> t
     segments = np.ones((1, t), np.int32)
 
     def attend(*arrays: Any) -> jax.Array:
-        return flash.attention(*arrays[:5], scale=0.1, segments_BT=arrays[5], segments_BS=arrays[6], offset=0, how=how)
+        return flash.attention(arrays[:2], arrays[2:4], arrays[4], arrays[5:7], scale=0.1, how=how)  # pyright: ignore
 
     def gradients(*arrays: Any) -> Any:
         o, pull = jax.vjp(lambda *xs: attend(*xs, *arrays[5:7]), *arrays[:5])
@@ -259,7 +260,7 @@ def _decode_op(dtype: Any) -> Op:
         flops=lambda s: 2 * s.sequences * s.heads * s.length * (2 * s.latent + s.rope),
         bytes=lambda s: _latent_decode_bytes(s, dtype),
         key=lambda s: (s.heads, s.page, bits),
-        blocks=lambda chip, s: tuning.latent_decode(chip, s.heads, s.page, bits),
+        blocks=lambda chip, s: decode_tuning.blocks(chip, s.heads, s.page, bits),
         candidates=_latent_decode_candidates,
     )
 

@@ -1,8 +1,8 @@
-"""The way out: each token's rows added up, by one gather into token order and one grouped product.
+"""Adds up each token's rows, by one gather into token order and one grouped product.
 
-A gather for each of a token's K choices would read and write K rows a token, though a device computes but a few of
-them. Here the kept rows alone are gathered; those of a run of tokens then lie side by side, and a matrix of zeros and
-ones adds them up on the MXU, in float32.
+A gather for each of a token's K choices would read and write K rows a token, though a device computes only a few of
+them. This gathers the kept rows alone. The rows of a group of tokens are then adjacent, and a product with a 0/1 matrix
+adds them up on the MXU, in float32.
 """
 
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jax import Array
 
 from pallas_kernels.expert_dispatch.weight_gradient import tgmm
 
-RUN = 256  # tokens of a group; each core of a v5p takes half of them
+RUN = 256  # tokens of a group; each core of a v5p computes half of them
 
 
 def combine(y_PD: Array, row_NK: Array, kept_NK: Array) -> Array:
@@ -29,5 +29,5 @@ def combine(y_PD: Array, row_NK: Array, kept_NK: Array) -> Array:
 
 
 def add_up(own_PT: Array, rows_PD: Array, sizes_R: Array) -> Array:
-    """The kernel alone: [R, RUN, D]. own_PT: of each row 1 at its token's place in its run, else 0."""
+    """The kernel alone: [R, RUN, D]. own_PT: 1 at the row's token within its group, else 0."""
     return tgmm(own_PT, rows_PD, sizes_R, name="combine")

@@ -1,6 +1,6 @@
-"""Grouped matrix products: every group of rows with its own matrix, and the gradients of that.
+"""Grouped matrix products: every group of rows times its own matrix, and the gradient for the rows.
 
-Rows of group e lie behind those of group e - 1, from row 0 on. Letters: P rows, E groups, D contracted, F result.
+Groups of rows follow each other from row 0. Letters: P rows, E groups, D contracted, F result.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.expert_dispatch.row_pipeline import Tile, over_rows
-from pallas_kernels.expert_dispatch.tiles import LANES, Tiles
+from pallas_kernels.constants import LANES
+from pallas_kernels.expert_dispatch.row_pipeline import Product, RowOperand, RowResult, Tile, over_rows
+from pallas_kernels.expert_dispatch.tiles import Tiles
 from pallas_kernels.quantized import Weight
 
 
@@ -24,8 +25,9 @@ def gmm(
 ) -> Array:
     """lhs[p] @ rhs[e] for each row p of group e: [P, F] in lhs's dtype, sums in float32.
 
-    rhs quantized: scales [E, 1, F], which multiply the sums; its values become lhs's dtype in VMEM. transpose_rhs: rhs
-    is [E, F, D], and not quantized. Rows behind the sum of the group sizes are not read, and undefined in the result.
+    A quantized rhs has scales [E, 1, F], which multiply the sums; its values become lhs's dtype in VMEM.
+    transpose_rhs: rhs is [E, F, D], and not quantized. Rows after the sum of the group sizes are not read, and are
+    undefined in the result.
     """
     return gmm_sum((lhs_PD,), (rhs_EDF,), group_sizes_E, transpose_rhs, tiles=tiles)
 
@@ -47,33 +49,24 @@ def gmm_sum(
         def columns(at: slice | pl.Slice, _: int) -> None:
             xs, ws = [x[...] for x in tile.rows], [w[at] if transpose_rhs else w[:, at] for w in tile.weights]
             if result.dtype == jnp.bfloat16 and not tile.scales:
-                # One product, so that depths that are odd multiples of 128 still fill an MXU of 256 rows.
+                # A single product fills an MXU of 256 rows even if depths are odd multiples of 128.
                 xs, ws = [jnp.concatenate(xs, axis=1)], [jnp.concatenate(ws, axis=2 - axis)]
             products = tile.scaled([dot(x, w, (1, 2 - axis)) for x, w in zip(xs, ws, strict=True)], at)
             result[:, at] = sum(products[1:], start=products[0]).astype(result.dtype)
 
         over_columns(result.shape[1], tile.chunk, columns)
 
-    (result_PF,) = over_rows(
-        body,
-        group_sizes_E,
-        lhs,
-        rhs,
-        [(rhs[0].shape[axis], lhs[0].dtype)],
-        weight_axis=axis,
-        depth=sum(x.shape[1] for x in lhs),
-        split=[False] * len(lhs),
-        name="gmm",
-        tiles=tiles,
-    )
+    product = Product("gmm", weight_axis=axis, depth=sum(x.shape[1] for x in lhs))
+    result = RowResult(rhs[0].shape[axis], lhs[0].dtype)
+    (result_PF,) = over_rows(body, product, group_sizes_E, [RowOperand(x) for x in lhs], rhs, [result], tiles)
     return result_PF
 
 
 def dot(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
-    """Matrix product over a's and b's named dimension in float32; float32 operands are not rounded.
+    """Matrix product over dimensions `contract` of a and b, in float32; float32 operands are not rounded.
 
-    A b in 8 bits loses nothing: float8 beside bfloat16 is widened by the MXU itself, all else becomes a's dtype here.
-    Float32 operands are multiplied LANES deep at a time: one long chain of float32 sums would round twice as much.
+    A b in 8 bits is not rounded either: the MXU widens float8 itself, int8 becomes a's dtype here. Float32 operands are
+    multiplied LANES deep at a time, since one long chain of float32 sums rounds twice as much.
     """
     dims = (((contract[0],), (contract[1],)), ((), ()))
     if a.dtype == jnp.float32 or b.dtype == jnp.int8:
@@ -88,13 +81,13 @@ def dot(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
 
 
 def _parts(x: Array, axis: int) -> list[Array]:
-    """x in parts LANES deep along the axis."""
+    """x split along the axis into parts of LANES."""
     size = x.shape[axis]
     return [lax.slice_in_dim(x, i, min(i + LANES, size), axis=axis) for i in range(0, size, LANES)]
 
 
 def over_columns(width: int, chunk: int, body: Callable[[slice | pl.Slice, int], None]) -> None:
-    """body(slice, its size) for chunks of columns, then for what is left of them."""
+    """Calls body(slice, its size) for each chunk of columns, then for the remaining columns."""
 
     def step(i: Array, _: None) -> None:
         body(pl.ds(pl.multiple_of(i * chunk, LANES), chunk), chunk)

@@ -1,4 +1,4 @@
-"""The kernels under the names that their twins in reference.py have."""
+"""The kernels, under the same names as their twins in reference.py."""
 
 from pallas_kernels.expert_dispatch.combine import combine
 from pallas_kernels.expert_dispatch.grouped_matmul import gmm, gmm_sum

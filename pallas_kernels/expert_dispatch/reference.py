@@ -1,5 +1,6 @@
-"""The plain-jnp twins of the kernels: same names, same arguments but for the tiles. For tests and for other devices."""
+"""The op and its kernels in plain jnp: the same names, and the same arguments without the tiles. For tests."""
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -7,6 +8,31 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels.quantized import Quantized, Weight
+
+
+def grouped_swiglu(
+    x_ND: Array,
+    experts_NK: Array,
+    gates_NK: Array,
+    weights: tuple[Weight, Weight, Weight],
+    *,
+    max_pairs: int | None = None,
+    buffer_size: int | None = None,
+) -> Array:
+    """As `grouped_swiglu` of op.py. Every expert computes every token in float32. buffer_size: not used."""
+    del buffer_size
+    w_gate_EDF, w_up_EDF, w_down_EFD = (
+        (w.values.astype(jnp.float32) * w.scale) if isinstance(w, Quantized) else w.astype(jnp.float32) for w in weights
+    )
+    if max_pairs is not None:
+        rank_NK = jnp.argsort(jnp.argsort(experts_NK.reshape(-1), stable=True)).reshape(experts_NK.shape)
+        experts_NK = jnp.where(rank_NK < max_pairs, experts_NK, w_gate_EDF.shape[0])
+    product = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+    x, (experts, _, _) = x_ND.astype(jnp.float32), w_gate_EDF.shape
+    hidden_NEF = jax.nn.silu(product("nd,edf->nef", x, w_gate_EDF)) * product("nd,edf->nef", x, w_up_EDF)
+    y_NED = product("nef,efd->ned", hidden_NEF, w_down_EFD)
+    gates_NE = product("nk,nke->ne", gates_NK, jax.nn.one_hot(experts_NK, experts))  # an id of E gives no 1
+    return product("ne,ned->nd", gates_NE, y_NED).astype(x_ND.dtype)
 
 
 def gmm(lhs_PD: Array, rhs_EDF: Weight, group_sizes_E: Array, transpose_rhs: bool = False) -> Array:
@@ -59,11 +85,11 @@ def hidden_gradient(
 
 
 def combine(y_PD: Array, row_NK: Array, kept_NK: Array) -> Array:
-    """See combine.combine. K gathers added up: [N, K, D] would be dearer still."""
+    """See combine.combine. K gathers of [N, D], added up: one [N, K, D] would cost more."""
     y_ND = jnp.zeros((row_NK.shape[0], y_PD.shape[1]), jnp.float32)
     for k in range(row_NK.shape[1]):
         rows_ND = y_PD.at[row_NK[:, k]].get(mode="promise_in_bounds").astype(jnp.float32)
-        # A row that no pair keeps may be NaN: chosen away, not multiplied.
+        # A row that no pair keeps may be NaN, which a product with 0 would not remove.
         y_ND += jnp.where(kept_NK[:, k, None], rows_ND, 0)
     return y_ND.astype(y_PD.dtype)
 

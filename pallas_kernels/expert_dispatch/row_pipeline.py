@@ -1,8 +1,9 @@
-"""Runs a body over the tiles of uneven groups: rows, results and each group's weights stream through VMEM meanwhile.
+"""Runs a body on the tiles of uneven groups, while rows, results and each group's weights stream through VMEM.
 
-All DMAs are the kernel's own, because the automatic pipeline looks one step ahead, and a group's weights take longer to
-arrive than a tile takes to compute: here they come in pieces spread over all tiles of the group before, behind the rows
-of the next tile, which are needed sooner. Only rows of filled groups move. Letters as in tiles.py; C column blocks.
+The kernel starts all DMAs itself. Pallas's automatic pipeline looks one step ahead, but a group's weights take longer
+to arrive than a tile takes to compute. Here they arrive in pieces, spread over all tiles of the group before; the rows
+of the next tile, which are needed sooner, come first. Only rows of filled groups are copied. Letters as in tiles.py; C
+column blocks.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,13 +15,13 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.constants import LANES
 from pallas_kernels.expert_dispatch.tiles import (
     ALIGN,
-    LANES,
     MIB,
     PIECES,
-    Plan,
     Ref,
+    TilePlan,
     Tiles,
     chip,
     divide,
@@ -41,15 +42,15 @@ def wait(copy: Any) -> None:
     copy.wait()
 
 
-class Rows(NamedTuple):
-    """An operand or result with one row a pair, in HBM and in two VMEM buffers that tiles use in turn."""
+class RowStream(NamedTuple):
+    """An operand or result with one row a pair, in HBM and in two VMEM buffers that alternate."""
 
     hbm: Ref
     vmem: Ref  # [2, tile rows, columns]
     semaphores: Ref  # [2]
 
     def copy(self, act: Act, slot: Array, row: Array, count: Array, block: Array, out: bool = False) -> None:
-        """Starts or waits for the DMAs of `count` rows, a multiple of ALIGN: one a bit, as a DMA's size is static."""
+        """Starts or waits for the DMAs of `count` rows, a multiple of ALIGN: one a bit, as DMA sizes are static."""
         width = self.vmem.shape[2]
         column = offset(block, self.hbm.shape[1], width)
         size = 1 << (min(self.vmem.shape[1], self.hbm.shape[0]).bit_length() - 1)
@@ -66,21 +67,21 @@ class Rows(NamedTuple):
             size //= 2
 
 
-class Weights(NamedTuple):
-    """A weight of every group in HBM, and two groups' column block of it in VMEM."""
+class WeightStream(NamedTuple):
+    """A weight of every group in HBM, and its column block for two groups in VMEM."""
 
     hbm: Ref  # [E, D, F]
     vmem: Ref  # [2, D, F / C], or [2, D / C, F]
     semaphores: Ref  # [2]
-    scale: Ref | None  # [E, 1, F], all of it in VMEM, if they are quantized
+    scale: Ref | None  # [E, 1, F] in VMEM, if the weight is quantized
 
     @property
     def align(self) -> int:
-        """Rows: DMAs start and end at multiples of it. A packed register of 8 bits is 32 high."""
+        """DMAs start and end at multiples of so many rows. A packed register of 8 bits is 32 high."""
         return max(ALIGN, 32 // self.hbm.dtype.itemsize)
 
     def copy(self, act: Act, slot: Array, group: Array, block: Array, low: Array | int, size: int) -> None:
-        """Starts or waits for one DMA: `size` rows from row `low` on of this column block."""
+        """Starts or waits for the DMA of `size` rows of this column block, from row `low` on."""
         _, height, width = self.vmem.shape
         row = pl.multiple_of(jnp.int32(low) + offset(block, self.hbm.shape[1], height), self.align)
         column = offset(block, self.hbm.shape[2], width)
@@ -90,20 +91,29 @@ class Weights(NamedTuple):
 
 
 def offset(block: Array, columns: int, width: int) -> Array | int:
-    """First column of a column block. The last block ends with the last column, so it may overlap the one before: both
-    then write the same numbers to the same place."""
+    """First column of a column block. The last block ends at the last column, so it may overlap the one before: both
+    write the same numbers there."""
     return 0 if width == columns else pl.multiple_of(jnp.minimum(block * width, columns - width), LANES)
 
 
+class Streams(NamedTuple):
+    """All arrays that a kernel copies. carries: [ALIGN, columns] for each result, rows of the group before."""
+
+    rows: list[RowStream]
+    weights: list[WeightStream]
+    results: list[RowStream]
+    carries: Sequence[Ref]
+
+
 class Tile(NamedTuple):
-    """What a body works on: refs of `height` rows, and one group's column block of each weight."""
+    """The arguments of a body: refs of `height` rows, and one group's column block of each weight."""
 
     height: int
     chunk: int  # columns to multiply at a time
-    repeated: Array  # so many leading columns are in the column block before, too
+    repeated: Array  # leading columns that the column block before has, too
     rows: list[Ref]
     weights: list[Ref]
-    scales: list[Ref]  # [1, columns] of each weight, if they are quantized: none, or as many
+    scales: list[Ref]  # [1, columns] for each weight, empty if they are not quantized
     results: list[Ref]
 
     def scaled(self, products: Sequence[Array], at: slice | pl.Slice) -> Sequence[Array]:
@@ -116,59 +126,72 @@ class Tile(NamedTuple):
 Body = Callable[[Tile], None]
 
 
+class RowOperand(NamedTuple):
+    """An operand [P, *]. cut: whether it is split into column blocks like the results."""
+
+    array: Array
+    cut: bool = False
+
+
+class RowResult(NamedTuple):
+    """A result [P, width], split into column blocks if it is as wide as the weights."""
+
+    width: int
+    dtype: jnp.dtype
+
+
+class Product(NamedTuple):
+    """What the body computes. name: in profiles and plans. depth: the contracted size."""
+
+    name: str
+    weight_axis: int  # along which column blocks split the weights
+    depth: int
+
+
 def over_rows(
     body: Body,
+    product: Product,
     sizes_E: Array,
-    rows: Sequence[Array],
+    rows: Sequence[RowOperand],
     weights: Sequence[Weight],
-    results: Sequence[tuple[int, jnp.dtype]],
-    *,
-    weight_axis: int,
-    depth: int,
-    split: Sequence[bool],
-    name: str,
+    results: Sequence[RowResult],
     tiles: Tiles | None,
 ) -> list[Array]:
-    """Results [P, width] of the body run on every tile.
+    """Runs the body on every tile and returns the results [P, width].
 
-    rows: arrays [P, *]; `split` says which are cut into column blocks like the results, the others come whole. weights:
-    arrays [E, *, *], cut along weight_axis; or all of them quantized, with scales [E, 1, *] along axis 2, which is then
-    the one. results: (width, dtype); one as wide as the weights is cut into column blocks, one of LANES columns is
-    returned with as many for every block. depth: what a product sums over. Rows behind the sum of sizes_E are neither
-    read nor written: those of the results are undefined.
+    weights: [E, *, *]; all of them may be quantized, with scales [E, 1, *], and weight_axis is then 2. A result of
+    LANES columns has as many for every column block. Rows after the sum of sizes_E are neither read nor written; those
+    of the results are undefined.
     """
     scales = [w.scale for w in weights if isinstance(w, Quantized)]
-    assert not scales or (len(scales) == len(weights) and weight_axis == 2)
+    assert not scales or (len(scales) == len(weights) and product.weight_axis == 2)
     values = [w.values if isinstance(w, Quantized) else w for w in weights]
-    given, columns = rows[0].shape[0], values[0].shape[weight_axis]
+    given, columns = rows[0].array.shape[0], values[0].shape[product.weight_axis]
     pairs = round_up(given)
     if pairs != given:
-        rows = [jnp.pad(a, ((0, pairs - given), (0, 0))) for a in rows]
-    tiles = tiles or _fit(pairs, columns, depth, rows, values, results, split)
+        rows = [r._replace(array=jnp.pad(r.array, ((0, pairs - given), (0, 0)))) for r in rows]
+    tiles = tiles or _fit(product, pairs, columns, rows, values, results)
     width = tiles.width(columns)
     a, b, c = len(rows), len(values), len(results)
 
     def kernel(sizes_E: Ref, *refs: Ref) -> None:
         resident, refs = refs[: len(scales)] or [None] * b, refs[len(scales) :]
-        hbm, refs, fields = refs[: a + b + c], refs[a + b + c :], len(Plan._fields)
-        s, refs = Plan(*refs[:fields]), refs[fields:]
+        hbm, refs, fields = refs[: a + b + c], refs[a + b + c :], len(TilePlan._fields)
+        plan, refs = TilePlan(*refs[:fields]), refs[fields:]
         vmem, carries, semaphores = refs[: a + b + c], refs[a + b + c : -1], refs[-1]
-        lay_out(s, sizes_E, pairs, tiles)
-        streams = [(h, v, semaphores.at[i]) for i, (h, v) in enumerate(zip(hbm, vmem, strict=True))]
-        _pipeline(
-            body,
-            s,
-            [Rows(*x) for x in streams[:a]],
-            [Weights(*x, scale) for x, scale in zip(streams[a : a + b], resident, strict=True)],
-            [Rows(*x) for x in streams[a + b :]],
+        lay_out(plan, sizes_E, pairs, tiles)
+        copied = [(h, v, semaphores.at[i]) for i, (h, v) in enumerate(zip(hbm, vmem, strict=True))]
+        streams = Streams(
+            [RowStream(*x) for x in copied[:a]],
+            [WeightStream(*x, scale) for x, scale in zip(copied[a : a + b], resident, strict=True)],
+            [RowStream(*x) for x in copied[a + b :]],
             carries,
-            tiles,
-            columns,
         )
+        _pipeline(body, plan, streams, tiles, columns)
 
-    weight_shapes = [(width, w.shape[2]) if weight_axis == 1 else (w.shape[1], width) for w in values]
-    result_widths = [width if n == columns else n for n, _ in results]
-    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    weight_shapes = [(width, w.shape[2]) if product.weight_axis == 1 else (w.shape[1], width) for w in values]
+    result_widths = [width if r.width == columns else r.width for r in results]
+    anywhere, arrays = pl.BlockSpec(memory_space=pl.ANY), [r.array for r in rows]
     shapes = [jax.ShapeDtypeStruct((pairs, n if n == columns else n * tiles.blocks), dtype) for n, dtype in results]
     made = pl.pallas_call(
         kernel,
@@ -178,73 +201,59 @@ def over_rows(
             in_specs=[pl.BlockSpec(memory_space=pltpu.VMEM)] * len(scales) + [anywhere] * (a + b),
             out_specs=[anywhere] * c,
             scratch_shapes=[
-                *Plan.scratch(sizes_E.shape[0], pairs, tiles),
-                *(
-                    pltpu.VMEM((2, tiles.rows, width if cut else r.shape[1]), r.dtype)
-                    for r, cut in zip(rows, split, strict=True)
-                ),
+                *TilePlan.scratch(sizes_E.shape[0], pairs, tiles),
+                *(pltpu.VMEM((2, tiles.rows, width if r.cut else r.array.shape[1]), r.array.dtype) for r in rows),
                 *(pltpu.VMEM((2, *shape), w.dtype) for shape, w in zip(weight_shapes, values, strict=True)),
-                *(pltpu.VMEM((2, tiles.rows, n), r[1]) for n, r in zip(result_widths, results, strict=True)),
-                *(pltpu.VMEM((ALIGN, n), r[1]) for n, r in zip(result_widths, results, strict=True)),
+                *(pltpu.VMEM((2, tiles.rows, n), r.dtype) for n, r in zip(result_widths, results, strict=True)),
+                *(pltpu.VMEM((ALIGN, n), r.dtype) for n, r in zip(result_widths, results, strict=True)),
                 pltpu.SemaphoreType.DMA((a + b + c, 2)),
             ],
         ),
         out_shape=shapes,
         compiler_params=compiler_params(),
-        cost_estimate=work(2 * pairs * sum(w[0].size for w in values), [*scales, *rows, *values, *shapes]),
-        name=name,
-    )(sizes_E, *scales, *rows, *values)
+        cost_estimate=work(2 * pairs * sum(w[0].size for w in values), [*scales, *arrays, *values, *shapes]),
+        name=product.name,
+    )(sizes_E, *scales, *arrays, *values)
     return [r[:given] for r in made] if pairs != given else made
 
 
 def _fit(
+    product: Product,
     pairs: int,
     columns: int,
-    depth: int,
-    rows: Sequence[Array],
+    rows: Sequence[RowOperand],
     weights: Sequence[Array],
-    results: Sequence[tuple[int, jnp.dtype]],
-    split: Sequence[bool],
+    results: Sequence[RowResult],
 ) -> Tiles:
-    whole = sum(a.shape[1] * a.dtype.itemsize for a, cut in zip(rows, split, strict=True) if not cut)
-    parts = sum(a.dtype.itemsize for a, cut in zip(rows, split, strict=True) if cut)
-    parts += sum(jnp.dtype(dtype).itemsize for _, dtype in results)
+    uncut = sum(r.array.shape[1] * r.array.dtype.itemsize for r in rows if not r.cut)
+    cut = sum(r.array.dtype.itemsize for r in rows if r.cut) + sum(jnp.dtype(r.dtype).itemsize for r in results)
     size = sum(w.size // (w.shape[0] * columns) * w.dtype.itemsize for w in weights)
-    # Weights in 8 bits are for generation: groups are small, and half the bytes no longer hide the MXU's work on rows
-    # that only fill a tile.
+    # Weights in 8 bits are for generation, with small groups. Half the bytes no longer hide the time that the MXU
+    # spends on rows that only fill a tile, so tiles are rounded up less.
     step = 32 if weights[0].dtype.itemsize == 1 else 64
-    return fit(pairs, columns, depth, whole=whole, split=parts, weights=size, step=step)
+    return fit(pairs, columns, product.depth, uncut=uncut, cut=cut, weights=size, step=step)
 
 
-def _pipeline(
-    body: Body,
-    s: Plan,
-    rows: list[Rows],
-    weights: list[Weights],
-    results: list[Rows],
-    carries: Sequence[Ref],
-    tiles: Tiles,
-    columns: int,
-) -> None:
-    """One column block: its tiles in turn, while the next tile's rows and the next group's weights come in."""
+def _pipeline(body: Body, s: TilePlan, streams: Streams, tiles: Tiles, columns: int) -> None:
+    """Runs all tiles of one column block, while the next tile's rows and the next group's weights arrive."""
     block, count = pl.program_id(0), s.totals_2[0]
-    pieces = PIECES * ALIGN // max(stream.align for stream in weights)
+    pieces = PIECES * ALIGN // max(stream.align for stream in streams.weights)
 
     def load(i: Array, act: Act) -> None:
-        for stream in rows:
+        for stream in streams.rows:
             stream.copy(act, i % 2, s.row_I[i], round_up(s.count_I[i]), block)
 
     def store(i: Array, act: Act) -> None:
-        # A row block that the next group shares is left to it (see `carry`): no row is written twice.
+        # The next group writes a row block that it shares (see `carry`), so no row is written twice.
         written = jnp.where(i == count - 1, round_up(s.count_I[i]), s.count_I[i] & -ALIGN)
-        for stream in results:
+        for stream in streams.results:
             stream.copy(act, i % 2, s.row_I[i], written, block, out=True)
 
     def fetch(number: Array, low: Array, high: Array) -> None:
-        """Starts pieces low to high of the weights of a filled group, by its number."""
+        """Starts the DMAs of pieces low to high of a group's weights. number: among the groups with tiles."""
 
         def piece(p: Array, _: None) -> None:
-            for stream in weights:
+            for stream in streams.weights:
                 size = stream.vmem.shape[1] // pieces
                 stream.copy(start, number % 2, s.group_J[number], block, p * size, size)
 
@@ -264,7 +273,7 @@ def _pipeline(
 
         @pl.when(s.index_I[i] == 0)
         def _() -> None:
-            for stream in weights:
+            for stream in streams.weights:
                 stream.copy(wait, number % 2, s.group_J[number], block, 0, stream.vmem.shape[1])
 
         @pl.when(number + 1 < s.totals_2[1])
@@ -278,8 +287,8 @@ def _pipeline(
         def _() -> None:
             store(i - 2, wait)
 
-        _multiply(body, s, i, block, rows, weights, results, tiles, columns)
-        for stream, kept in zip(results, carries, strict=True):
+        _multiply(body, s, i, block, streams, tiles, columns)
+        for stream, kept in zip(streams.results, streams.carries, strict=True):
             carry(stream.vmem.at[i % 2], kept, s.skip_I[i], s.count_I[i])
         store(i, start)
 
@@ -291,36 +300,30 @@ def _pipeline(
             store(count - last, wait)
 
 
-def _multiply(
-    body: Body,
-    s: Plan,
-    i: Array,
-    block: Array,
-    rows: list[Rows],
-    weights: list[Weights],
-    results: list[Rows],
-    tiles: Tiles,
-    columns: int,
-) -> None:
-    """Runs the body on tile i: it is compiled for every height, and the lowest that holds the tile runs."""
-    slot, rest = i % 2, s.number_I[i] % 2
+def _multiply(body: Body, s: TilePlan, i: Array, block: Array, streams: Streams, tiles: Tiles, columns: int) -> None:
+    """Runs the body on tile i. Each height has its own compiled body; the lowest that holds the tile runs."""
+    slot, buffer = i % 2, s.number_I[i] % 2
     width = tiles.width(columns)
     repeated = block * width - offset(block, columns, width)
     scales = [
         w.scale.at[s.group_J[s.number_I[i]], :, pl.ds(offset(block, columns, width), width)]
-        for w in weights
+        for w in streams.weights
         if w.scale is not None
     ]
     for height in range(tiles.step, tiles.rows + 1, tiles.step):
 
         @pl.when((s.count_I[i] > height - tiles.step) & (s.count_I[i] <= height))
         def _(height: int = height) -> None:
-            operands, made = ([r.vmem.at[slot, pl.ds(0, height)] for r in x] for x in (rows, results))
-            body(Tile(height, tiles.chunk, repeated, operands, [w.vmem.at[rest] for w in weights], scales, made))
+            operands, made = ([r.vmem.at[slot, pl.ds(0, height)] for r in x] for x in (streams.rows, streams.results))
+            body(
+                Tile(
+                    height, tiles.chunk, repeated, operands, [w.vmem.at[buffer] for w in streams.weights], scales, made
+                )
+            )
 
 
 def carry(tile: Ref, kept: Ref, skip: Array, count: Array) -> None:
-    """Takes the rows of the group before from `kept` into the tile's head, and keeps the rows behind its last ALIGN."""
+    """Copies the rows of the group before from `kept` to the tile's head, and keeps the rows after its last ALIGN."""
 
     @pl.when(skip > 0)
     def _() -> None:
@@ -333,21 +336,21 @@ def carry(tile: Ref, kept: Ref, skip: Array, count: Array) -> None:
 
 
 def round_up(count: Number) -> Number:
-    """To a multiple of ALIGN."""
+    """Rounds up to a multiple of ALIGN."""
     return (count + ALIGN - 1) & -ALIGN
 
 
 def work(flops: int, arrays: Sequence[Array | jax.ShapeDtypeStruct]) -> pl.CostEstimate:
-    """What XLA is told of a kernel, to schedule transfers beside it: products, and every array moved once."""
+    """The kernel's cost for XLA, which schedules transfers to overlap with it. Each array moves once."""
     moved = sum(a.size * a.dtype.itemsize for a in arrays)
     return pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0)
 
 
 def compiler_params() -> pltpu.CompilerParams:
-    """Nearly all of the chip's VMEM; column blocks shared by the cores of a megacore."""
+    """Nearly all of the chip's VMEM; the cores of a megacore split the column blocks."""
     return pltpu.CompilerParams(
         dimension_semantics=("parallel",),
         vmem_limit_bytes=chip().vmem_capacity_bytes - 2 * MIB,
-        disable_bounds_checks=True,  # they cost 2% of a kernel that starts many small DMAs; interpret mode makes them
+        disable_bounds_checks=True,  # 2% of the time of a kernel with many small DMAs; interpret mode checks them
         disable_semaphore_checks=True,
     )

@@ -1,4 +1,4 @@
-"""The experts' SwiGLU around the grouped products: gate, up and their product in one pass, and the way back.
+"""The experts' SwiGLU fused with grouped products: gate, up and their product in one kernel, and their gradients.
 
 Letters: P rows, E groups, D model, F expert width.
 """
@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
+from pallas_kernels.constants import LANES
 from pallas_kernels.expert_dispatch.grouped_matmul import dot, over_columns
-from pallas_kernels.expert_dispatch.row_pipeline import Tile, over_rows
-from pallas_kernels.expert_dispatch.tiles import LANES, Tiles
+from pallas_kernels.expert_dispatch.row_pipeline import Product, RowOperand, RowResult, Tile, over_rows
+from pallas_kernels.expert_dispatch.tiles import Tiles
 from pallas_kernels.quantized import Weight
 
 
@@ -26,16 +27,16 @@ def gate_up(
 ) -> list[Array]:
     """[hidden_PF], hidden[p] = gates[p] * silu(x[p] @ w_gate[e]) * (x[p] @ w_up[e]) for each row p of group e.
 
-    gates float32; results in x's dtype, all arithmetic in float32. keep: [hidden_PF, gate_PF, up_PF], the two products
-    as well, which `hidden_gradient` needs. Quantized weights: both, with scales [E, 1, F], which multiply the products.
-    Rows behind the sum of the group sizes are not read, and undefined.
+    gates are float32, results in x's dtype, all arithmetic is in float32. keep: return [hidden_PF, gate_PF, up_PF];
+    `hidden_gradient` needs the two products. Both weights may be quantized, with scales [E, 1, F], which multiply the
+    products. Rows after the sum of the group sizes are not read, and are undefined in the results.
     """
 
     def body(tile: Tile) -> None:
         (x, gates), (w_gate, w_up) = tile.rows, tile.weights
 
         def columns(at: slice | pl.Slice, size: int) -> None:
-            # One product, so that widths that are odd multiples of 128 still fill an MXU of 256 columns.
+            # A single product fills an MXU of 256 columns even if widths are odd multiples of 128.
             both = dot(x[...], jnp.concatenate([w_gate[:, at], w_up[:, at]], axis=1))
             gate, up = tile.scaled((both[:, :size], both[:, size:]), at)
             hidden = jax.nn.silu(gate) * up * _wide(gates[...], size)
@@ -44,18 +45,14 @@ def gate_up(
 
         over_columns(w_gate.shape[1], max(tile.chunk // 2 & -LANES, LANES), columns)
 
-    width = w_gate_EDF.shape[2]
     return over_rows(
         body,
+        Product("gate_up", weight_axis=2, depth=x_PD.shape[1]),
         group_sizes_E,
-        [x_PD, lanes(gates_P)],
+        [RowOperand(x_PD), RowOperand(_as_columns(gates_P))],
         [w_gate_EDF, w_up_EDF],
-        [(width, x_PD.dtype)] * (3 if keep else 1),
-        weight_axis=2,
-        depth=x_PD.shape[1],
-        split=[False, False],
-        name="gate_up",
-        tiles=tiles,
+        [RowResult(w_gate_EDF.shape[2], x_PD.dtype)] * (3 if keep else 1),
+        tiles,
     )
 
 
@@ -71,8 +68,8 @@ def hidden_gradient(
 ) -> tuple[Array, Array, Array, Array]:
     """(d gate_PF, d up_PF, hidden_PF, d gates_P) from the gradient g of hidden @ w_down; see `gate_up` for the names.
 
-    hidden is what the gradient of w_down needs: made again here, where its factors are at hand. d gates is float32, the
-    others in g's dtype. Rows behind the sum of the group sizes are not read, and undefined.
+    The gradient of w_down needs hidden, which is computed again here from the factors at hand. d gates is float32, the
+    others are in g's dtype. Rows after the sum of the group sizes are not read, and are undefined in the results.
     """
 
     def body(tile: Tile) -> None:
@@ -96,27 +93,24 @@ def hidden_gradient(
 
         over_columns(hidden.shape[1], tile.chunk, columns)
 
-    width, dtype = w_down_EFD.shape[1], g_PD.dtype
+    result = RowResult(w_down_EFD.shape[1], g_PD.dtype)
     d_gate_PF, d_up_PF, hidden_PF, d_gates_PL = over_rows(
         body,
+        Product("hidden_gradient", weight_axis=1, depth=g_PD.shape[1]),
         group_sizes_E,
-        [g_PD, gate_PF, up_PF, lanes(gates_P)],
+        [RowOperand(g_PD), RowOperand(gate_PF, True), RowOperand(up_PF, True), RowOperand(_as_columns(gates_P))],
         [w_down_EFD],
-        [(width, dtype)] * 3 + [(LANES, jnp.float32)],
-        weight_axis=1,
-        depth=g_PD.shape[1],
-        split=[False, True, True, False],
-        name="hidden_gradient",
-        tiles=tiles,
+        [result, result, result, RowResult(LANES, jnp.dtype(jnp.float32))],
+        tiles,
     )
     return d_gate_PF, d_up_PF, hidden_PF, d_gates_PL.sum(axis=1)
 
 
-def lanes(gates_P: Array) -> Array:
-    """A number for each row as 128 equal columns: a row's numbers then lie where its other columns do."""
+def _as_columns(gates_P: Array) -> Array:
+    """Each row's number as LANES equal columns: registers then hold it with the row's other columns."""
     return jnp.broadcast_to(gates_P.astype(jnp.float32)[:, None], (gates_P.shape[0], LANES))
 
 
 def _wide(x_SL: Array, width: int) -> Array:
-    """[rows, LANES] repeated to [rows, width]; without a move in registers, as width is a multiple of LANES."""
+    """[rows, LANES] repeated to [rows, width]. This moves no data, as width is a multiple of LANES."""
     return jnp.concatenate([x_SL] * (width // LANES), axis=1)

@@ -1,10 +1,11 @@
 """The weight gradient of a grouped matrix product: each group's rows of one operand times those of the other.
 
-The sum of a group's tiles stays in VMEM; results leave it in pieces while the group's last tile and the next group run.
-Letters: P rows, E groups, D and F the columns of the two operands.
+VMEM sums a group's tiles. Results leave it in pieces, while the group's last tile and the next group run. Letters: P
+rows, E groups, D and F the columns of the two operands.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,11 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.constants import LANES
 from pallas_kernels.expert_dispatch.grouped_matmul import dot
 from pallas_kernels.expert_dispatch.row_pipeline import (
     Act,
-    Rows,
+    RowStream,
     compiler_params,
     offset,
     round_up,
@@ -23,7 +25,7 @@ from pallas_kernels.expert_dispatch.row_pipeline import (
     wait,
     work,
 )
-from pallas_kernels.expert_dispatch.tiles import ALIGN, LANES, MIB, Plan, Ref, Tiles, chip, lay_out
+from pallas_kernels.expert_dispatch.tiles import ALIGN, MIB, Ref, TilePlan, Tiles, chip, lay_out
 
 
 def tgmm(
@@ -31,7 +33,7 @@ def tgmm(
 ) -> Array:
     """lhs^T rhs over the rows of each group: [E, D, F] in lhs's dtype, sums in float32; zeros for an empty group.
 
-    Rows behind the sum of the group sizes are not read. name: of the kernel, in profiles and plans.
+    Rows after the sum of the group sizes are not read. name: of the kernel, in profiles and plans.
     """
     return tgmm_each(lhs_PD, (rhs_PF,), group_sizes_E, tiles=tiles, name=name)[0]
 
@@ -49,12 +51,13 @@ def tgmm_each(
 
     def kernel(sizes_E: Ref, *refs: Ref) -> None:
         hbm, results, refs = refs[: 1 + many], refs[1 + many : 1 + 2 * many], refs[1 + 2 * many :]
-        s, refs = Plan(*refs[: len(Plan._fields)]), refs[len(Plan._fields) :]
+        s, refs = TilePlan(*refs[: len(TilePlan._fields)]), refs[len(TilePlan._fields) :]
         vmem, sums, parts = refs[: 1 + many], refs[1 + many : 1 + 2 * many], refs[1 + 2 * many : 1 + 3 * many]
-        *turned, loading, storing = refs[1 + 3 * many :]
+        *transposed, loading, storing = refs[1 + 3 * many :]
         lay_out(s, sizes_E, pairs, tiles, empty=True)
-        operands = [Rows(h, v, loading.at[i]) for i, (h, v) in enumerate(zip(hbm, vmem, strict=True))]
-        _pipeline(s, operands, list(zip(results, parts, sums, strict=True)), turned, storing, tiles)
+        operands = [RowStream(h, v, loading.at[i]) for i, (h, v) in enumerate(zip(hbm, vmem, strict=True))]
+        sums = [GroupSum(*refs) for refs in zip(results, parts, sums, strict=True)]
+        _GradientKernel(s, operands, sums, transposed, storing, tiles, pl.program_id(0), s.totals_2[0]).run()
 
     shapes = [jax.ShapeDtypeStruct((experts, depth, width), dtype)] * many
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
@@ -66,7 +69,7 @@ def tgmm_each(
             in_specs=[anywhere] * (1 + many),
             out_specs=[anywhere] * many,
             scratch_shapes=[
-                *Plan.scratch(experts, pairs, tiles),
+                *TilePlan.scratch(experts, pairs, tiles),
                 pltpu.VMEM((2, tiles.rows, block), dtype),
                 *[pltpu.VMEM((2, tiles.rows, width), dtype)] * many,
                 *[pltpu.VMEM((block, width), jnp.float32)] * many,
@@ -83,109 +86,126 @@ def tgmm_each(
     )(group_sizes_E, lhs_PD, *rhs)
 
 
-def _pipeline(
-    s: Plan,
-    operands: list[Rows],
-    results: list[tuple[Ref, Ref, Ref]],
-    turned: Sequence[Ref],
-    storing: Ref,
-    tiles: Tiles,
-) -> None:
-    """One block of lhs's columns: all tiles, one behind the other, while the next tile's rows come in."""
-    block, count, chunk = pl.program_id(0), s.totals_2[0], tiles.chunk
-    depth, width = results[0][1].shape
-    chunks = depth // chunk
+class GroupSum(NamedTuple):
+    """A result in HBM, and a group's column block of it in VMEM: in its dtype and, while tiles add up, in float32."""
 
-    def load(i: Array, act: Act) -> None:
-        for stream in operands:
-            stream.copy(act, i % 2, s.row_I[i], round_up(s.count_I[i]), block)
+    hbm: Ref
+    part: Ref
+    total: Ref
 
-    def store(number: Array, c: Array, many: int, act: Act) -> None:
-        """The DMAs of `many` chunks of a group's result, from chunk c on."""
-        for r, (hbm, part, _) in enumerate(results):
-            row = pl.multiple_of(offset(block, hbm.shape[1], depth) + c * chunk, ALIGN)
-            far = hbm.at[s.group_J[number], pl.ds(row, many * chunk)]
-            near = part.at[pl.ds(pl.multiple_of(c * chunk, ALIGN), many * chunk)]
-            act(pltpu.make_async_copy(near, far, storing.at[r, lax.shift_right_logical(c, 1)]))
 
-    def multiply(height: int, slot: Array, number: Array, first: Array, last: bool) -> None:
-        """One tile: chunks in pairs; the transpose of a chunk runs while the other's product does."""
+class _GradientKernel(NamedTuple):
+    """One block of lhs's columns: runs all tiles in order, while the next tile's rows arrive."""
 
-        def turn(c: Array, into: Ref) -> None:
-            at = pl.ds(pl.multiple_of(jnp.minimum(c, chunks - 1) * chunk, LANES), chunk)
-            into[:, pl.ds(0, height)] = operands[0].vmem[slot, pl.ds(0, height), at].T
+    plan: TilePlan
+    operands: list[RowStream]
+    results: list[GroupSum]
+    transposed: Sequence[Ref]  # two buffers
+    storing: Ref  # semaphores
+    tiles: Tiles
+    block: Array
+    tile_count: Array
 
-        def product(c: Array, turned: Ref) -> None:
-            at = pl.ds(pl.multiple_of(c * chunk, LANES), chunk)
-            value = jnp.zeros((chunk, len(results) * width), jnp.float32)
-            if height:
-                rhs = jnp.concatenate([o.vmem[slot, pl.ds(0, height)] for o in operands[1:]], axis=1)
-                value = dot(turned[:, pl.ds(0, height)], rhs)
-            for r, (_, part, total) in enumerate(results):
-                result = value[:, r * width : (r + 1) * width]
-                if height:
-                    result += jnp.where(first, 0, total[at])
-                target = part if last else total
-                target[at] = result.astype(target.dtype)
+    @property
+    def chunks(self) -> int:
+        return self.results[0].part.shape[0] // self.tiles.chunk
 
-        def pair(c: Array, many: int) -> None:
-            if last:
+    def run(self) -> None:
+        @pl.when(self.tile_count > 0)
+        def _() -> None:
+            self.load(jnp.int32(0), start)
 
-                @pl.when(number > 0)
-                def _() -> None:
-                    store(number - 1, c, many, wait)
+        lax.fori_loop(0, self.tile_count, self.tile, None)
 
-            for i in range(many):
-                if height:
-                    turn(c + i + 1, turned[1 - i])
-                product(c + i, turned[i])
-            if last:
-                store(number, c, many, start)
+        @pl.when(self.plan.totals_2[1] > 0)
+        def _() -> None:
+            for c in range(0, self.chunks, 2):
+                self.store(self.plan.totals_2[1] - 1, jnp.int32(c), min(2, self.chunks - c), wait)
 
-        if height:
-            turn(jnp.int32(0), turned[0])
-        if chunks > 1:
-            lax.fori_loop(0, chunks // 2, lambda j, _: pair(2 * j, 2), None)
-        if chunks % 2:
-            pair(jnp.int32(chunks - 1), 1)
-
-    @pl.when(count > 0)
-    def _() -> None:
-        load(jnp.int32(0), start)
-
-    def tile(i: Array, _: None) -> None:
+    def tile(self, i: Array, _: None) -> None:
+        s, step = self.plan, self.tiles.step
         slot, number, rows = i % 2, s.number_I[i], s.count_I[i]
 
-        @pl.when(i + 1 < count)
+        @pl.when(i + 1 < self.tile_count)
         def _() -> None:
-            load(i + 1, start)
+            self.load(i + 1, start)
 
-        load(i, wait)
+        self.load(i, wait)
         last = s.index_I[i] + 1 == s.tiles_J[number]
-        for height in range(0, tiles.rows + 1, tiles.step):
+        for height in range(0, self.tiles.rows + 1, step):
 
-            @pl.when((rows > height - tiles.step) & (rows <= height))
+            @pl.when((rows > height - step) & (rows <= height))
             def _(height: int = height) -> None:
                 if height:
-                    for stream in operands:
+                    for stream in self.operands:
                         _blank(stream.vmem.at[slot], s.skip_I[i], rows, height)
 
                 for ends in (False, True):
 
                     @pl.when(last == ends)
                     def _(ends: bool = ends) -> None:
-                        multiply(height, slot, number, s.index_I[i] == 0, ends)
+                        self.multiply(height, slot, number, s.index_I[i] == 0, ends)
 
-    lax.fori_loop(0, count, tile, None)
+    def load(self, i: Array, act: Act) -> None:
+        for stream in self.operands:
+            stream.copy(act, i % 2, self.plan.row_I[i], round_up(self.plan.count_I[i]), self.block)
 
-    @pl.when(s.totals_2[1] > 0)
-    def _() -> None:
-        for c in range(0, chunks, 2):
-            store(s.totals_2[1] - 1, jnp.int32(c), min(2, chunks - c), wait)
+    def store(self, number: Array, c: Array, many: int, act: Act) -> None:
+        """The DMAs of `many` chunks of a group's result, from chunk c on."""
+        chunk = self.tiles.chunk
+        for r, (hbm, part, _) in enumerate(self.results):
+            row = pl.multiple_of(offset(self.block, hbm.shape[1], part.shape[0]) + c * chunk, ALIGN)
+            far = hbm.at[self.plan.group_J[number], pl.ds(row, many * chunk)]
+            near = part.at[pl.ds(pl.multiple_of(c * chunk, ALIGN), many * chunk)]
+            act(pltpu.make_async_copy(near, far, self.storing.at[r, lax.shift_right_logical(c, 1)]))
+
+    def multiply(self, height: int, slot: Array, number: Array, first: Array, last: bool) -> None:
+        """One tile: chunks in pairs; a chunk is transposed while the other is multiplied."""
+
+        def pair(c: Array, many: int) -> None:
+            if last:
+
+                @pl.when(number > 0)
+                def _() -> None:
+                    self.store(number - 1, c, many, wait)
+
+            for i in range(many):
+                if height:
+                    self.transpose(height, slot, c + i + 1, self.transposed[1 - i])
+                self.product(height, slot, c + i, self.transposed[i], first, last)
+            if last:
+                self.store(number, c, many, start)
+
+        if height:
+            self.transpose(height, slot, jnp.int32(0), self.transposed[0])
+        if self.chunks > 1:
+            lax.fori_loop(0, self.chunks // 2, lambda j, _: pair(2 * j, 2), None)
+        if self.chunks % 2:
+            pair(jnp.int32(self.chunks - 1), 1)
+
+    def transpose(self, height: int, slot: Array, c: Array, into: Ref) -> None:
+        chunk = self.tiles.chunk
+        at = pl.ds(pl.multiple_of(jnp.minimum(c, self.chunks - 1) * chunk, LANES), chunk)
+        into[:, pl.ds(0, height)] = self.operands[0].vmem[slot, pl.ds(0, height), at].T
+
+    def product(self, height: int, slot: Array, c: Array, transposed: Ref, first: Array, last: bool) -> None:
+        """Adds a chunk's product to its sums; the last tile of a group writes them in the result's dtype."""
+        chunk, width = self.tiles.chunk, self.results[0].part.shape[1]
+        at = pl.ds(pl.multiple_of(c * chunk, LANES), chunk)
+        value = jnp.zeros((chunk, len(self.results) * width), jnp.float32)
+        if height:
+            rhs = jnp.concatenate([o.vmem[slot, pl.ds(0, height)] for o in self.operands[1:]], axis=1)
+            value = dot(transposed[:, pl.ds(0, height)], rhs)
+        for r, (_, part, total) in enumerate(self.results):
+            result = value[:, r * width : (r + 1) * width]
+            if height:
+                result += jnp.where(first, 0, total[at])
+            target = part if last else total
+            target[at] = result.astype(target.dtype)
 
 
 def _blank(tile: Ref, skip: Array, count: Array, height: int) -> None:
-    """Writes zeros over the tile's rows before `skip` and from `count` to `height`: others' rows, or never written."""
+    """Sets the tile's rows before `skip` and from `count` to `height` to 0: other groups' rows, or never written."""
     width = tile.shape[1]
     row = lax.broadcasted_iota(jnp.int32, (ALIGN, width), 0)
 
@@ -201,9 +221,9 @@ def _blank(tile: Ref, skip: Array, count: Array, height: int) -> None:
 
 
 def _fit(pairs: int, depth: int, width: int, dtype: jnp.dtype) -> Tiles:
-    """Tiles that fit the chip's VMEM: as few column blocks of lhs as its cores allow, since each reads rhs again."""
+    """Tiles that fit the chip's VMEM, with the fewest column blocks of lhs, since each block reads rhs again."""
     info, size = chip(), jnp.dtype(dtype).itemsize
-    step = info.mxu_column_size  # an MXU contracts over so many rows at a time
+    step = info.mxu_column_size  # rows that an MXU contracts at a time
     for rows in (n for n in (1024, 512, 256) if n == 256 or n < 2 * pairs):
         for blocks in range(min(info.num_cores, depth // LANES), depth // LANES + 1, info.num_cores):
             block = Tiles(rows=rows, step=step, chunk=LANES, blocks=blocks).width(depth)

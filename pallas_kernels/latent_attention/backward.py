@@ -1,8 +1,8 @@
-"""The backward kernel: one pass over the scores for all gradients; those of a chunk of keys are summed in VMEM.
+"""The backward kernel: computes the scores once for all gradients.
 
-Scores are computed again from the softmax's logarithm, as [keys, queries]. The gradients of a chunk's keys and values
-stay in VMEM over all queries of all heads that share them, so each is written once, the one rope key's summed over all
-heads. Letters as in forward.py; G query heads a KV head.
+It computes the weights again from the logarithm of the softmax's sum, as [keys, queries]. VMEM sums the gradients of a
+chunk's keys and values over all queries of all heads that share them, so each is written once; those of the rope key
+are summed over all heads. Letters as in forward.py; G query heads a KV head.
 """
 
 import functools
@@ -16,12 +16,22 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.constants import LANES
 from pallas_kernels.latent_attention.forward import NN, NT, VMEM_LIMIT, dot, join
-from pallas_kernels.latent_attention.visibility import LANES, Blocks, Bounds, mask, mask_corner, place, walk, work
+from pallas_kernels.latent_attention.visibility import (
+    FlashBlocks,
+    Scalars,
+    SegmentBounds,
+    mask,
+    mask_corner,
+    place,
+    walk,
+    work,
+)
 
 
 class Operands(NamedTuple):
-    """What the gradients are computed from: see `backward`."""
+    """Inputs of the backward pass, with shapes in `backward`."""
 
     q_nope: Any
     q_rope: Any
@@ -44,10 +54,10 @@ class Gradients(NamedTuple):
     v: Any
 
 
-class _Scratch(NamedTuple):
+class _BackwardScratch(NamedTuple):
     q: Any  # a block's queries and cotangents, padding set to 0
     g: Any
-    turned: Any  # keys, [N + R, keys]
+    k_transposed: Any  # [N + R, keys]
     dq: Any  # [N + R, queries]
     dk: Any  # [keys, N + R]
     dv: Any
@@ -55,29 +65,26 @@ class _Scratch(NamedTuple):
 
 
 def _kernel(
-    offset,
-    chunk,
-    queries: Bounds,
-    keys: Bounds,
+    scalars: Scalars,
     x: Operands,
     before: Gradients | None,
     grad: Gradients,
     *scratch,
     scale: float,
-    blocks: Blocks,
+    blocks: FlashBlocks,
 ):
-    own = _Scratch(*scratch)
+    own = _BackwardScratch(*scratch)
     batch, j, group, i = pl.program_id(0), pl.program_id(2), pl.program_id(3), pl.program_id(4)
     groups, steps, n = pl.num_programs(3), pl.num_programs(4), x.q_nope.shape[1]
-    chunks = keys.low.shape[0] // pl.num_programs(0) // (blocks.chunk // blocks.part)
-    here = place(offset[0], batch, i, chunk[0], (steps, chunks), queries, keys, blocks)
+    chunks = scalars.keys.low.shape[0] // pl.num_programs(0) // (blocks.chunk // blocks.part)
+    here = place(scalars, batch, i, None, (steps, chunks), blocks)
 
     @pl.when((group == 0) & (i == 0))
     def _():
         real = x.padding[...] > 0
         for ref, rows in ((x.k_nope, slice(0, n)), (x.k_rope, slice(n, None))):
             if ref is not None:
-                own.turned[rows] = jnp.where(real, ref[...].T, 0).astype(own.turned.dtype)
+                own.k_transposed[rows] = jnp.where(real, ref[...].T, 0).astype(own.k_transposed.dtype)
         own.dk[...], own.dv[...] = jnp.zeros_like(own.dk), jnp.zeros_like(own.dv)
 
     _load_queries(x, own, here.queries)
@@ -99,8 +106,9 @@ def _kernel(
 
     walk(here, blocks, add, triangle)
 
-    # The queries before the first that sees the chunk share its block of dq: it is set once, then added to.
-    @pl.when((i == _nearest(i, chunk[0], offset[0], blocks, steps)) | (i == 0))
+    # Blocks of queries before the first that sees the chunk share that block's dq: write it once at the start, then at
+    # its own step.
+    @pl.when((i == _nearest(i, scalars, blocks, steps)) | (i == 0))
     def _():
         for name, rows in (("q_nope", slice(0, n)), ("q_rope", slice(n, None))):
             ref = getattr(grad, name)
@@ -118,8 +126,8 @@ def _kernel(
             grad.k_rope[...] = own.dk_rope[...]
 
 
-def _load_queries(x: Operands, own: _Scratch, queries: Bounds) -> None:
-    """Queries and cotangents of padding become 0: what they hold, were it NaN, must not meet a real key."""
+def _load_queries(x: Operands, own: _BackwardScratch, queries: SegmentBounds) -> None:
+    """Copies queries and cotangents, with 0 for padding: it may hold NaN, which must not reach a real key."""
 
     @pl.when(queries.only > 0)
     def _():
@@ -133,46 +141,40 @@ def _load_queries(x: Operands, own: _Scratch, queries: Bounds) -> None:
         own.g[...] = jnp.where(real, x.g[...], 0)
 
 
-def _scores(x: Operands, own: _Scratch, rows: slice | pl.Slice, columns: slice, scale: float) -> tuple[Array, Array]:
-    """(the weights of the softmax, the gradients of the scores before they are scaled), each [keys, queries]."""
+def _scores(
+    x: Operands, own: _BackwardScratch, rows: slice | pl.Slice, columns: slice, scale: float
+) -> tuple[Array, Array]:
+    """(softmax weights, gradients of the unscaled scores), each [keys, queries]."""
     k = join(x.k_nope[rows], None if x.k_rope is None else x.k_rope[rows])
     p = jnp.exp2(dot(k, own.q[columns], NT) * (scale * math.log2(math.e)) - x.lse[:, columns])
     return p, p * (dot(x.v[rows], own.g[columns], NT) - x.mean[:, columns])
 
 
-def _collect(own: _Scratch, p: Array, ds: Array, rows: slice | pl.Slice, columns: slice) -> None:
+def _collect(own: _BackwardScratch, p: Array, ds: Array, rows: slice | pl.Slice, columns: slice) -> None:
     p, ds = p.astype(own.g.dtype), ds.astype(own.g.dtype)
     own.dv[rows] += dot(p, own.g[columns], NN)
     own.dk[rows] += dot(ds, own.q[columns], NN)
-    own.dq[:, columns] += dot(own.turned[:, rows], ds, NN)
+    own.dq[:, columns] += dot(own.k_transposed[:, rows], ds, NN)
 
 
-def _nearest(i: Array, chunk: Array, offset: Array, blocks: Blocks, steps: int | Array) -> Array:
-    """i, or the first block of queries that sees the chunk: one before it is the same again, which moves nothing."""
+def _nearest(i: Array, scalars: Scalars, blocks: FlashBlocks, steps: int | Array) -> Array:
+    """i, at least the first block of queries that sees the chunk: a repeated block is not copied again."""
+    chunk, offset = scalars.chunk[0], scalars.offset[0]
     unseeing = jnp.maximum(chunk * blocks.chunk - offset, 0) // blocks.queries
     return jnp.minimum(jnp.maximum(i, unseeing), steps - 1)
 
 
 def backward(
-    x: Operands,
-    offset: Array,
-    queries: Bounds,
-    keys: Bounds,
-    *,
-    scale: float,
-    blocks: Blocks,
-    parts: int,
-    interpret: bool,
+    x: Operands, scalars: Scalars, *, scale: float, blocks: FlashBlocks, parts: int, interpret: bool
 ) -> Gradients:
     """Gradients of queries, keys and values, in their dtypes.
 
     x: q_nope [B, H, T, N], q_rope [B, H, T, R], k_nope [B, J, S, N], k_rope [B, S, R], v [B, J, S, V], g [B, H, T, V],
-    lse and mean (of g o over V) [B, H, 1, T] float32, segments_queries [B, 1, T], segments_keys [B, S, LANES],
-    padding [B, 1, S]. parts: how many sums over heads the rope key's gradient is kept in, for as many cores; divides J.
+    lse and mean (the sum of g o over V) [B, H, 1, T] float32, segments_queries [B, 1, T], segments_keys [B, S, LANES],
+    padding [B, 1, S]. scalars: as for `forward`. parts: into how many sums the rope key's gradient is split, one for
+    each core; divides J.
     """
-    sweep = functools.partial(
-        _sweep, x, offset, queries, keys, scale=scale, blocks=blocks, parts=parts, interpret=interpret
-    )
+    sweep = functools.partial(_sweep, x, scalars, scale=scale, blocks=blocks, parts=parts, interpret=interpret)
     chunks = x.v.shape[2] // blocks.chunk
     if chunks == 1:
         grad = sweep(jnp.int32(0), None)
@@ -185,7 +187,7 @@ def backward(
 
 
 def _shapes(x: Operands, parts: int, chunks: int) -> Gradients:
-    """Of one chunk's kernel: gradients that later chunks or other parts add to are float32."""
+    """Shapes of one call's gradients: float32 where other calls or parts add to them."""
     summed = x.q_nope.dtype if chunks == 1 else jnp.float32
     rope = x.q_rope is not None
     return Gradients(
@@ -199,29 +201,27 @@ def _shapes(x: Operands, parts: int, chunks: int) -> Gradients:
 
 def _sweep(
     x: Operands,
-    offset: Array,
-    queries: Bounds,
-    keys: Bounds,
+    scalars: Scalars,
     chunk: Array,
     before: Gradients | None,
     *,
     scale: float,
-    blocks: Blocks,
+    blocks: FlashBlocks,
     parts: int,
     interpret: bool,
 ) -> Gradients:
-    """Gradients of one chunk of keys, written into `before`, and those of the queries with what it adds to them."""
+    """`before` with the gradients of one chunk of keys written, and with its part of the queries' gradients added."""
     (b, h, t, n), (_, j, s, v) = x.q_nope.shape, x.v.shape
     r = None if x.q_rope is None else x.q_rope.shape[3]
     steps, shared, width = t // blocks.queries, j // parts, n + (r or 0)
     specs, grad_specs = _specs((n, r, v), (h // j, shared, steps), blocks)
     grads = _shapes(x, parts, s // blocks.chunk)
-    args = (offset.reshape(1), chunk.reshape(1), queries, keys, x)
+    args = (scalars._replace(chunk=chunk.reshape(1)), x)
     return pl.pallas_call(
         functools.partial(_kernel, scale=scale, blocks=blocks),
         name="latent_attention_backward",
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
+            num_scalar_prefetch=1,
             grid=(b, parts, shared, h // j, steps),
             in_specs=[specs, before and _unread_keys(grad_specs)],
             out_specs=(grad_specs,),
@@ -247,45 +247,44 @@ def _sweep(
 
 
 def _unread_keys(specs: Gradients) -> Gradients:
-    """For gradients so far: those of queries are read, those of keys and values only stay in their place."""
+    """Specs of the gradients so far: the kernel reads those of queries and leaves those of keys and values in HBM."""
     there = pl.BlockSpec(memory_space=pl.ANY)
     return specs._replace(k_nope=there, k_rope=specs.k_rope and there, v=there)
 
 
-class _At(NamedTuple):
-    """Where the grid is: sequence, part, KV head of the part, query head of that, block of queries."""
+class BackwardPosition(NamedTuple):
+    """The grid's position: sequence, part, KV head of the part, query head of the KV head, block of queries."""
 
     b: Array
     part: Array
     j: Array
     group: Array
     i: Array
-    offset: Any
-    chunk: Any
+    scalars: Scalars
 
 
-def _specs(widths: tuple, counts: tuple, blocks: Blocks) -> tuple[Operands, Gradients]:
+def _specs(widths: tuple, counts: tuple, blocks: FlashBlocks) -> tuple[Operands, Gradients]:
     """Blocks of operands and gradients. counts: query heads of a KV head, KV heads of a part, blocks of queries."""
     (n, r, v), (groups, shared, steps) = widths, counts
 
-    def spec(shape: tuple, index: Callable[[_At], tuple]) -> pl.BlockSpec:
-        return pl.BlockSpec(shape, lambda *at: index(_At(*at[:7])))
+    def spec(shape: tuple, index: Callable[[BackwardPosition], tuple]) -> pl.BlockSpec:
+        return pl.BlockSpec(shape, lambda *at: index(BackwardPosition(*at[:6])))
 
-    def head(at: _At) -> Array:
+    def head(at: BackwardPosition) -> Array:
         return (at.part * shared + at.j) * groups + at.group
 
-    def i(at: _At) -> Array:
-        return _nearest(at.i, at.chunk[0], at.offset[0], blocks, steps)
+    def i(at: BackwardPosition) -> Array:
+        return _nearest(at.i, at.scalars, blocks, steps)
 
     def of_queries(width: int) -> pl.BlockSpec:
         return spec((None, None, blocks.queries, width), lambda at: (at.b, head(at), i(at), 0))
 
     def of_heads(width: int) -> pl.BlockSpec:
         shape = (None, None, blocks.chunk, width)
-        return spec(shape, lambda at: (at.b, at.part * shared + at.j, at.chunk[0], 0))
+        return spec(shape, lambda at: (at.b, at.part * shared + at.j, at.scalars.chunk[0], 0))
 
     def of_keys(width: int) -> pl.BlockSpec:
-        return spec((None, blocks.chunk, width), lambda at: (at.b, at.chunk[0], 0))
+        return spec((None, blocks.chunk, width), lambda at: (at.b, at.scalars.chunk[0], 0))
 
     row = spec((None, None, 1, blocks.queries), lambda at: (at.b, head(at), 0, i(at)))
     operands = Operands(
@@ -299,13 +298,13 @@ def _specs(widths: tuple, counts: tuple, blocks: Blocks) -> tuple[Operands, Grad
         mean=row,
         segments_queries=spec((None, 1, blocks.queries), lambda at: (at.b, 0, i(at))),
         segments_keys=of_keys(LANES),
-        padding=spec((None, 1, blocks.chunk), lambda at: (at.b, 0, at.chunk[0])),
+        padding=spec((None, 1, blocks.chunk), lambda at: (at.b, 0, at.scalars.chunk[0])),
     )
     gradients = Gradients(
         q_nope=operands.q_nope,
         q_rope=operands.q_rope,
         k_nope=operands.k_nope,
-        k_rope=r and spec((None, None, blocks.chunk, r), lambda at: (at.part, at.b, at.chunk[0], 0)),
+        k_rope=r and spec((None, None, blocks.chunk, r), lambda at: (at.part, at.b, at.scalars.chunk[0], 0)),
         v=operands.v,
     )
     return operands, gradients

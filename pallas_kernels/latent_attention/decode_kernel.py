@@ -10,7 +10,6 @@ T query tokens of all sequences, H heads, C latent, R rope dim, N sequences, P p
 slots of a page, J jobs, S streams, M rows of a job: its tokens times H.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -21,42 +20,15 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.latent_attention import packing, pages
+from pallas_kernels.constants import LANES, MASKED
+from pallas_kernels.latent_attention import packing
+from pallas_kernels.latent_attention.decode_jobs import DecodeBlocks, DecodeGrid, Jobs, check_scalars, make_jobs
+from pallas_kernels.latent_attention.pages import CachePages, Sequences
 
 Ref = Any  # what Pallas hands a kernel: memory that is read and written like an array
 
-_LANES = 128
 _VMEM = 56 * 2**20  # of the 64 MiB that the smallest has
-_SMEM = 2**20 - 2**14  # of the MiB that every chip has: the rest is for what the compiler keeps there
-_MASKED = -1e30
 _LOG2_E = 1.4426950408889634
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Blocks:
-    """How the work is cut: pages of a chunk, streams that advance together, tokens of a prefill job.
-
-    Prefill jobs take half the chunk, in one stream.
-    """
-
-    pages: int
-    streams: int
-    tokens: int
-
-    def __post_init__(self) -> None:
-        if self.tokens < 2 or self.pages < 1 or self.streams < 1:
-            raise ValueError(f"a chunk needs a page, a prefill job two tokens, and there must be a stream: {self}")
-
-
-class _Jobs(NamedTuple):
-    """What the kernel knows of its jobs, all int32: stream s does jobs bounds[s] to bounds[s + 1] - 1."""
-
-    first_J: Array  # row of the first token
-    count_J: Array  # tokens
-    sequence_J: Array  # its row of the page table
-    visible_J: Array  # slots that the last token sees
-    bounds_S1: Array
-    steps_S: Array  # chunks of each stream's jobs
 
 
 class _Hbm(NamedTuple):
@@ -86,106 +58,60 @@ class _Vmem(NamedTuple):
 
 
 def decode(
-    q_THC: Array,
-    q_THR: Array,
-    latent_LKC: Array,
-    rope_LRK: Array,
-    table_NP: Array,
-    lengths_N: Array,
-    starts_N1: Array | None,
+    queries: tuple[Array, Array],
+    pages: CachePages,
+    sequences: Sequences,
     *,
     scale: float,
-    blocks: Blocks,
-    scales_L1K: Array | None = None,
+    blocks: DecodeBlocks,
     cores: int = 1,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> Array:
-    """See decode.decode, whose ValueErrors of the kernel are raised here. cores: over which the jobs are spread."""
-    t, (sequences, each) = q_THC.shape[0], table_NP.shape
-    if _scalars(t, sequences, each) > _SMEM:
-        raise ValueError(
-            f"{t} tokens and a table of {sequences} x {each} pages: the kernel's scalar memory holds "
-            f"{most_sequences(each, t - sequences)} such sequences"
-        )
-    if latent_LKC.shape[1] % _LANES:
-        raise ValueError(f"pages of {latent_LKC.shape[1]} slots: the kernel needs a multiple of {_LANES}")
+    """As `latent_decode`, which names the errors that are raised here. The jobs are spread over `cores`."""
+    (q_THC, q_THR), (latent_LKC, rope_LRK, scales_L1K) = queries, pages
+    t, k = q_THC.shape[0], latent_LKC.shape[1]
+    check_scalars(sequences.table_NP, t)
+    if k % LANES:
+        raise ValueError(f"pages of {k} slots: the kernel needs a multiple of {LANES}")
     if scales_L1K is not None and (q_THC.shape[2] % 4 or q_THR.shape[2] % 16):
         raise ValueError(
-            f"latents of {q_THC.shape[2]} and rope keys of {q_THR.shape[2]} in fewer bits: the kernel needs multiples "
-            "of 4 and of 16"
+            f"a quantized cache with latents of {q_THC.shape[2]} and rope keys of {q_THR.shape[2]}: the kernel needs "
+            "multiples of 4 and 16"
         )
     hbm = _Hbm(q_THC, q_THR, latent_LKC, rope_LRK, scales_L1K)
-    cuts = [(blocks, 1)]
-    if starts_N1 is None:
-        starts_N1 = jnp.arange(len(lengths_N) + 1, dtype=jnp.int32)
-    else:
-        # A prefill job has rows enough to keep the matrix unit busy: half the chunk and one stream are less code.
-        cuts.append((dataclasses.replace(blocks, pages=max(1, blocks.pages // 2), streams=1), blocks.tokens))
-    o_THC = None
-    for cut, tokens in cuts:
-        slots = cut.pages * latent_LKC.shape[1]
-        jobs = _jobs(lengths_N, starts_N1, q_THC.shape[0], slots, cut.streams * cores, tokens)
-        jobs = jobs._replace(sequence_J=jobs.sequence_J % len(table_NP))
-        o_THC = _call(
-            jobs, hbm, table_NP, o_THC, tokens=tokens, scale=scale, blocks=cut, cores=cores, interpret=interpret
-        )
+    grids = [DecodeGrid(blocks.pages, blocks.streams, 1, cores)]
+    if sequences.starts_N1 is not None:
+        # A prefill job has enough rows to keep the matrix unit busy: half the pages and one stream are less code.
+        grids.append(DecodeGrid(max(1, blocks.pages // 2), 1, blocks.tokens, cores))
+    sequences, o_THC = sequences._replace(starts_N1=sequences.each_start()), None
+    for grid in grids:
+        jobs = make_jobs(sequences, t, grid.pages * k, grid)
+        o_THC = _call(jobs, hbm, sequences.table_NP, o_THC, grid, scale, interpret)
     assert o_THC is not None
     return o_THC
 
 
-def most_sequences(pages: int, tokens: int) -> int:
-    """Sequences of so many pages, each with one token, that the kernel takes beside `tokens` others: a table's rows."""
-    return max(0, (_SMEM - _scalars(tokens, 0, 0)) // _scalars(1, 1, pages))
-
-
-def _scalars(tokens: int, sequences: int, pages: int) -> int:
-    """Bytes of scalar memory that the page table takes, and four numbers of each job, of which there are `tokens`."""
-    return 4 * (sequences * pages + 4 * tokens)
-
-
-def _jobs(lengths_N: Array, starts_N1: Array, t: int, slots: int, streams: int, tokens: int) -> _Jobs:
-    """The jobs of one call: for `tokens` 1 the padding and the sequences of one query, else all others in blocks."""
-    rows = pages.rows(lengths_N, starts_N1, t)
-    n_T, rows_T = rows.sequence_T, jnp.arange(t, dtype=jnp.int32)
-    alone_T = ~rows.real_T | (starts_N1[n_T + 1] - starts_N1[n_T] == 1)
-    begins_T = alone_T if tokens == 1 else ~alone_T & ((rows_T - starts_N1[n_T]) % tokens == 0)
-    j = t if tokens == 1 else min(t, t // tokens + lengths_N.shape[0])
-    (first_J,) = jnp.nonzero(begins_T, size=j + 1, fill_value=t)  # one more: the kernel looks at the job after the last
-    row_J = jnp.minimum(first_J, t - 1)
-    n_J, real_J = n_T[row_J], rows.real_T[row_J]
-    count_J = jnp.where(real_J, jnp.minimum(tokens, starts_N1[n_J + 1] - first_J), 1)
-    visible_J = jnp.where(real_J, rows.slot_T[row_J] + count_J, 0)
-    chunks_J = jnp.where(first_J < t, jnp.maximum(1, -(-visible_J // slots)), 0)
-    before_J = jnp.cumsum(chunks_J) - chunks_J
-    shares_S1 = -(-jnp.sum(chunks_J) * jnp.arange(streams + 1) // streams)
-    bounds_S1 = jnp.searchsorted(before_J, shares_S1, side="left")
-    steps_S = jnp.diff(before_J[bounds_S1])
-    return _Jobs(*(x.astype(jnp.int32) for x in (first_J, count_J, n_J, visible_J, bounds_S1, steps_S)))
-
-
 def _call(
-    jobs: _Jobs,
+    jobs: Jobs,
     arrays: _Hbm,
     table_NP: Array,
     o_THC: Array | None,
-    *,
-    tokens: int,
+    grid: DecodeGrid,
     scale: float,
-    blocks: Blocks,
-    cores: int,
     interpret: bool | pltpu.InterpretParams,
 ) -> Array:
-    """Runs the jobs. Rows of o_THC that belong to none of them are kept (without o_THC: are left unwritten)."""
+    """Runs the jobs. Tokens of no job keep their rows of o_THC; without o_THC these stay unwritten."""
+    tokens = grid.tokens
     _, h, c = arrays.q_THC.shape
-    r, s, dtype, stored = arrays.q_THR.shape[2], blocks.streams, arrays.q_THC.dtype, arrays.latent_LKC.dtype
-    k, packed, page = arrays.latent_LKC.shape[1], arrays.scales_L1K is not None, (s, 2, blocks.pages)
+    r, s, dtype, stored = arrays.q_THR.shape[2], grid.streams, arrays.q_THC.dtype, arrays.latent_LKC.dtype
+    k, packed, page = arrays.latent_LKC.shape[1], arrays.scales_L1K is not None, (s, 2, grid.pages)
     scratch = _Vmem(
         q_c=pltpu.VMEM((s, 2, tokens, h, c), dtype),
         q_r=pltpu.VMEM((s, 2, tokens, h, r), dtype),
         latent=pltpu.VMEM((*page, *arrays.latent_LKC.shape[1:]), stored),
         rope=pltpu.VMEM((*page, *arrays.rope_LRK.shape[1:]), stored),
         scales=pltpu.VMEM((*page, 1, k), jnp.uint32) if packed else None,
-        whole=pltpu.VMEM((s, 4, blocks.pages * k, c // 4), dtype) if packed else None,
+        whole=pltpu.VMEM((s, 4, grid.pages * k, c // 4), dtype) if packed else None,
         out=pltpu.VMEM((s, 2, tokens, h, c), dtype),
         top=pltpu.VMEM((s, tokens * h, 128), jnp.float32),
         total=pltpu.VMEM((s, tokens * h, 128), jnp.float32),
@@ -200,7 +126,7 @@ def _call(
         functools.partial(_kernel, pages_of_sequence=table_NP.shape[1], scale=scale),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            grid=(cores,),
+            grid=(grid.cores,),
             in_specs=jax.tree.map(lambda _: pl.BlockSpec(memory_space=pl.ANY), (*arrays, *kept)),
             out_specs=pl.BlockSpec(memory_space=pl.ANY),
             scratch_shapes=scratch,
@@ -216,7 +142,7 @@ def _call(
 
 
 def _kernel(*refs: Ref, pages_of_sequence: int, scale: float) -> None:
-    jobs, table = _Jobs(*refs[:6]), refs[6]
+    jobs, table = Jobs(*refs[:6]), refs[6]
     hbm, o_THC, vmem = _Hbm(*refs[7:12]), refs[-len(_Vmem._fields) - 1], _Vmem(*refs[-len(_Vmem._fields) :])
     count = vmem.sum.shape[0]
     streams = [
@@ -267,7 +193,7 @@ def _kernel(*refs: Ref, pages_of_sequence: int, scale: float) -> None:
 class _Stream:
     """One list of jobs and its scratch, S dropped from the shapes of _Vmem."""
 
-    def __init__(self, s: Array, jobs: _Jobs, table: Ref, pages_of_sequence: int, hbm: _Hbm, o_THC: Ref, vmem: _Vmem):
+    def __init__(self, s: Array, jobs: Jobs, table: Ref, pages_of_sequence: int, hbm: _Hbm, o_THC: Ref, vmem: _Vmem):
         self.jobs, self.table, self.pages_of_sequence = jobs, table, pages_of_sequence
         self.hbm, self.o_THC, self.vmem = hbm, o_THC, vmem
         self.first, self.end, self.steps = jobs.bounds_S1[s], jobs.bounds_S1[s + 1], jobs.steps_S[s]
@@ -382,7 +308,7 @@ class _Stream:
             visible = self.jobs.visible_J[job] - chunk * self.slots
             slot_1S = lax.broadcasted_iota(jnp.int32, (1, self.slots), 1)
             seen_MS = slot_1S < visible - (self.jobs.count_J[job] - 1 - token_M1)
-            scores_MS = jnp.where(seen_MS, scores_MS, _MASKED)
+            scores_MS = jnp.where(seen_MS, scores_MS, MASKED)
             if scale_1S is not None:  # rows of padding see nothing, and weigh all alike
                 scale_1S = jnp.where(slot_1S < visible, scale_1S, 0.0)
 
@@ -390,7 +316,7 @@ class _Stream:
         new_ML = jnp.maximum(top_ML, jnp.max(scores_MS, axis=1, keepdims=True))
         p_MS = jnp.exp2((scores_MS - new_ML[:, :1]) * (scale * _LOG2_E))
         shrink_ML = jnp.exp2((top_ML - new_ML) * (scale * _LOG2_E))
-        shares_ML = functools.reduce(jnp.add, jnp.split(p_MS, self.slots // _LANES, axis=1))
+        shares_ML = functools.reduce(jnp.add, jnp.split(p_MS, self.slots // LANES, axis=1))
         v.top[...] = new_ML
         v.total[...] = v.total[...] * shrink_ML + shares_ML
         weights_MS = p_MS if scale_1S is None else p_MS * scale_1S
@@ -438,7 +364,7 @@ class _Stream:
     def forget(self) -> None:
         """The softmax of no slots yet."""
         v = self.vmem
-        v.top[...] = jnp.full(v.top.shape, _MASKED, jnp.float32)
+        v.top[...] = jnp.full(v.top.shape, MASKED, jnp.float32)
         v.total[...] = jnp.zeros(v.total.shape, jnp.float32)
         v.sum[...] = jnp.zeros(v.sum.shape, jnp.float32)
 

@@ -10,37 +10,39 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import chips
+from pallas_kernels.constants import LANES
 from pallas_kernels.latent_attention import backward as backward_kernel
 from pallas_kernels.latent_attention.forward import forward
-from pallas_kernels.latent_attention.visibility import LANES, Blocks, bounds
+from pallas_kernels.latent_attention.inputs import AttentionInputs, Keys, Queries, Segments
+from pallas_kernels.latent_attention.visibility import FlashBlocks, Scalars, bounds
 
 
-class Tuning(NamedTuple):
-    """How the kernels cut their work. parts: see `backward`."""
+class FlashTuning(NamedTuple):
+    """Block sizes of both kernels. parts: see `backward`."""
 
-    forward: Blocks
-    backward: Blocks
+    forward: FlashBlocks
+    backward: FlashBlocks
     parts: int
 
 
-def tuning(queries: int, keys: int, kv_heads: int, shared_key: bool, dtype: jnp.dtype, chip: str | None) -> Tuning:
-    """Block sizes for so many queries and keys of a sequence; chip as in `CHIPS`, None for any other.
+def tuning(queries: int, keys: int, kv_heads: int, shared_key: bool, dtype: jnp.dtype, chip: str | None) -> FlashTuning:
+    """Block sizes for so many queries and keys of a sequence; chip as in `chips.CHIPS`, None for any other.
 
-    Large blocks win on all chips: what a block costs besides its matmuls is a constant. Beyond that the 256-wide MXUs
-    of v6e and tpu7x want larger masked parts, and have rows to spare for the sum of the weights; v5's have none.
+    Large blocks are faster on all chips, since a block has a constant cost besides its matmuls. The 256-wide MXUs of
+    v6e and tpu7x want larger masked parts and have spare rows for the sum of the weights; those of v5 have none.
     """
     wide = chip not in ("v5e", "v5p")
     step, span = _block(queries), _block(keys)
-    longest = 4096 if dtype.itemsize == 2 else 2048  # what VMEM holds of keys, values and their gradients
-    chunks = -(-keys // longest)
+    max_keys = 4096 if dtype.itemsize == 2 else 2048  # VMEM holds so many keys, values and their gradients
+    chunks = -(-keys // max_keys)
     chunk = _round(-(-keys // chunks), span)
     part = min(512 if wide else 256, step, span)
-    by_core = 2 if chip == "v5p" and kv_heads % 2 == 0 else 1  # the two cores of a v5p share the heads
-    return Tuning(
-        Blocks(step, chunk * (2 if chunks % 2 == 0 else 1), span, part, ones=wide),
-        Blocks(step, chunk, span, min(part, 256), ones=False),
+    by_core = 2 if chip == "v5p" and kv_heads % 2 == 0 else 1  # the two cores of a v5p split the heads
+    return FlashTuning(
+        FlashBlocks(step, chunk * (2 if chunks % 2 == 0 else 1), span, part, ones=wide),
+        FlashBlocks(step, chunk, span, min(part, 256), ones=False),
         by_core if shared_key else kv_heads,
     )
 
@@ -50,46 +52,37 @@ def _round(n: int, multiple: int) -> int:
 
 
 def _block(n: int) -> int:
-    """The smallest block that holds n, of 128, 256, 512 and 1024; the last for more."""
+    """The smallest of 128, 256 and 512 that holds n, or 1024."""
     return next((size for size in (128, 256, 512) if n <= size), 1024)
 
 
-def chip() -> str | None:
-    """The TPU that code traced now is for: the mesh's in use, else the default device's. None where there is none."""
-    return str(pltpu.get_tpu_info().chip_version) if pltpu.is_tpu_device() else None
-
-
 def attention(
-    q_nope_BHTN: Array,
-    q_rope_BHTR: Array | None,
-    k_nope_BJSN: Array,
-    k_rope_BSR: Array | None,
+    queries: Queries,
+    keys: Keys,
     v_BJSV: Array,
+    segments: Segments,
     *,
     scale: float,
-    segments_BT: Array,
-    segments_BS: Array,
     offset: int | Array = 0,
-    how: Tuning | None = None,
+    how: FlashTuning | None = None,
     interpret: bool = False,
 ) -> Array:
-    """As `latent_attention` of op.py. how: `tuning`'s unless given. interpret: run the kernels step by step, slowly."""
-    (_, _, t, _), (_, j, s, _) = q_nope_BHTN.shape, k_nope_BJSN.shape
-    how = how or tuning(t, s, j, k_rope_BSR is not None, v_BJSV.dtype, chip())
+    """As `latent_attention` of op.py. how: `tuning`'s by default. interpret: run the kernels in interpret mode."""
+    (q_nope, q_rope), (k_nope, k_rope), (segments_BT, segments_BS) = queries, keys, segments
+    t, (_, j, s, _) = q_nope.shape[2], k_nope.shape
+    how = how or tuning(t, s, j, k_rope is not None, v_BJSV.dtype, chips.here())
     long_t, long_s = _round(t, how.forward.queries), _round(s, how.forward.chunk)
-    o_BHTV: Any = _attention(
-        _pad(q_nope_BHTN, 2, long_t),
-        None if q_rope_BHTR is None else _pad(q_rope_BHTR, 2, long_t),
-        _pad(k_nope_BJSN, 2, long_s),
-        None if k_rope_BSR is None else _pad(k_rope_BSR, 1, long_s),
+    inputs = AttentionInputs(
+        _pad(q_nope, 2, long_t),
+        None if q_rope is None else _pad(q_rope, 2, long_t),
+        _pad(k_nope, 2, long_s),
+        None if k_rope is None else _pad(k_rope, 1, long_s),
         _pad(v_BJSV, 2, long_s),
         _pad(segments_BT, 1, long_t),
         _pad(segments_BS, 1, long_s),
         jnp.asarray(offset, jnp.int32),
-        scale,
-        how,
-        interpret,
     )
+    o_BHTV: Any = _attention(inputs, scale, how, interpret)
     return o_BHTV[:, :, :t]
 
 
@@ -99,34 +92,30 @@ def _pad(x: Array, axis: int, size: int) -> Array:
     return jnp.pad(x, [(0, size - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9, 10))
-def _attention(q_nope, q_rope, k_nope, k_rope, v, segments_BT, segments_BS, offset, scale, how, interpret):
-    args = (q_nope, q_rope, k_nope, k_rope, v, segments_BT, segments_BS, offset)
-    return _attention_forward(*args, scale, how, interpret)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _attention(inputs: AttentionInputs, scale: float, how: FlashTuning, interpret: bool) -> Array:
+    return _attention_forward(inputs, scale, how, interpret)[0]
 
 
-def _attention_forward(q_nope, q_rope, k_nope, k_rope, v, segments_BT, segments_BS, offset, scale, how, interpret):
-    args = (q_nope, q_rope, k_nope, k_rope, v, segments_BT, segments_BS, offset)
+def _attention_forward(inputs: AttentionInputs, scale: float, how: FlashTuning, interpret: bool) -> tuple[Array, tuple]:
     blocks = how.forward
-    queries, keys = bounds(segments_BT, blocks.queries), bounds(segments_BS, blocks.part)
-    o, lse = forward(*args, queries, keys, scale=scale, blocks=blocks, interpret=interpret)
+    o, lse = forward(inputs, _scalars(inputs, blocks), scale=scale, blocks=blocks, interpret=interpret)
     # Named, so that a remat policy that keeps them need not run the forward pass again.
     o, lse = checkpoint_name(o, "attention"), checkpoint_name(lse, "attention")
-    return o, (*args, o, lse)
+    return o, (inputs, o, lse)
 
 
-def _attention_backward(scale, how, interpret, kept, g):
-    q_nope, q_rope, k_nope, k_rope, v, segments_BT, segments_BS, offset, o, lse = kept
+def _attention_backward(
+    scale: float, how: FlashTuning, interpret: bool, kept: tuple[AttentionInputs, Array, Array], g: Array
+) -> tuple[AttentionInputs]:
+    inputs, o, lse = kept
+    segments_BT, segments_BS = inputs.segments_BT, inputs.segments_BS
     blocks = how.backward
-    # Fused into the product that makes g, on TPU this sum takes three times as long as that product.
+    # XLA would fuse this sum into the matmul that makes g; on TPU it then takes three times as long as the matmul.
     g = jax.lax.optimization_barrier(g)
     mean = jnp.sum(g.astype(jnp.float32) * o.astype(jnp.float32), axis=-1)[:, :, None]
     operands = backward_kernel.Operands(
-        q_nope,
-        q_rope,
-        k_nope,
-        k_rope,
-        v,
+        *inputs[:5],
         g,
         lse,
         mean,
@@ -134,11 +123,15 @@ def _attention_backward(scale, how, interpret, kept, g):
         jnp.broadcast_to(segments_BS[:, :, None], (*segments_BS.shape, LANES)),
         segments_BS[:, None],
     )
-    queries, keys = bounds(segments_BT, blocks.queries), bounds(segments_BS, blocks.part)
-    grad = backward_kernel.backward(
-        operands, offset, queries, keys, scale=scale, blocks=blocks, parts=how.parts, interpret=interpret
-    )
-    return (*grad, None, None, None)
+    scalars = _scalars(inputs, blocks)
+    grad = backward_kernel.backward(operands, scalars, scale=scale, blocks=blocks, parts=how.parts, interpret=interpret)
+    # JAX takes None for the cotangents of integers.
+    return (inputs._replace(**grad._asdict(), segments_BT=None, segments_BS=None, offset=None),)  # pyright: ignore
+
+
+def _scalars(inputs: AttentionInputs, blocks: FlashBlocks) -> Scalars:
+    queries, keys = bounds(inputs.segments_BT, blocks.queries), bounds(inputs.segments_BS, blocks.part)
+    return Scalars(inputs.offset.reshape(1), None, queries, keys)
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

@@ -16,25 +16,16 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.latent_attention.visibility import (
-    LANES,
-    MASKED,
-    Blocks,
-    Bounds,
-    Place,
-    mask,
-    mask_corner,
-    place,
-    walk,
-    work,
-)
+from pallas_kernels.constants import LANES, MASKED
+from pallas_kernels.latent_attention.inputs import AttentionInputs
+from pallas_kernels.latent_attention.visibility import FlashBlocks, Place, Scalars, mask, mask_corner, place, walk, work
 
 NT = (((1,), (1,)), ((), ()))
 NN = (((1,), (0,)), ((), ()))
-ONES = 16  # rows of ones below the values: a bfloat16 tile's worth
+ONES = 16  # rows of ones below the values: the height of a bfloat16 register tile
 VMEM_LIMIT = 48 * 2**20
-WINDOW = 90.0  # in powers of two: how far a score may lie from its reference; float32 and bfloat16 reach 126
-FLOOR = MASKED / 2  # where a running maximum starts: above what is masked, so that exp gives it 0
+WINDOW = 90.0  # powers of two between a score and its reference; float32 and bfloat16 reach 126
+FLOOR = MASKED / 2  # start of a running maximum: above masked scores, so that exp makes them 0
 
 
 def dot(a: Array, b: Array, dimensions: tuple) -> Array:
@@ -54,12 +45,10 @@ def join(nope: Array, rope: Array | None) -> Array:
     return nope if rope is None else jnp.concatenate([nope, rope], axis=1)
 
 
-class _Refs(NamedTuple):
-    """What a grid step reads, writes and keeps. Rows of one float a query are [1, queries]."""
+class _ForwardRefs(NamedTuple):
+    """Inputs, outputs and scratch of a grid step. A float for each query is [1, queries]."""
 
-    offset: Any
-    queries: Bounds
-    keys: Bounds
+    scalars: Scalars
     q_nope: Any
     q_rope: Any
     k_nope: Any
@@ -70,9 +59,9 @@ class _Refs(NamedTuple):
     padding: Any  # the keys' segments again, as a row
     o: Any
     lse: Any
-    turned: Any  # values, [V, keys], and the rows of ones
-    largest: Any  # squared norm of the chunk's longest key
-    sums: Any  # weighted values, [V, queries], of weights 2 ** (score - top)
+    v_transposed: Any  # values, [V, keys], and the rows of ones
+    max_norm: Any  # squared norm of the chunk's longest key
+    sums: Any  # weighted values, [V, queries], with weights 2 ** (score - top)
     total: Any  # sum of these weights
     top: Any
     before: tuple  # sums, total and top of the chunks before this one
@@ -84,24 +73,24 @@ class _Refs(NamedTuple):
         return join(self.k_nope[rows], None if self.k_rope is None else self.k_rope[rows])
 
 
-def _kernel(*refs, scale: float, blocks: Blocks, chunks: int):
-    """Weighs a chunk's keys for a block of queries; no running maximum is needed as long as scores are bounded."""
-    ref = _Refs._make([*refs[:18], refs[18:]])
+def _kernel(*refs, scale: float, blocks: FlashBlocks, chunks: int):
+    """Attention of a block of queries to a chunk of keys. Bounded scores need no running maximum."""
+    ref = _ForwardRefs._make([*refs[:16], refs[16:]])
     batch, i, chunk = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-    here = place(ref.offset[0], batch, i, chunk, (pl.num_programs(2), chunks), ref.queries, ref.keys, blocks)
+    here = place(ref.scalars, batch, i, chunk, (pl.num_programs(2), chunks), blocks)
     scale = scale * math.log2(math.e)
 
     @pl.when((i == 0) | (chunks > 1))
     def _():
         width, real = ref.v.shape[1], ref.padding[...] > 0
-        ref.turned[:width] = jnp.where(real, ref.v[...].T, 0).astype(ref.turned.dtype)
+        ref.v_transposed[:width] = jnp.where(real, ref.v[...].T, 0).astype(ref.v_transposed.dtype)
         if blocks.ones:
-            ref.turned[width:] = jnp.ones_like(ref.turned[width:])
+            ref.v_transposed[width:] = jnp.ones_like(ref.v_transposed[width:])
         norms = jnp.where(real, squared_norms(ref.k()), 0)
-        ref.largest[...] = jnp.broadcast_to(jnp.max(norms, axis=1, keepdims=True), ref.largest.shape)
+        ref.max_norm[...] = jnp.broadcast_to(jnp.max(norms, axis=1, keepdims=True), ref.max_norm.shape)
 
-    # No score of a query exceeds the product of its norm with the largest of a key.
-    bound = 1.01 * scale * jnp.sqrt(squared_norms(ref.q()) * ref.largest[:, :1])
+    # A query's scores are at most the product of its norm and the longest key's.
+    bound = 1.01 * scale * jnp.sqrt(squared_norms(ref.q()) * ref.max_norm[:, :1])
     ref.sums[...], ref.total[...] = jnp.zeros_like(ref.sums), jnp.zeros_like(ref.total)
     ref.top[...] = jnp.maximum(bound - WINDOW, 0)
 
@@ -121,7 +110,7 @@ def _kernel(*refs, scale: float, blocks: Blocks, chunks: int):
 
     walk(here, blocks, add, triangle)
 
-    # With a bound beyond the window the largest score may lie so far below it that its weight was lost.
+    # If the bound exceeds the window, the largest score may be so far below it that its weight underflowed.
     lost = (bound > WINDOW) & (ref.total[...] < 2.0**-WINDOW) & (ref.segments_queries[...] > 0)
     pl.when(jnp.any(lost))(lambda: _online(ref, here, blocks, scale))
     if chunks > 1:
@@ -135,15 +124,15 @@ def _kernel(*refs, scale: float, blocks: Blocks, chunks: int):
         ref.lse[...] = jnp.where(some, ref.top[...] + jnp.log2(total), -MASKED)
 
 
-def _collect(ref: _Refs, weights: Array, rows: slice | pl.Slice, columns: slice) -> None:
-    new, width = dot(ref.turned[:, rows], weights.astype(ref.turned.dtype), NN), ref.v.shape[1]
+def _collect(ref: _ForwardRefs, weights: Array, rows: slice | pl.Slice, columns: slice) -> None:
+    new, width = dot(ref.v_transposed[:, rows], weights.astype(ref.v_transposed.dtype), NN), ref.v.shape[1]
     ref.sums[:, columns] += new[:width]
     added = new[width : width + 1] if new.shape[0] > width else jnp.sum(weights, axis=0, keepdims=True)
     ref.total[:, columns] += added
 
 
-def _online(ref: _Refs, here: Place, blocks: Blocks, scale: float) -> None:
-    """The chunk again, with the running maximum of the online softmax: for scores of any size."""
+def _online(ref: _ForwardRefs, here: Place, blocks: FlashBlocks, scale: float) -> None:
+    """Computes the chunk again with the running maximum of the online softmax, which takes scores of any size."""
     ref.sums[...], ref.total[...] = jnp.zeros_like(ref.sums), jnp.zeros_like(ref.total)
     ref.top[...] = jnp.full_like(ref.top, FLOOR)
 
@@ -160,8 +149,8 @@ def _online(ref: _Refs, here: Place, blocks: Blocks, scale: float) -> None:
     lax.fori_loop(0, here.visible * (blocks.keys // blocks.part), step, None)
 
 
-def _merge(ref: _Refs, chunk: Array, chunks: int) -> None:
-    """Joins this chunk's sums with those before it, and keeps them for the next."""
+def _merge(ref: _ForwardRefs, chunk: Array, chunks: int) -> None:
+    """Adds the sums of the chunks before to this chunk's, and keeps them for the next."""
     ref.top[...] = jnp.where(ref.total[...] > 0, ref.top[...], FLOOR)
     sums, total, top = ref.before
 
@@ -178,45 +167,71 @@ def _merge(ref: _Refs, chunk: Array, chunks: int) -> None:
         sums[...], total[...], top[...] = ref.sums[...], ref.total[...], ref.top[...]
 
 
-class _At(NamedTuple):
-    """Where the grid is: sequence, head, block of queries, chunk of keys."""
+class ForwardPosition(NamedTuple):
+    """The grid's position: sequence, head, block of queries, chunk of keys."""
 
     b: Array
     h: Array
     i: Array
     chunk: Array
-    offset: Any
+    scalars: Scalars
 
 
 def forward(
-    q_nope_BHTN: Array,
-    q_rope_BHTR: Array | None,
-    k_nope_BJSN: Array,
-    k_rope_BSR: Array | None,
-    v_BJSV: Array,
-    segments_BT: Array,
-    segments_BS: Array,
-    offset: Array,
-    queries: Bounds,
-    keys: Bounds,
-    *,
-    scale: float,
-    blocks: Blocks,
-    interpret: bool,
+    x: AttentionInputs, scalars: Scalars, *, scale: float, blocks: FlashBlocks, interpret: bool
 ) -> tuple[Array, Array]:
-    """(o [B, H, T, V] in q's dtype, log2 of the softmax's sum [B, H, 1, T] float32, huge where nothing is seen).
+    """(o [B, H, T, V] in q's dtype, log2 of the softmax's sum [B, H, 1, T] float32, huge where a query sees nothing).
 
-    blocks.queries divides T, blocks.chunk S; bounds are those of these blocks of queries and of blocks.keys.
+    blocks.queries divides T, blocks.chunk S. scalars: of blocks of blocks.queries queries and blocks.part keys.
     """
-    (b, h, t, n), (_, j, s, v) = q_nope_BHTN.shape, v_BJSV.shape
-    r, chunks = None if k_rope_BSR is None else k_rope_BSR.shape[2], s // blocks.chunk
+    (b, h, t, n), (_, _, s, v) = x.q_nope.shape, x.v.shape
+    r, chunks = None if x.k_rope is None else x.k_rope.shape[2], s // blocks.chunk
+    in_specs, out_specs = _specs(x, blocks)
+    row = pltpu.VMEM((1, blocks.queries), jnp.float32)
+    state = [pltpu.VMEM((v, blocks.queries), jnp.float32), row, row]
+    return pl.pallas_call(
+        functools.partial(_kernel, scale=scale, blocks=blocks, chunks=chunks),
+        name="latent_attention_forward",
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(b, h, t // blocks.queries, chunks),
+            in_specs=in_specs,
+            out_specs=out_specs,
+            scratch_shapes=[
+                pltpu.VMEM((v + ONES * blocks.ones, blocks.chunk), x.v.dtype),
+                pltpu.VMEM((1, LANES), jnp.float32),
+                *(state * (2 if chunks > 1 else 1)),
+            ],
+        ),
+        out_shape=(
+            jax.ShapeDtypeStruct((b, h, t, v), x.q_nope.dtype),
+            jax.ShapeDtypeStruct((b, h, 1, t), jnp.float32),
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+        ),
+        cost_estimate=work(b * h * t * s * (n + (r or 0) + v), (x.q_nope, x.q_rope, x.k_nope, x.v)),
+        interpret=interpret,
+    )(
+        scalars,
+        *x[:5],
+        x.segments_BT[:, None],
+        jnp.broadcast_to(x.segments_BS[:, :, None], (b, s, LANES)),
+        x.segments_BS[:, None],
+    )
 
-    def spec(shape: tuple, index: Callable[[_At], tuple]) -> pl.BlockSpec:
-        return pl.BlockSpec(shape, lambda *at: index(_At(*at[:5])))
 
-    def chunk(at: _At) -> Array:
-        """The grid's chunk, or the last that the queries see: one beyond is the same again, which moves nothing."""
-        return jnp.minimum(at.chunk, (at.offset[0] + (at.i + 1) * blocks.queries - 1) // blocks.chunk)
+def _specs(x: AttentionInputs, blocks: FlashBlocks) -> tuple[list, list]:
+    """Blocks of the inputs and of the outputs."""
+    (_, h, _, n), (_, j, _, v) = x.q_nope.shape, x.v.shape
+    r = None if x.k_rope is None else x.k_rope.shape[2]
+
+    def spec(shape: tuple, index: Callable[[ForwardPosition], tuple]) -> pl.BlockSpec:
+        return pl.BlockSpec(shape, lambda *at: index(ForwardPosition(*at)))
+
+    def chunk(at: ForwardPosition) -> Array:
+        """The grid's chunk, at most the last that the queries see: a repeated chunk is not copied again."""
+        return jnp.minimum(at.chunk, (at.scalars.offset[0] + (at.i + 1) * blocks.queries - 1) // blocks.chunk)
 
     def of_queries(width: int) -> pl.BlockSpec:
         return spec((None, None, blocks.queries, width), lambda at: (at.b, at.h, at.i, 0))
@@ -227,53 +242,15 @@ def forward(
     def of_keys(width: int) -> pl.BlockSpec:
         return spec((None, blocks.chunk, width), lambda at: (at.b, chunk(at), 0))
 
-    row = pltpu.VMEM((1, blocks.queries), jnp.float32)
-    state = [pltpu.VMEM((v, blocks.queries), jnp.float32), row, row]
-    return pl.pallas_call(
-        functools.partial(_kernel, scale=scale, blocks=blocks, chunks=chunks),
-        name="latent_attention_forward",
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
-            grid=(b, h, t // blocks.queries, chunks),
-            in_specs=[
-                of_queries(n),
-                r and of_queries(r),
-                of_heads(n),
-                r and of_keys(r),
-                of_heads(v),
-                spec((None, 1, blocks.queries), lambda at: (at.b, 0, at.i)),
-                of_keys(LANES),
-                spec((None, 1, blocks.chunk), lambda at: (at.b, 0, chunk(at))),
-            ],
-            out_specs=[
-                of_queries(v),
-                spec((None, None, 1, blocks.queries), lambda at: (at.b, at.h, 0, at.i)),
-            ],
-            scratch_shapes=[
-                pltpu.VMEM((v + ONES * blocks.ones, blocks.chunk), v_BJSV.dtype),
-                pltpu.VMEM((1, LANES), jnp.float32),
-                *(state * (2 if chunks > 1 else 1)),
-            ],
-        ),
-        out_shape=(
-            jax.ShapeDtypeStruct((b, h, t, v), q_nope_BHTN.dtype),
-            jax.ShapeDtypeStruct((b, h, 1, t), jnp.float32),
-        ),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
-        ),
-        cost_estimate=work(b * h * t * s * (n + (r or 0) + v), (q_nope_BHTN, q_rope_BHTR, k_nope_BJSN, v_BJSV)),
-        interpret=interpret,
-    )(
-        offset.reshape(1),
-        queries,
-        keys,
-        q_nope_BHTN,
-        q_rope_BHTR,
-        k_nope_BJSN,
-        k_rope_BSR,
-        v_BJSV,
-        segments_BT[:, None],
-        jnp.broadcast_to(segments_BS[:, :, None], (b, s, LANES)),
-        segments_BS[:, None],
-    )
+    inputs = [
+        of_queries(n),
+        r and of_queries(r),
+        of_heads(n),
+        r and of_keys(r),
+        of_heads(v),
+        spec((None, 1, blocks.queries), lambda at: (at.b, 0, at.i)),
+        of_keys(LANES),
+        spec((None, 1, blocks.chunk), lambda at: (at.b, 0, chunk(at))),
+    ]
+    lse = spec((None, None, 1, blocks.queries), lambda at: (at.b, at.h, 0, at.i))
+    return inputs, [of_queries(v), lse]

@@ -1,6 +1,7 @@
-"""The paged cache that decode.py reads: which row of a call is which slot, and writing new tokens to their slots.
+"""A paged cache and the sequences that read it, as `latent_decode` takes them.
 
-Letters as in decode.py.
+T query tokens of all sequences, C latent, R rope dim, N sequences, P pages of a sequence, L pages in all, K slots of a
+page.
 """
 
 from typing import NamedTuple
@@ -9,37 +10,48 @@ import jax.numpy as jnp
 from jax import Array
 
 
-class Rows(NamedTuple):
-    """Where the T rows of a call belong; rows of padding are of the last sequence, and `real` is false for them."""
+class CachePages(NamedTuple):
+    """The cache of one layer. Slots that belong to no sequence may hold anything, even NaN.
+
+    latent_LKC and rope_LRK (slots last, so that rope keys fill whole register tiles) are in the queries' dtype, or
+    quantized: int8, or 6-bit integers packed in uint8, which makes C and R 3/4 as wide. scales_L1K, uint32, then holds
+    both scales of each slot (see packing.py); it is None otherwise.
+    """
+
+    latent_LKC: Array
+    rope_LRK: Array
+    scales_L1K: Array | None = None
+
+
+class Sequences(NamedTuple):
+    """The sequences of a call, int32.
+
+    Sequence n fills its first lengths[n] slots, in the order of its pages table[n]. Its queries are tokens starts[n] to
+    starts[n + 1] - 1; the last of them sits at slot lengths[n] - 1. Tokens from starts[N] on are padding. Without
+    starts every sequence has one query, and T = N. The table may have fewer rows than N if their number divides N:
+    sequence n then reads row n % rows, so two sequences may share a row.
+    """
+
+    table_NP: Array
+    lengths_N: Array
+    starts_N1: Array | None = None
+
+    def each_start(self) -> Array:
+        """starts_N1, also where it is None."""
+        return jnp.arange(len(self.lengths_N) + 1, dtype=jnp.int32) if self.starts_N1 is None else self.starts_N1
+
+
+class TokenSlots(NamedTuple):
+    """The slot of each token of a call. Padding counts to the last sequence, with `real` false."""
 
     sequence_T: Array  # int32
-    slot_T: Array  # int32, of that sequence
-    real_T: Array
+    slot_T: Array  # int32, within the sequence
+    real_T: Array  # bool
 
 
-def rows(lengths_N: Array, starts_N1: Array, t: int) -> Rows:
-    """Sequence and slot of each of t rows, given lengths and starts as decode.decode takes them."""
-    rows_T = jnp.arange(t, dtype=jnp.int32)
+def token_slots(sequences: Sequences, tokens: int) -> TokenSlots:
+    """Sequence and slot of each of so many tokens."""
+    lengths_N, starts_N1 = sequences.lengths_N, sequences.each_start()
+    rows_T = jnp.arange(tokens, dtype=jnp.int32)
     n_T = jnp.clip(jnp.searchsorted(starts_N1, rows_T, side="right").astype(jnp.int32) - 1, 0, lengths_N.shape[0] - 1)
-    return Rows(n_T, lengths_N[n_T] - (starts_N1[n_T + 1] - rows_T), rows_T < starts_N1[-1])
-
-
-def append(
-    latent_LKC: Array,
-    rope_LRK: Array,
-    c_TC: Array,
-    r_TR: Array,
-    table_NP: Array,
-    lengths_N: Array,
-    starts_N1: Array,
-) -> tuple[Array, Array]:
-    """The cache with latents [T, C] and rotated rope keys [T, R] of this call's tokens at their slots.
-
-    table, lengths (these tokens included) and starts as decode.decode takes them; padding rows are not written.
-    """
-    pages, k, _ = latent_LKC.shape
-    where = rows(lengths_N, starts_N1, c_TC.shape[0])
-    page_T = jnp.where(where.real_T, table_NP[where.sequence_T, where.slot_T // k], pages)  # no such page: dropped
-    latent_LKC = latent_LKC.at[page_T, where.slot_T % k].set(c_TC.astype(latent_LKC.dtype), mode="drop")
-    rope_LRK = rope_LRK.at[page_T, :, where.slot_T % k].set(r_TR.astype(rope_LRK.dtype), mode="drop")
-    return latent_LKC, rope_LRK
+    return TokenSlots(n_T, lengths_N[n_T] - (starts_N1[n_T + 1] - rows_T), rows_T < starts_N1[-1])

@@ -1,6 +1,6 @@
-"""Which keys a query sees: causal by slot, equal segments, 0 is padding. What both passes of the kernel share.
+"""Which keys a query sees, for both passes: keys of its own segment up to its own slot; segment 0 is padding.
 
-Letters: B batch, T queries, S keys, I blocks of queries, C blocks of keys; scores are held as [keys, queries].
+Scores are [keys, queries]. Letters: B batch, T queries, S keys.
 """
 
 import functools
@@ -12,15 +12,16 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-LANES = 128
-MASKED = -1e30
+from pallas_kernels.constants import LANES
+
 _NOBODY = 1 << 30
 
 
-class Blocks(NamedTuple):
-    """queries: of a grid step. chunk: keys held in VMEM. keys: of a step of the inner loop. part: where masked.
+class FlashBlocks(NamedTuple):
+    """Block sizes of one pass.
 
-    ones: whether the MXU adds up the weights, by rows of ones below the values: where it has rows to spare.
+    queries: of a grid step. chunk: keys that VMEM holds. keys: of a step of the inner loop. part: queries or keys of a
+    masked product. ones: whether the MXU sums the weights, by rows of ones below the values, where it has spare rows.
     """
 
     queries: int
@@ -30,52 +31,65 @@ class Blocks(NamedTuple):
     ones: bool
 
 
-class Bounds(NamedTuple):
-    """Segments of each block, flat over (sequence, block), for the scalar core.
+class SegmentBounds(NamedTuple):
+    """Segments of each block, flat over (sequence, block), in scalar memory.
 
-    low, high: least and largest segment that is no padding. only: the segment all of the block belongs to, else -1.
+    low, high: the least and the largest segment except padding. only: the block's segment if it has one and no padding,
+    else -1.
     """
 
-    low: Array
-    high: Array
-    only: Array
+    low: Any
+    high: Any
+    only: Any
 
-    def at(self, i: Array) -> "Bounds":
-        return Bounds(self.low[i], self.high[i], self.only[i])
+    def at(self, i: Array) -> "SegmentBounds":
+        return SegmentBounds(self.low[i], self.high[i], self.only[i])
 
 
-def bounds(segments: Array, block: int) -> Bounds:
-    """Bounds of each `block` of segments [B, T]; block divides T."""
+class Scalars(NamedTuple):
+    """What a kernel reads from scalar memory. queries, keys: segments of each block of queries and part of keys.
+
+    offset [1]: slot of the first query. chunk [1]: the chunk of keys of this call, for the backward pass alone.
+    """
+
+    offset: Any
+    chunk: Any
+    queries: SegmentBounds
+    keys: SegmentBounds
+
+
+def bounds(segments: Array, block: int) -> SegmentBounds:
+    """Bounds of each block of segments [B, T]; the block size divides T."""
     blocks = segments.reshape(-1, block)
     low = jnp.min(jnp.where(blocks > 0, blocks, _NOBODY), axis=1)
     high = jnp.max(blocks, axis=1)
-    whole = (low == high) & (jnp.min(blocks, axis=1) > 0)
-    return Bounds(low, high, jnp.where(whole, low, -1))
+    single = (low == high) & (jnp.min(blocks, axis=1) > 0)
+    return SegmentBounds(low, high, jnp.where(single, low, -1))
 
 
 def work(products: int, arrays: Any) -> pl.CostEstimate:
-    """What XLA is told of a kernel, to schedule transfers beside it.
+    """The kernel's cost for XLA, which schedules transfers to overlap with it.
 
-    products: multiplications if every query saw every key, of which causality leaves half. Each array moves once.
+    products: multiplications if every query saw every key; causality leaves half, 2 FLOPs each. Each array moves once.
     """
     moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))
     return pl.CostEstimate(flops=products, bytes_accessed=moved, transcendentals=0)
 
 
-def meet(queries: Bounds, keys: Bounds) -> Array:
-    """Whether a segment can lie in both blocks: never false for two that share one."""
+def meet(queries: SegmentBounds, keys: SegmentBounds) -> Array:
+    """Whether both blocks may hold the same segment: never false if they do."""
     return (queries.low <= keys.high) & (keys.low <= queries.high)
 
 
-def same(queries: Bounds, keys: Bounds) -> Array:
-    """Whether all of both blocks is one segment: no mask by segment is needed."""
+def same(queries: SegmentBounds, keys: SegmentBounds) -> Array:
+    """Whether both blocks hold one segment, the same: they need no mask by segment."""
     return (queries.only == keys.only) & (queries.only > 0)
 
 
 def mask(segments_keys: Array, segments_queries: Array, ahead: Array) -> Array:
-    """[keys, queries]: who sees whom. ahead: slot of the first query less slot of the first key.
+    """[keys, queries]: whether the query sees the key. ahead: slot of the first query less slot of the first key.
 
-    segments_keys: [keys, LANES], every lane the same. segments_queries: [1, queries], a multiple of LANES.
+    segments_keys: [keys, LANES], equal columns. segments_queries: [1, queries], a multiple of LANES.
     """
     keys, queries = segments_keys.shape[0], segments_queries.shape[1]
     last = lax.broadcasted_iota(jnp.int32, (1, queries), 1) + ahead
@@ -85,7 +99,7 @@ def mask(segments_keys: Array, segments_queries: Array, ahead: Array) -> Array:
 
 
 def mask_corner(x: Array) -> Array:
-    """x [keys, queries] with its last square set to 0 below the diagonal, where keys come after queries."""
+    """x [keys, queries] with its last square block set to 0 below the diagonal, where the key comes after the query."""
     size = x.shape[1]
     start = x.shape[0] - size
     causal = lax.broadcasted_iota(jnp.int32, (size, size), 0) <= lax.broadcasted_iota(jnp.int32, (size, size), 1)
@@ -94,16 +108,13 @@ def mask_corner(x: Array) -> Array:
 
 
 class Place(NamedTuple):
-    """Where a grid step stands: slots of its first query and first key, and the bounds of both.
-
-    keys: of every part of the chunk. visible: how many blocks of the chunk its last query reaches.
-    """
+    """The slots of a grid step's first query and first key, and the segments of both."""
 
     first: Array
     start: Array
-    queries: Bounds
-    keys: Callable[[Array], Bounds]
-    visible: Array
+    queries: SegmentBounds
+    keys: Callable[[Array], SegmentBounds]  # of a part of the chunk, by its number
+    visible: Array  # blocks of the chunk that the last query sees
 
     @property
     def ahead(self) -> Array:
@@ -111,26 +122,27 @@ class Place(NamedTuple):
         return self.first - self.start
 
 
-def place(
-    offset: Array, batch: Array, i: Array, chunk: Array, counts: tuple, queries: Bounds, keys: Bounds, blocks: Blocks
-) -> Place:
-    """counts: how many blocks of queries and how many chunks a sequence has."""
+def place(scalars: Scalars, batch: Array, i: Array, chunk: Array | None, counts: tuple, blocks: FlashBlocks) -> Place:
+    """The place of query block i. chunk: None for `scalars.chunk`. counts: a sequence's query blocks and chunks."""
+    offset = scalars.offset[0]
+    if chunk is None:
+        chunk = scalars.chunk[0]
     first, start = offset + i * blocks.queries, chunk * blocks.chunk
     parts = blocks.chunk // blocks.part
     return Place(
         first,
         start,
-        Bounds(*queries).at(batch * counts[0] + i),
-        lambda part: Bounds(*keys).at((batch * counts[1] + chunk) * parts + part),
+        scalars.queries.at(batch * counts[0] + i),
+        lambda part: scalars.keys.at((batch * counts[1] + chunk) * parts + part),
         jnp.clip(pl.cdiv(first + blocks.queries - start, blocks.keys), 0, blocks.chunk // blocks.keys),
     )
 
 
-def walk(here: Place, blocks: Blocks, add: Callable, triangle: Callable) -> None:
-    """Visits what these queries see of the chunk, and nothing that lies whole beyond the diagonal or in other segments.
+def walk(here: Place, blocks: FlashBlocks, add: Callable, triangle: Callable) -> None:
+    """Visits the keys of the chunk that these queries see. Skips blocks beyond the diagonal or of other segments.
 
-    add(at, keys, skip, masked): `keys` keys from `at` on against the queries behind the first `skip`.
-    triangle(at): as many keys as queries, all of one segment, the first of both in the same slot.
+    add(at, keys, skip, masked): `keys` keys from `at` on, for all queries but the first `skip`.
+    triangle(at): as many keys as queries, all of one segment; the first key and the first query have the same slot.
     """
 
     def part(at: Array) -> None:
@@ -144,13 +156,13 @@ def walk(here: Place, blocks: Blocks, add: Callable, triangle: Callable) -> None
         parts = range(blocks.keys // blocks.part)
         keys = [here.keys(block * len(parts) + p) for p in parts]
         one = functools.reduce(jnp.logical_and, (same(here.queries, x) for x in keys))
-        whole = one & (at + blocks.keys - 1 <= here.ahead)
-        done = whole
-        pl.when(whole)(functools.partial(add, at, blocks.keys, 0, False))
+        visible = one & (at + blocks.keys - 1 <= here.ahead)
+        done = visible
+        pl.when(visible)(functools.partial(add, at, blocks.keys, 0, False))
         if blocks.keys == blocks.queries:
             diagonal = one & (at == here.ahead)
             pl.when(diagonal)(functools.partial(triangle, at))
-            done = whole | diagonal
+            done = visible | diagonal
         for p in parts:
             pl.when(jnp.logical_not(done) & meet(here.queries, keys[p]))(
                 functools.partial(part, pl.multiple_of(at + p * blocks.part, blocks.part))

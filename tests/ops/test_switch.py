@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
@@ -10,6 +11,7 @@ from configs import models
 from dsv2_jax.config import Compute
 from dsv2_jax.inference import programs
 from dsv2_jax.ops import switch
+from pallas_kernels.latent_attention import CachePages, Sequences, latent_attention, latent_decode
 
 KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}  # those with kernels
 
@@ -76,3 +78,15 @@ def test_pages_are_read_by_what_was_chosen(kind, how, kernel):
         prepared, pages = programs.described(setup, 5, 128)
         traced = programs.forward.trace(prepared, pages, programs.blank(1, 4, 0, 0, 2), setup=setup)
     assert ("latent_decode" in str(traced.jaxpr)) == kernel
+
+
+def test_kernels_that_are_missing_raise():
+    q_THC, pages = jnp.zeros((1, 2, 8)), jnp.zeros((2, 128, 8))
+    one = jnp.ones(1, jnp.int32)
+    with on("TPU v4"):
+        with pytest.raises(ValueError, match=r"the kernels need a TPU of v5e, v5p, v6e, tpu7x"):
+            cache, sequences = CachePages(pages, pages.swapaxes(1, 2)), Sequences(one[:, None], one)
+            latent_decode((q_THC, q_THC), cache, sequences, scale=1.0)
+        x, segments = jnp.zeros((1, 2, 4, 8)), jnp.ones((1, 4), jnp.int32)
+        with pytest.raises(ValueError, match=r"the kernels need a TPU of v5e, v5p, v6e, tpu7x"):
+            latent_attention((x, None), (x, None), x, (segments, segments), scale=1.0)

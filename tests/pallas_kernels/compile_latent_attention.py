@@ -26,11 +26,10 @@ def step(*arrays: jax.Array) -> tuple:
     """Result and gradients."""
     *operands, segments_BT, segments_BS, offset, g = arrays
     q, q_rope, k, k_rope, v = operands if len(operands) == 5 else (operands[0], None, operands[1], None, operands[2])
-    rest = {"scale": 0.1, "segments_BT": segments_BT, "segments_BS": segments_BS, "offset": offset}
 
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("attention"))
     def attend(q, q_rope, k, k_rope, v):
-        return latent_attention(q, q_rope, k, k_rope, v, implementation="pallas", **rest)
+        return latent_attention((q, q_rope), (k, k_rope), v, (segments_BT, segments_BS), scale=0.1, offset=offset)
 
     o, pull = jax.vjp(attend, q, q_rope, k, k_rope, v)
     return o, pull(g)

@@ -29,6 +29,7 @@ SIZES = {
     "aligned": [64, 16, 0, 32, 16],
 }
 OPS = {"pallas": kernels, "xla": reference}
+SWIGLU = {"pallas": grouped_swiglu, "xla": reference.grouped_swiglu}
 
 
 @pytest.fixture
@@ -217,18 +218,18 @@ def _shuffled(n, k):
     return np.stack([np.random.default_rng(i).permutation(E)[:k] for i in range(n)])
 
 
-def _bounded(experts, rows):
-    """The experts of at most `rows` pairs, those of the first experts; all others have none."""
+def _bounded(experts, max_pairs):
+    """The experts of at most so many pairs, those of the first experts; all others have none."""
     kept = experts.flatten()
-    kept[np.argsort(kept, kind="stable")[rows or kept.size :]] = E
+    kept[np.argsort(kept, kind="stable")[max_pairs or kept.size :]] = E
     return kept.reshape(experts.shape)
 
 
-CASES = {  # experts_NK, rows, room
+CASES = {  # experts_NK, max_pairs, buffer_size
     "one token": ([_shuffled(1, 3)], None, None),
     "many": ([_shuffled(70, 2), _skewed(70), _dropping(70), np.full((70, 2), E)], None, None),
-    "bound on rows": ([_dropping(70)], 80, None),
-    "turns": ([_dropping(70), np.full((70, 2), E)], 80, 32),  # three, that cut experts apart, and none
+    "bound on pairs": ([_dropping(70)], 80, None),
+    "chunks": ([_dropping(70), np.full((70, 2), E)], 80, 32),  # three, that cut experts apart, and none
 }
 
 
@@ -237,14 +238,14 @@ CASES = {  # experts_NK, rows, room
     [
         ("one token", "float32"),
         pytest.param("many", "bfloat16", marks=pytest.mark.slow),
-        pytest.param("bound on rows", "float32", marks=pytest.mark.slow),
-        pytest.param("turns", "float32", marks=pytest.mark.slow),
+        pytest.param("bound on pairs", "float32", marks=pytest.mark.slow),
+        pytest.param("chunks", "float32", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("implementation", OPS)
 def test_grouped_swiglu(implementation, name, dtype):
-    dtype, (routings, rows, room) = jnp.dtype(dtype), CASES[name]
+    dtype, (routings, max_pairs, buffer_size) = jnp.dtype(dtype), CASES[name]
     n, k = routings[0].shape
     rng = np.random.default_rng(0)
     x, g, *weights = (
@@ -253,16 +254,16 @@ def test_grouped_swiglu(implementation, name, dtype):
     )
     gates = jnp.asarray(rng.random((n, k)) + 0.1, jnp.float32)
 
-    def op(*args):
-        return grouped_swiglu(*args, rows=rows, room=room, implementation=implementation)
+    def op(x, experts, gates, *weights):
+        return SWIGLU[implementation](x, experts, gates, weights, max_pairs=max_pairs, buffer_size=buffer_size)
 
     run = jax.jit(lambda experts: _vjp(op, x, experts, (gates, *weights), g))
-    turns = -(-rows // room) if room else 1
+    chunks = -(-max_pairs // buffer_size) if buffer_size else 1
     for experts in routings:
-        got, kept = run(jnp.asarray(experts, jnp.int32)), _bounded(experts, rows)
+        got, kept = run(jnp.asarray(experts, jnp.int32)), _bounded(experts, max_pairs)
         assert [a.dtype for a in got] == [dtype, dtype, jnp.float32, dtype, dtype, dtype]
         wide = [exact(a) for a in (x, gates, *weights, g)]
-        true = bounds.grouped_swiglu(wide[0], kept, wide[1], tuple(wide[2:5]), wide[5], dtype, turns)
+        true = bounds.grouped_swiglu(wide[0], kept, wide[1], tuple(wide[2:5]), wide[5], dtype, chunks)
         _check(got, true, name)
         with jax.enable_x64(True):  # and autodiff finds the same gradients
             arrays = [jnp.asarray(a.value) for a in wide]
@@ -285,7 +286,7 @@ def test_grouped_swiglu_in_8_bits(implementation):
 
     def run(x, implementation):
         routing = jnp.asarray(experts, jnp.int32), jnp.asarray(gates, jnp.float32)
-        return grouped_swiglu(x, *routing, *weights, implementation=implementation)
+        return SWIGLU[implementation](x, *routing, weights)
 
     numbers = [exact(a) for a in (x, np.float32(gates), *wide)]
     true = bounds.grouped_swiglu(numbers[0], experts, numbers[1], tuple(numbers[2:]), numbers[0], x.dtype)[0]
@@ -295,13 +296,11 @@ def test_grouped_swiglu_in_8_bits(implementation):
 
 
 def test_wrong_arguments_raise():
-    x, w = jnp.zeros((4, 96)), jnp.zeros((E, 96, 128))
+    x = jnp.zeros((4, 96))
     routing = jnp.zeros((4, 2), jnp.int32), jnp.ones((4, 2))
-    with pytest.raises(ValueError, match="no implementation"):
-        grouped_swiglu(x, *routing, w, w, jnp.zeros((E, 128, 96)), implementation="mosaic")
     up, down = (Quantized(jnp.zeros(s, jnp.int8), jnp.ones((E, 1, s[2]))) for s in ((E, 96, 128), (E, 128, 96)))
     with pytest.raises(ValueError, match="no gradient"):
-        jax.grad(lambda x: grouped_swiglu(x, *routing, up, up, down, implementation="pallas").sum())(x)
+        jax.grad(lambda x: grouped_swiglu(x, *routing, (up, up, down)).sum())(x)
     with pytest.raises(ValueError, match="powers of two"):
         Tiles(rows=96, step=32, chunk=128)
 
@@ -345,11 +344,11 @@ def _operands(size: ExpertDispatch) -> tuple:
     [*((topology, "nano") for topology in TOPOLOGIES), ("v5p:2x2x1", "v2"), ("v6e:2x2", "v2_lite")],
 )
 def test_compiles_for_tpus(topology, shape, monkeypatch):
-    rows = EXPERT_DISPATCH[shape].rows
+    max_pairs = EXPERT_DISPATCH[shape].rows
 
     def gradients(x, experts, gates, w_gate, w_up, w_down, g):
-        def op(x, *rest):
-            return grouped_swiglu(x, experts, *rest, rows=rows, implementation="pallas")
+        def op(x, gates, *weights):
+            return grouped_swiglu(x, experts, gates, weights, max_pairs=max_pairs)
 
         y, pull = jax.vjp(op, x, gates, w_gate, w_up, w_down)
         return y, pull(g)
@@ -365,8 +364,8 @@ def test_compiles_for_tpus(topology, shape, monkeypatch):
     ("topology", "shape"), [*((topology, "nano") for topology in TOPOLOGIES), ("v5p:2x2x1", "v2_decode")]
 )
 def test_weights_in_8_bits_compile_for_tpus(topology, kind, shape, monkeypatch):
-    def op(*args):
-        return grouped_swiglu(*args, implementation="pallas")
+    def op(x, experts, gates, *weights):
+        return grouped_swiglu(x, experts, gates, weights)
 
     tokens, routing, shapes = _operands((EXPERT_DISPATCH | EXPERT_DECODE)[shape])
     weights = [

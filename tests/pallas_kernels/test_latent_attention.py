@@ -5,8 +5,8 @@ import functools
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from unittest import mock
 
 import bounds
 import jax
@@ -20,11 +20,21 @@ from pallas_kernels.latent_attention import flash, latent_attention, reference
 
 def as_on_v5p(*args, **kwargs) -> jax.Array:
     """With the blocks of another chip: other masked parts, the sum of weights on the VPU, gradients for two cores."""
-    with mock.patch.object(flash, "chip", lambda: "v5p"):
-        return flash.attention(*args, **kwargs, interpret=True)
+    (_, k_rope), v, t = args[1], args[2], args[0][0].shape[2]
+    how = flash.tuning(t, v.shape[2], v.shape[1], k_rope is not None, v.dtype, "v5p")
+    return flash.attention(*args, **kwargs, how=how, interpret=True)
 
 
-IMPLEMENTATIONS = {"pallas": functools.partial(flash.attention, interpret=True), "xla": reference.attention}
+IMPLEMENTATIONS = {"pallas": functools.partial(flash.attention, interpret=True), "xla": reference.latent_attention}
+
+
+def grouped(attention: Callable) -> Callable:
+    """attention of the five arrays one by one, as `jax.vjp` takes them."""
+
+    def call(q_nope, q_rope, k_nope, k_rope, v, *, segments_BT, segments_BS, **rest):
+        return attention((q_nope, q_rope), (k_nope, k_rope), v, (segments_BT, segments_BS), **rest)
+
+    return call
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,7 +146,7 @@ def run(attention, arrays: dict, rest: dict) -> tuple:
         rest["segments_BT"][..., None] == rest["segments_BS"][:, None]
     )
     real = jnp.asarray((sees & (rest["segments_BT"][..., None] > 0)).any(-1)[:, None, :, None])
-    call = jax.jit(lambda xs, offset: attention(*xs, **(rest | {"offset": offset})))
+    call = jax.jit(lambda xs, offset: grouped(attention)(*xs, **(rest | {"offset": offset})))
     o, pull = jax.vjp(lambda *xs: call(xs, jnp.int32(rest["offset"])), *(arrays[name] for name in names))
     return jnp.where(real, o, 0), *pull(jnp.where(real, arrays["g"], 0))
 
@@ -194,7 +204,7 @@ def test_small_faults_are_found(name):
     off = {"mla_bf16": 2e-2, "large": 1e-2}.get(name, 1e-4)
     arrays, rest = inputs((CASES | LARGE_SCORES)[name])
     lacking = arrays | {key: arrays[key].at[..., 3:5, :].set(0) for key in ("k_nope", "k_rope", "v")}
-    poorer = run(reference.attention, lacking, rest)
+    poorer = run(reference.latent_attention, lacking, rest)
     found = results(name, "xla")
     for what, (got, want) in found.items():
         assert max(bounds.ratios(got * (1 + off), want)) > 1, what
@@ -216,7 +226,7 @@ def test_nan_in_padding_meets_no_real_token(implementation):
     names = ("q_nope", "q_rope", "k_nope", "k_rope", "v")
 
     def results(arrays: dict) -> list[np.ndarray]:
-        attend = functools.partial(IMPLEMENTATIONS[implementation], **rest)
+        attend = functools.partial(grouped(IMPLEMENTATIONS[implementation]), **rest)
         o, pull = jax.vjp(attend, *(arrays[name] for name in names))
         return [np.asarray(x)[..., real_T, :] for x in (o, *pull(arrays["g"]))]  # T = S here
 
@@ -227,16 +237,15 @@ def test_nan_in_padding_meets_no_real_token(implementation):
 def test_what_cannot_run_raises():
     arrays, rest = inputs(Case(t=8, s=8))
     xs = [arrays[name] for name in ("q_nope", "q_rope", "k_nope", "k_rope", "v")]
-    with pytest.raises(ValueError, match="needs a TPU"):
-        latent_attention(*xs, **rest, implementation="pallas")
-    with pytest.raises(ValueError, match="no implementation"):
-        latent_attention(*xs, **rest, implementation="cuda")
-    with pytest.raises(ValueError, match="come together"):
-        latent_attention(xs[0], None, *xs[2:], **rest, implementation="xla")
+    attend = grouped(latent_attention)
+    with pytest.raises(ValueError, match="need a TPU"):
+        attend(*xs, **rest)
+    with pytest.raises(ValueError, match="give both or neither"):
+        attend(xs[0], None, *xs[2:], **rest)
     with pytest.raises(ValueError, match="segments_BT"):
-        latent_attention(*xs, **(rest | {"segments_BT": rest["segments_BT"][:, :4]}), implementation="xla")
+        attend(*xs, **(rest | {"segments_BT": rest["segments_BT"][:, :4]}))
     with pytest.raises(ValueError, match="k_nope is bfloat16"):
-        latent_attention(*xs[:2], xs[2].astype("bfloat16"), *xs[3:], **rest, implementation="xla")
+        attend(*xs[:2], xs[2].astype("bfloat16"), *xs[3:], **rest)
 
 
 @pytest.mark.tpu

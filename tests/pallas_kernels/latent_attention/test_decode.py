@@ -13,8 +13,16 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import chips, cost, shapes
-from pallas_kernels.latent_attention import decode, decode_kernel, packing
-from pallas_kernels.latent_attention.decode_kernel import Blocks
+from pallas_kernels.latent_attention import (
+    CachePages,
+    Sequences,
+    decode,
+    decode_kernel,
+    latent_decode,
+    packing,
+    reference,
+)
+from pallas_kernels.latent_attention.decode_jobs import DecodeBlocks
 from pallas_kernels.ops import OPS
 
 C, R, K = 128, 64, 128
@@ -98,15 +106,31 @@ def _arrays(name: str, dtype, stored) -> tuple[tuple, jax.Array | None, Number]:
     return arrays, jnp.asarray(words_L1K) if packing.is_packed(stored) else None, o_THC
 
 
+def _grouped(run: Callable) -> Callable:
+    """`run` of the arrays one by one."""
+
+    def call(q_THC, q_THR, latent_LKC, rope_LRK, table_NP, lengths_N, starts_N1, scales_L1K=None):
+        pages, sequences = CachePages(latent_LKC, rope_LRK, scales_L1K), Sequences(table_NP, lengths_N, starts_N1)
+        return run((q_THC, q_THR), pages, sequences, scale=SCALE)
+
+    return call
+
+
 @functools.cache
-def _kernel(blocks: Blocks, interpret=True, cores: int = 1) -> Callable[..., jax.Array]:
-    run = functools.partial(decode_kernel.decode, scale=SCALE, blocks=blocks, cores=cores, interpret=interpret)
-    return jax.jit(run)
+def _kernel(blocks: DecodeBlocks, interpret=True, cores: int = 1) -> Callable[..., jax.Array]:
+    run = functools.partial(decode_kernel.decode, blocks=blocks, cores=cores, interpret=interpret)
+    return jax.jit(_grouped(run))
 
 
 @functools.cache
 def _plain() -> Callable[..., jax.Array]:
-    return jax.jit(functools.partial(decode.decode, scale=SCALE, implementation="xla"))
+    return jax.jit(_grouped(reference.latent_decode))
+
+
+def _check(queries, pages, sequences, *, scale):
+    """The op's checks alone."""
+    del scale
+    return decode.check(queries, pages, sequences)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +139,7 @@ def _plain() -> Callable[..., jax.Array]:
 def test_float64(dtype, stored, name: str) -> None:
     """Both agree with float64; poison stays where it is. A scale off by 1e-4 is found (of bfloat16 2e-2)."""
     arrays, scales, o_THC = _arrays(name, dtype, stored)
-    kernel = _kernel(Blocks(pages=2, streams=1 if packing.is_packed(stored) else 2, tokens=4))
+    kernel = _kernel(DecodeBlocks(pages=2, streams=1 if packing.is_packed(stored) else 2, tokens=4))
     for run in (_plain(), kernel):
         got = np.asarray(run(*arrays, scales_L1K=scales), np.float64)
         bounds.check(got, o_THC)
@@ -137,11 +161,11 @@ def test_one_query_each() -> None:
     (q_THC, q_THR, *cache, _), _, o_THC = _arrays("page borders", jnp.float32, jnp.float32)
     arrays = q_THC[:N], q_THR[:N], *cache, None
     bounds.check(_plain()(*arrays), o_THC[:N])
-    kernel = _kernel(Blocks(pages=2, streams=2, tokens=4))
+    kernel = _kernel(DecodeBlocks(pages=2, streams=2, tokens=4))
     bounds.check(kernel(*arrays), o_THC[:N])
     assert "latent_decode_blocks" not in str(jax.make_jaxpr(kernel)(*arrays))
-    with pytest.raises(ValueError, match="22 queries of 6 sequences: without starts each has one"):
-        _plain()(q_THC, q_THR, *cache, None)
+    with pytest.raises(ValueError, match="22 queries for 6 sequences: without starts each sequence has one"):
+        _grouped(_check)(q_THC, q_THR, *cache, None)
 
 
 def test_sequences_that_share_a_row_of_the_table() -> None:
@@ -151,17 +175,17 @@ def test_sequences_that_share_a_row_of_the_table() -> None:
     )
     queries = (jnp.concatenate([q[:N], q[N - 1 :: -1]]) for q in (q_THC, q_THR))
     arrays = *queries, latent_LKC, rope_LRK, table_NP, jnp.tile(lengths_N, 2), None
-    plain, ours = _plain()(*arrays), _kernel(Blocks(pages=2, streams=2, tokens=4))(*arrays)
+    plain, ours = _plain()(*arrays), _kernel(DecodeBlocks(pages=2, streams=2, tokens=4))(*arrays)
     bounds.check(ours[:N], o_THC[:N])
     np.testing.assert_allclose(ours, plain, atol=2e-6)
 
 
 @pytest.mark.parametrize(
     ("blocks", "cores"),
-    [(Blocks(pages=1, streams=3, tokens=2), 1), (Blocks(pages=4, streams=1, tokens=8), 2)],
+    [(DecodeBlocks(pages=1, streams=3, tokens=2), 1), (DecodeBlocks(pages=4, streams=1, tokens=8), 2)],
     ids=["many streams", "two cores"],
 )
-def test_blocks(blocks: Blocks, cores: int) -> None:
+def test_blocks(blocks: DecodeBlocks, cores: int) -> None:
     """How the work is cut does not change the result."""
     arrays, _, o_THC = _arrays("chunks beside tokens", jnp.float32, jnp.float32)
     bounds.check(_kernel(blocks, cores=cores)(*arrays), o_THC)
@@ -172,7 +196,7 @@ def test_races(stored) -> None:
     """No copy is read before it has arrived, none overwritten while it travels; uninitialised memory reads as NaN."""
     arrays, scales, o_THC = _arrays("chunks beside tokens", jnp.float32, stored)
     interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-    ours = _kernel(Blocks(pages=2, streams=2, tokens=4), interpret)(*arrays, scales_L1K=scales)
+    ours = _kernel(DecodeBlocks(pages=2, streams=2, tokens=4), interpret)(*arrays, scales_L1K=scales)
     bounds.check(ours, o_THC)
     assert not interpret_pallas_call.races.races_found
 
@@ -182,39 +206,44 @@ def test_mistakes() -> None:
     arrays, *_ = _arrays("page borders", jnp.float32, jnp.float32)
     small = (*arrays[:2], arrays[2][:, :64], arrays[3][:, :, :64], *arrays[4:])
     with pytest.raises(ValueError, match="pages of 64 slots: the kernel needs a multiple of 128"):
-        _kernel(Blocks(pages=2, streams=1, tokens=4))(*small)
-    with pytest.raises(ValueError, match="a prefill job two tokens"):
-        Blocks(pages=1, streams=1, tokens=1)
-    with pytest.raises(ValueError, match="needs a TPU"):
-        decode.decode(*arrays, scale=SCALE, implementation="pallas")
-    with pytest.raises(ValueError, match="no implementation 'triton'"):
-        decode.decode(*arrays, scale=SCALE, implementation="triton")
-    with pytest.raises(ValueError, match=r"lengths is float32\[6\], where int32\[6\] fits the others"):
-        decode.decode(*arrays[:5], arrays[5].astype(float), arrays[6], scale=SCALE, implementation="xla")
-    with pytest.raises(ValueError, match="a table of 6 rows for 4 sequences: the rows must divide the sequences"):
-        decode.decode(*arrays[:5], arrays[5][:4], arrays[6][:5], scale=SCALE, implementation="xla")
+        _kernel(DecodeBlocks(pages=2, streams=1, tokens=4))(*small)
+    with pytest.raises(ValueError, match="tokens at least 2"):
+        DecodeBlocks(pages=1, streams=1, tokens=1)
+    run = _grouped(latent_decode)
+    with pytest.raises(ValueError, match="need a TPU"):
+        run(*arrays)
+    with pytest.raises(ValueError, match=r"lengths is float32\[6\]; the other arguments need int32\[6\]"):
+        run(*arrays[:5], arrays[5].astype(float), arrays[6])
+    with pytest.raises(ValueError, match="a page table of 6 rows for 4 sequences: the rows must divide the sequences"):
+        run(*arrays[:5], arrays[5][:4], arrays[6][:5])
     queries = (jax.ShapeDtypeStruct((512, H, width), jnp.float32) for width in (C, R))
     integers = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((512, 512), (512,)))
-    with pytest.raises(ValueError, match=r"512 tokens and a table of 512 x 512 pages: .* holds 500 such sequences"):
-        jax.eval_shape(_kernel(Blocks(pages=2, streams=1, tokens=4)), *queries, *arrays[2:4], *integers, None)
+    with pytest.raises(
+        ValueError, match=r"512 tokens and a page table of 512 x 512 pages do not fit .* holds 500 such sequences"
+    ):
+        jax.eval_shape(_kernel(DecodeBlocks(pages=2, streams=1, tokens=4)), *queries, *arrays[2:4], *integers, None)
 
 
 def test_mistakes_of_fewer_bits() -> None:
     """Scales that are missing, too many or of another shape, and a rope dim that fills no words."""
     plain, *_ = _arrays("page borders", jnp.float32, jnp.float32)
     packed, scales, _ = _arrays("page borders", jnp.float32, jnp.uint8)
-    run = functools.partial(decode.decode, scale=SCALE, implementation="xla")
+    run = _grouped(latent_decode)
     with pytest.raises(ValueError, match="a cache in uint8 needs scales"):
         run(*packed)
-    with pytest.raises(ValueError, match="a cache in float32 has no scales"):
+    with pytest.raises(ValueError, match="a cache in float32 takes no scales"):
         run(*plain, scales_L1K=scales)
-    with pytest.raises(ValueError, match=r"scales is uint32\[26, 1, 64\], where uint32\[26, 1, 128\] fits the others"):
+    with pytest.raises(
+        ValueError, match=r"scales is uint32\[26, 1, 64\]; the other arguments need uint32\[26, 1, 128\]"
+    ):
         run(*packed, scales_L1K=scales[:, :, :64])
-    with pytest.raises(ValueError, match=r"latent is uint8\[26, 128, 64\], where uint8\[26, 128, 96\] fits the others"):
+    with pytest.raises(
+        ValueError, match=r"latent is uint8\[26, 128, 64\]; the other arguments need uint8\[26, 128, 96\]"
+    ):
         run(*packed[:2], packed[2][:, :, :64], *packed[3:], scales_L1K=scales)
     narrow = (packed[0], packed[1][:, :, :56], packed[2], packed[3][:, :42], *packed[4:])
-    with pytest.raises(ValueError, match="rope keys of 56 in fewer bits: the kernel needs multiples of 4 and of 16"):
-        _kernel(Blocks(pages=2, streams=1, tokens=4))(*narrow, scales_L1K=scales)
+    with pytest.raises(ValueError, match="rope keys of 56: the kernel needs multiples of 4 and 16"):
+        _kernel(DecodeBlocks(pages=2, streams=1, tokens=4))(*narrow, scales_L1K=scales)
 
 
 @pytest.mark.tpu
