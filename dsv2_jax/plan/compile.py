@@ -29,7 +29,7 @@ _ROOT = Path(__file__).resolve().parent.parent.parent
 _CODE = (
     "dsv2_jax/alignment/objective.py",
     "dsv2_jax/alignment/policy.py",
-    "dsv2_jax/config.py",
+    "dsv2_jax/config",
     "dsv2_jax/evaluation/perplexity.py",
     "dsv2_jax/inference",
     "dsv2_jax/model",
