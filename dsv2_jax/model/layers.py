@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from dsv2_jax import parameters
 from dsv2_jax.config import Compute, Model, check
-from dsv2_jax.model import parameters
 from dsv2_jax.model.matmul import project
 from dsv2_jax.parallel.mesh import device_kind, platform
 from pallas_kernels import chips

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from dsv2_jax import parameters
 from dsv2_jax.config import AXES, SINGLE, Compute, Mesh, Model
-from dsv2_jax.model import paged, parameters, rope
+from dsv2_jax.model import paged, rope
 from dsv2_jax.model.attention import Where, attend
 from dsv2_jax.model.layers import Kernels, cast, compute_dtype, declare, kernels, rms_norm, swiglu
 from dsv2_jax.model.matmul import project

@@ -34,6 +34,7 @@ _CODE = (
     "dsv2_jax/inference",
     "dsv2_jax/model",
     "dsv2_jax/parallel",
+    "dsv2_jax/parameters.py",
     "dsv2_jax/training",
     "dsv2_jax/plan/decode.py",
     "dsv2_jax/plan/program.py",

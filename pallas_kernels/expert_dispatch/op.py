@@ -5,7 +5,7 @@ both passes, because scattering rows is dearer. A device may be sent several tim
 sends it, and without dropping none may be lost; so that buffers and gathers need not be as large as the worst case,
 pairs beyond `room` are computed in further turns, in a loop that mostly has none.
 
-Letters: N tokens, K active experts, P pairs of a turn; the rest as in dsv2_jax/model/parameters.py.
+Letters: N tokens, K active experts, P pairs of a turn; the rest as in dsv2_jax/parameters.py.
 """
 
 import functools

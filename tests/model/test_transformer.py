@@ -10,8 +10,9 @@ import pytest
 from hf_cases import gqa, lite, random_params
 
 from configs import PRESETS, models
+from dsv2_jax import parameters
 from dsv2_jax.config import SINGLE, Attention, Compute, Model, Moe
-from dsv2_jax.model import attention, paged, parameters, rope, transformer
+from dsv2_jax.model import attention, paged, rope, transformer
 from dsv2_jax.model.layers import cast
 
 EXACT = Compute(dtype="float32", remat="none")
