@@ -28,11 +28,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(_ROOT))  # a script's own folder is where Python looks, not the one it is called from
 
 from configs import models  # noqa: E402
-from dsv2_jax import (  # noqa: E402
-    cli,
-    hf,
-    parameters,
-)
+from dsv2_jax import cli, hf, parameters  # noqa: E402
 from dsv2_jax.config import Model, check  # noqa: E402
 from dsv2_jax.hf import files  # noqa: E402
 from dsv2_jax.hf.names import tensors  # noqa: E402
