@@ -28,11 +28,10 @@ _ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(_ROOT))  # a script's own folder is where Python looks, not the one it is called from
 
 from configs import models  # noqa: E402
-from dsv2_jax import cli, hf  # noqa: E402
+from dsv2_jax import cli, hf, parameters  # noqa: E402
 from dsv2_jax.config import Model, check  # noqa: E402
 from dsv2_jax.hf import files  # noqa: E402
 from dsv2_jax.hf.names import tensors  # noqa: E402
-from dsv2_jax.model import parameters  # noqa: E402
 
 BOUND = 2 * 10**9  # bytes above the interpreter's
 _NOTHING = ["-c", "import dsv2_jax.hf.__main__"]

@@ -28,9 +28,8 @@ import rich.table
 _ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(_ROOT))  # a script's own folder is where Python looks, not the one it is called from
 
-from dsv2_jax import cli  # noqa: E402
+from dsv2_jax import cli, parameters  # noqa: E402
 from dsv2_jax.config import Attention, Batch, Compute, Config, Model, Moe, Rope, check  # noqa: E402
-from dsv2_jax.model import parameters  # noqa: E402
 
 Case = Literal["train", "train_bf16", "prefill", "decode_b1", "decode_b16"]
 SIDES = ("dsv2_jax", "eager", "compiled")

@@ -28,9 +28,8 @@ _ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(_ROOT))  # a script's own folder is where Python looks, not the one it is called from
 
 from benchmarks.cpu_vs_transformers import SMALL  # noqa: E402
-from dsv2_jax import cli  # noqa: E402
+from dsv2_jax import cli, parameters  # noqa: E402
 from dsv2_jax.config import check  # noqa: E402
-from dsv2_jax.model import parameters  # noqa: E402
 
 Case = Literal["batch_1", "batch_16", "mixed_64", "long_1", "long_16"]
 Dtype = Literal["float32", "bfloat16"]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv2_jax import hf
+from dsv2_jax import hf, parameters
 from dsv2_jax.config import Batch, Compute, Config, Model, check
 from dsv2_jax.data import tokenizer
 from dsv2_jax.data.corpora import Corpus
@@ -16,7 +16,6 @@ from dsv2_jax.data.tokenizer import Tokenizer
 from dsv2_jax.hf import arrays
 from dsv2_jax.inference import programs
 from dsv2_jax.inference.quantize import Weights
-from dsv2_jax.model import parameters
 from dsv2_jax.model.layers import stored_dtype
 from dsv2_jax.ops.switch import compute_dtype
 from dsv2_jax.parallel import sharding

@@ -85,7 +85,7 @@ def _saved(run: Path) -> Config | None:
 
 def _check_shapes(there: Model, here: Model, changed: dict[str, Any], init: Path) -> None:
     """Raises ValueError naming the changed fields that give parameters other shapes; a score may replace the logits."""
-    from dsv2_jax.model import parameters
+    from dsv2_jax import parameters
 
     starts = dataclasses.replace(there, head=here.head) if here.head == "score" else there
     if parameters.tree(starts) == parameters.tree(here):
@@ -96,7 +96,7 @@ def _check_shapes(there: Model, here: Model, changed: dict[str, Any], init: Path
 
 
 def _reshapes(model: Model, name: str, value: Any) -> bool:
-    from dsv2_jax.model import parameters
+    from dsv2_jax import parameters
 
     with contextlib.suppress(ValueError):  # not valid without the other changes: not the one to blame
         return parameters.tree(_replaced(model, name, value)) != parameters.tree(model)

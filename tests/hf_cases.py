@@ -10,9 +10,9 @@ import transformers
 from safetensors.torch import load_file
 
 from configs import models
+from dsv2_jax import parameters
 from dsv2_jax.config import Attention, Batch, Config, Model, Moe
 from dsv2_jax.data import tokenizer
-from dsv2_jax.model import parameters
 from dsv2_jax.training import checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"

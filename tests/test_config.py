@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from configs import PRESETS, models
+from dsv2_jax import parameters
 from dsv2_jax.config import Attention, Batch, Config, Data, Model, Moe, Optimizer, Rope, from_json, to_json
-from dsv2_jax.model import parameters
 
 
 def moe_by_hand(d, layers, heads, queries, first, experts, active, width, vocabulary=102_400):

@@ -6,9 +6,8 @@ import re
 from pathlib import Path
 
 from configs import PRESETS
-from dsv2_jax import cli
+from dsv2_jax import cli, parameters
 from dsv2_jax.config import Config
-from dsv2_jax.model import parameters
 from dsv2_jax.parallel import sharding
 
 ROOT = Path(__file__).parent.parent

@@ -15,7 +15,7 @@ import numpy as np
 import tensorstore as ts
 
 from dsv2_jax.config import check
-from dsv2_jax.model.parameters import letters
+from dsv2_jax.parameters import letters
 from dsv2_jax.training import checkpoint, integrity
 
 Tree = dict[str, dict[str, tuple[int, ...]]]

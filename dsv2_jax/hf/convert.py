@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsv2_jax import parameters
 from dsv2_jax.config import Batch, Config, Data, Model, check
 from dsv2_jax.data import tokenizer
 from dsv2_jax.hf import arrays, files
 from dsv2_jax.hf.configuration import from_hf_config, to_hf_config
 from dsv2_jax.hf.names import Tensor, tensors
-from dsv2_jax.model import parameters
 from dsv2_jax.model.layers import stored_dtype
 from dsv2_jax.parallel import sharding
 from dsv2_jax.parallel.mesh import sizes

@@ -1,6 +1,6 @@
 """The one table between our parameters and the tensors of a released checkpoint, read in both directions.
 
-For the letters at the end of our names see dsv2_jax/model/parameters.py. On disk a weight is `[out, in]`, heads lie
+For the letters at the end of our names see dsv2_jax/parameters.py. On disk a weight is `[out, in]`, heads lie
 side by side, and in each head the part without position comes before the one that RoPE turns, the key before the value.
 """
 
@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from dsv2_jax import parameters
 from dsv2_jax.config import Model
-from dsv2_jax.model import parameters
 
 Shape = tuple[int, ...]
 

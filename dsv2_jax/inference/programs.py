@@ -15,12 +15,12 @@ import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from dsv2_jax import config
+from dsv2_jax import config, parameters
 from dsv2_jax.config import Compute, Model
 from dsv2_jax.inference import quantize
 from dsv2_jax.inference.quantize import Weights
 from dsv2_jax.inference.sampling import Adjust, Rows, sample
-from dsv2_jax.model import attention, parameters, transformer
+from dsv2_jax.model import attention, transformer
 from dsv2_jax.model.layers import cast
 from dsv2_jax.ops import pages as page_arrays
 from dsv2_jax.ops.formats import Format

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from dsv2_jax.model import parameters
+from dsv2_jax import parameters
 from dsv2_jax.model.layers import KEPT_FLOAT32
 from pallas_kernels.quantized import Quantized
 

@@ -18,11 +18,11 @@ from dsv2_jax.model.layers import rms_norm
 from dsv2_jax.ops import attention as ops
 from dsv2_jax.ops import rotary, switch
 from dsv2_jax.ops.attention import PackedTokens, PagedTokens
-from dsv2_jax.ops.cpu import MASKED
 from dsv2_jax.ops.matmul import dequantize, project
 from dsv2_jax.ops.pages import LayerPages
 from dsv2_jax.ops.switch import Execution
 from dsv2_jax.parallel import collectives, context
+from pallas_kernels.constants import MASKED
 
 LATENT_EPSILON = 1e-6  # of the norms after both compressions: fixed in the released models, whatever rms_norm_eps is
 _BY_HEAD = {"w_uk_CHN": ("w_uk_HCN", (1, 0, 2)), "w_uv_CHV": ("w_uv_HVC", (1, 2, 0))}

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from dsv2_jax import parameters
 from dsv2_jax.config import Model
-from dsv2_jax.model import parameters
 from dsv2_jax.ops.matmul import project
 from pallas_kernels.quantized import Quantized, Weight
 

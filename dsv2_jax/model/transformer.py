@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from dsv2_jax import parameters
 from dsv2_jax.config import SINGLE, Compute, Mesh, Model
-from dsv2_jax.model import parameters, rope
+from dsv2_jax.model import rope
 from dsv2_jax.model.attention import Tokens, attention
 from dsv2_jax.model.layers import cast, declare, rms_norm, swiglu
 from dsv2_jax.model.moe import RoutedTokens, mixture

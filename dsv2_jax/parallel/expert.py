@@ -22,9 +22,9 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from dsv2_jax.config import Mesh, Moe
 from dsv2_jax.parallel import collectives
 from dsv2_jax.parallel.mesh import platform
+from pallas_kernels.constants import LANES
 
 AXIS = ("expert",)
-_LANES = 128  # of a vector register
 _FEW_PAIRS = 32_768  # their rows take a third of a GiB at V2's width, which is cheaper than reading the weights twice
 
 Experts = Callable[[Array, Array, Array], Array]  # (x_ND, experts_NK, gates_NK) -> y_ND, of this device's experts
@@ -123,7 +123,7 @@ def dispatch(
     transfer = plan_transfer(experts_NK // own, limits.devices, mesh)
     # On TPU a row that travels must be contiguous, so each row is tiles of its own, [.., D / 128, 128], from its gather
     # to the sum at home. XLA would lay a matrix out as [P, 2, D / 2], which makes each access ten times as slow.
-    tiles = (-1, _LANES) if x_ND.shape[1] % _LANES == 0 else (1, -1)
+    tiles = (-1, LANES) if x_ND.shape[1] % LANES == 0 else (1, -1)
     rows_PCL, gates_PK = expand(x_ND.reshape(len(x_ND), *tiles), transfer), expand(gates_NK, transfer)
     ids_PK = _local(experts_NK[transfer.tokens_P], transfer.devices_P[:, None], own)
     notes_PK = jnp.concatenate([gates_PK, ids_PK.astype(jnp.float32)], axis=1)  # one array, so one transfer

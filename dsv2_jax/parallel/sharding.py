@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
+from dsv2_jax import parameters
 from dsv2_jax.config import AXES, Mesh, Model, check
-from dsv2_jax.model import parameters
 from dsv2_jax.parallel import collectives
 from dsv2_jax.parallel.collectives import Axes
 from dsv2_jax.parallel.mesh import BATCH

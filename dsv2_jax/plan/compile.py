@@ -29,11 +29,12 @@ _ROOT = Path(__file__).resolve().parent.parent.parent
 _CODE = (
     "dsv2_jax/alignment/objective.py",
     "dsv2_jax/alignment/policy.py",
-    "dsv2_jax/config.py",
+    "dsv2_jax/config",
     "dsv2_jax/evaluation/perplexity.py",
     "dsv2_jax/inference",
     "dsv2_jax/model",
     "dsv2_jax/parallel",
+    "dsv2_jax/parameters.py",
     "dsv2_jax/training",
     "dsv2_jax/plan/decode.py",
     "dsv2_jax/plan/program.py",

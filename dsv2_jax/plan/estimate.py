@@ -4,9 +4,9 @@ import dataclasses
 import re
 from collections.abc import Callable
 
+from dsv2_jax import parameters
 from dsv2_jax.config import Config, Model
 from dsv2_jax.inference.engine import Capacity
-from dsv2_jax.model import parameters
 from dsv2_jax.parallel.mesh import BATCH
 from dsv2_jax.plan import hlo, timeline
 from dsv2_jax.plan.compile import Topology

@@ -4,8 +4,8 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 
+from dsv2_jax import parameters
 from dsv2_jax.config import Config, Mesh, check
-from dsv2_jax.model import parameters
 from dsv2_jax.parallel.mesh import BATCH
 from dsv2_jax.plan.compile import Topology, laid_out
 from dsv2_jax.plan.estimate import Estimate, model_flops

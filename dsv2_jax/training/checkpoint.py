@@ -30,8 +30,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from dsv2_jax import parameters
 from dsv2_jax.config import Config, check, from_json, to_json
-from dsv2_jax.model import parameters
 from dsv2_jax.parallel import processes, sharding
 from dsv2_jax.parallel.mesh import sizes
 from dsv2_jax.training import integrity

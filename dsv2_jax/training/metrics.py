@@ -19,8 +19,8 @@ import numpy as np
 import rich.progress
 import tensorboardX
 
+from dsv2_jax import parameters
 from dsv2_jax.config import Config, Model
-from dsv2_jax.model import parameters
 from dsv2_jax.parallel import processes
 from dsv2_jax.training.checkpoint import Progress
 

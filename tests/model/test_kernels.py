@@ -11,9 +11,10 @@ import pytest
 from jax.experimental import pallas as pl
 
 from configs import models
+from dsv2_jax import parameters
 from dsv2_jax.config import SINGLE, Attention, Batch, Compute, Config, Mesh, Model, Optimizer
 from dsv2_jax.inference import quantize
-from dsv2_jax.model import parameters, transformer
+from dsv2_jax.model import transformer
 from dsv2_jax.model.moe import RoutedTokens, mixture
 from dsv2_jax.ops import attention
 from dsv2_jax.ops.switch import Execution

@@ -10,8 +10,9 @@ import pytest
 from hf_cases import gqa, lite, random_params
 
 from configs import PRESETS, models
+from dsv2_jax import parameters
 from dsv2_jax.config import SINGLE, Attention, Compute, Model, Moe
-from dsv2_jax.model import attention, parameters, rope, transformer
+from dsv2_jax.model import attention, rope, transformer
 from dsv2_jax.model.layers import cast
 from dsv2_jax.ops import pages
 from dsv2_jax.ops.attention import PackedTokens

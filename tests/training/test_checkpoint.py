@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from configs import PRESETS
-from dsv2_jax import loading
+from dsv2_jax import loading, parameters
 from dsv2_jax.config import Cadence, Compute, Data, Mesh, Optimizer, to_json
-from dsv2_jax.model import parameters
 from dsv2_jax.parallel import mesh as device_mesh
 from dsv2_jax.parallel import sharding
 from dsv2_jax.training import checkpoint, integrity

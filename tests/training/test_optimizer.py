@@ -47,7 +47,7 @@ def test_several_steps_are_pytorchs():
 
 
 def test_only_matrices_are_decayed():
-    from dsv2_jax.model import parameters
+    from dsv2_jax import parameters
 
     tree = jax.tree.map(lambda _: 0, parameters.tree(PRESETS["tiny"]().model), is_leaf=lambda x: isinstance(x, tuple))
     decayed = optimizer.is_decayed(tree)

@@ -2,5 +2,3 @@
 
 A device without Pallas kernels runs the same loops. Steps that only a CPU needs ask `switch.on_cpu`.
 """
-
-MASKED = -1e30  # a score that gets no weight: finite, so that rows without a visible key give no NaN

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from dsv2_jax.ops.cpu import MASKED, streams
+from dsv2_jax.ops.cpu import streams
 from dsv2_jax.ops.cpu.matmul import dot, from_bits, to_bits, transpose, weight_gradient
+from pallas_kernels.constants import MASKED
 
 
 def attention(

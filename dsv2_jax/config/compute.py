@@ -1,0 +1,21 @@
+"""How the numbers are computed: types, rematerialization and kernels."""
+
+import dataclasses
+from typing import Literal
+
+from dsv2_jax.config.checks import check
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compute:
+    """How the numbers are computed; none of it changes what is computed."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations and matmul operands; auto: float32 on CPU
+    remat: Literal["none", "full", "attention"] = "full"  # what the backward pass computes again; see transformer.py
+    loss_chunk: int = 1024  # tokens whose logits exist at a time
+    kernels: Literal["auto", "pallas", "xla"] = (
+        "auto"  # of attention and routed experts; auto: pallas on TPU, from v5e on
+    )
+
+    def __post_init__(self) -> None:
+        check(self.loss_chunk > 0, "compute.loss_chunk must be positive")
