@@ -223,7 +223,7 @@ def _cache_specs(setup: Setup) -> Any:
         lambda: page_arrays.empty(setup.model, config.SINGLE, 2, 16, setup.form, jnp.dtype(jnp.float32))
     )
     by_head = setup.model.attention.kind != "mla"
-    return jax.tree.map(lambda _: PartitionSpec(mesh.BATCH, None, None, "tensor") if by_head else LANES, one)
+    return jax.tree.map(lambda _: PartitionSpec(mesh.BATCH, None, None, *mesh.TENSOR) if by_head else LANES, one)
 
 
 def _param_specs(prepared: Any, setup: Setup) -> Any:
@@ -324,4 +324,4 @@ def _logits(head: Any, hidden_1ND: Array, setup: Setup) -> Array:
         logits_NW = dot(hidden_ND, w_DW.values.astype(hidden_ND.dtype)) * w_DW.scale
     else:
         logits_NW = dot(hidden_ND, w_DW)
-    return collectives.gather(logits_NW, ("tensor",), 1, setup.mesh)
+    return collectives.gather(logits_NW, mesh.TENSOR, 1, setup.mesh)

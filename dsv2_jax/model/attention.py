@@ -22,6 +22,7 @@ from dsv2_jax.ops.matmul import dequantize, project
 from dsv2_jax.ops.pages import LayerPages
 from dsv2_jax.ops.switch import Execution
 from dsv2_jax.parallel import collectives, context
+from dsv2_jax.parallel.mesh import TENSOR
 from pallas_kernels.constants import MASKED
 
 LATENT_EPSILON = 1e-6  # of the norms after both compressions: fixed in the released models, whatever rms_norm_eps is
@@ -39,7 +40,7 @@ def attention(
     o_BTHV, layer = of_kind(p, x_BTD, tokens, layer, model, run)
     with jax.named_scope("output"):
         u_BTD = project(o_BTHV, p["w_o_HVD"], axes=2)  # eq. 19
-        return collectives.add(u_BTD, ("tensor",), run.mesh), layer
+        return collectives.add(u_BTD, TENSOR, run.mesh), layer
 
 
 def latent_attention(

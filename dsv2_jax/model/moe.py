@@ -14,6 +14,7 @@ from dsv2_jax.ops.matmul import project
 from dsv2_jax.ops.switch import Execution
 from dsv2_jax.parallel import collectives
 from dsv2_jax.parallel.expert import Work
+from dsv2_jax.parallel.mesh import TENSOR
 
 
 class RoutedTokens(NamedTuple):
@@ -55,7 +56,7 @@ def mixture(
         "dropped": jax.lax.stop_gradient(dropped),
         "experts_BTK": routing.experts_BTK,
     }
-    return collectives.add(y_BTD, ("tensor",), run.mesh), statistics
+    return collectives.add(y_BTD, TENSOR, run.mesh), statistics
 
 
 def _shared_ffn(p: dict[str, Array], x_BTD: Array) -> tuple[Work, Work]:

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from dsv2_jax.config import SINGLE, Mesh, Moe
-from dsv2_jax.parallel import collectives, context
+from dsv2_jax.parallel import collectives, context, expert
+
+LOSSES = ("expert_balance", "device_balance", "communication_balance")  # factors in the config, keys of the metrics
 
 
 class Routing(NamedTuple):
@@ -71,7 +73,7 @@ def _top_experts(scores_BTE: Array, moe: Moe) -> tuple[Array, Array]:
 def balance(routing: Routing, valid_BT: Array, moe: Moe, mesh: Mesh = SINGLE) -> dict[str, Array]:
     """The three balance losses (section 2.2.3), each averaged over the sequences with valid tokens, and the load.
 
-    Returns float32 scalars `expert_balance`, `device_balance` and `communication_balance`, factors included, and
+    Returns float32 scalars under the names of LOSSES, factors included, and
     `load_E`, an expert's share of the choices times E, so that 1 is average. Choices count before any is dropped. Each
     value is this device's part; the parts add up over the mesh.
     """
@@ -79,17 +81,15 @@ def balance(routing: Routing, valid_BT: Array, moe: Moe, mesh: Mesh = SINGLE) ->
     chosen_BTE = jax.nn.one_hot(routing.experts_BTK, moe.n_routed_experts).sum(axis=-2) * valid_BT1
     sums = _sums(routing, chosen_BTE, valid_BT1, moe, mesh)
     has_tokens_B = sums.tokens_B1[:, 0] > 0
-    factors = moe.expert_balance, moe.device_balance, moe.communication_balance
-    expert, device, communication = (
+    factors = (getattr(moe, name) for name in LOSSES)
+    losses = (
         collectives.mean_over_sequences(loss_B, has_tokens_B, mesh, scale=factor)
         for factor, loss_B in zip(factors, sequence_losses(sums, moe), strict=True)
     )
     counts_E = chosen_BTE.sum(axis=(0, 1))
     load_E = collectives.fraction_of_tokens(counts_E * moe.n_routed_experts, counts_E.sum(), mesh)
     return {
-        "expert_balance": expert,
-        "device_balance": device,
-        "communication_balance": communication,
+        **dict(zip(LOSSES, losses, strict=True)),
         "load_E": jax.lax.stop_gradient(load_E),
     }
 
@@ -142,13 +142,13 @@ def kept(routing: Routing, valid_BT: Array, exempt_B: Array, moe: Moe, mesh: Mes
     spread = b % sequences != 0  # over devices of the expert axis
     group, priority = (context.gather(x, mesh) for x in (group_BTK, priority_BTK))
     if spread:
-        group, priority = (collectives.gather(x, ("expert",), 0, mesh) for x in (group, priority))
+        group, priority = (collectives.gather(x, expert.AXIS, 0, mesh) for x in (group, priority))
     shape, runs = group.shape, (-1, sequences * group.shape[1] * k)
     budget = moe.budget(sequences * group.shape[1])
     within = jax.vmap(functools.partial(_within_budget, budget=budget, groups=moe.n_group))
     kept = within(group.reshape(runs), priority.reshape(runs)).reshape(shape)
     if spread:
-        kept = jax.lax.dynamic_slice_in_dim(kept, collectives.index(("expert",), mesh) * b, b)
+        kept = jax.lax.dynamic_slice_in_dim(kept, collectives.index(expert.AXIS, mesh) * b, b)
     return context.local(kept, mesh) | exempt_B[:, None, None]
 
 

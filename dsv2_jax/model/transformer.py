@@ -25,6 +25,7 @@ from dsv2_jax.ops.matmul import project
 from dsv2_jax.ops.pages import Cache, LayerPages
 from dsv2_jax.ops.switch import Execution, compute_dtype
 from dsv2_jax.parallel import collectives, context, pipeline, sharding
+from dsv2_jax.parallel.mesh import TENSOR
 
 REMAT = {  # the activations of a layer that are kept for its backward pass, which recomputes all others
     "none": None,
@@ -72,7 +73,7 @@ class Layer(nn.Module):
                 y_BTD, statistics = mixture(p, h_BTD, routed, self.model.moe, self.run)
             else:
                 y_BTD, statistics = swiglu(h_BTD, p["w_gate_DI"], p["w_up_DI"], p["w_down_ID"]), {}
-                y_BTD = collectives.add(y_BTD, ("tensor",), self.run.mesh)
+                y_BTD = collectives.add(y_BTD, TENSOR, self.run.mesh)
             return x_BTD + y_BTD, (cache, statistics)
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from dsv2_jax.config import Mesh
-from dsv2_jax.parallel.mesh import BATCH, platform
+from dsv2_jax.parallel.mesh import BATCH, SAME_SEQUENCES, TOKENS, platform
 
 Axes = tuple[str, ...]
 
@@ -59,7 +59,7 @@ def mean_over_sequences(x_B: Array, counted_B: Array, mesh: Mesh, scale: float =
     """
     weight_B = counted_B.astype(jnp.float32)
     sequences = jnp.maximum(add(weight_B.sum(), BATCH, mesh), 1)
-    return scale * (x_B * weight_B).sum() / (sequences * mesh.size("context", "tensor"))
+    return scale * (x_B * weight_B).sum() / (sequences * mesh.size(*SAME_SEQUENCES))
 
 
 def fraction_of_tokens(count: Array, total: Array, mesh: Mesh) -> Array:
@@ -67,7 +67,7 @@ def fraction_of_tokens(count: Array, total: Array, mesh: Mesh) -> Array:
 
     Devices of the tensor axis count the same tokens. The parts add up over the mesh.
     """
-    return count / (jnp.maximum(add(total, (*BATCH, "context"), mesh), 1) * mesh.tensor)
+    return count / (jnp.maximum(add(total, TOKENS, mesh), 1) * mesh.tensor)
 
 
 def _present(axes: Axes, mesh: Mesh) -> Axes:

@@ -1,4 +1,4 @@
-"""Batches onto the mesh: every process reads the rows that its own devices need, and no others."""
+"""Batches onto the mesh: each process reads only the rows that its own devices need."""
 
 from typing import Any
 
@@ -12,9 +12,9 @@ from dsv2_jax.parallel.mesh import BATCH
 
 
 class Feed:
-    """Turns this process's rows of batches of `rows` sequences into arrays over all devices.
+    """Makes arrays over all devices from this process's rows of batches of `rows` sequences.
 
-    mine: which rows of a batch this process is to read, rising. None: all of them; there is only one device.
+    mine: The rows of a batch that this process reads, in rising order; None for all, on a single device.
     """
 
     def __init__(self, mesh: jax.sharding.Mesh | None, sizes: Mesh, rows: int) -> None:
@@ -25,7 +25,7 @@ class Feed:
             self.mine = np.unique(np.concatenate([np.arange(rows)[part] for part in devices.values() if part]))
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array | np.ndarray]:
-        """Leaves [A, B, T, ...], B the rows `mine`, as arrays [A, rows, T, ...] laid out by `sharding.batch_spec`."""
+        """Leaves [A, B, T, ...] of the B rows `mine` as arrays [A, rows, T, ...], sharded by `sharding.batch_spec`."""
         if self._mesh is None:
             return dict(batch)
         return {name: self._put(name, leaf) for name, leaf in batch.items()}

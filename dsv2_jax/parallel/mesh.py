@@ -1,4 +1,4 @@
-"""The device mesh: which device stands where, and what a program that is being traced may ask about it."""
+"""The device mesh: the placement of devices on it, groups of its axes, and the platform of a program being traced."""
 
 import itertools
 import math
@@ -12,15 +12,17 @@ from jax.experimental import mesh_utils
 from dsv2_jax import config
 from dsv2_jax.config import AXES, check
 
-BATCH = ("data", "fsdp", "expert")  # a batch's sequences are split over these, in this order
+BATCH = ("data", "fsdp", "expert")  # split a batch's sequences, in this order
+TOKENS = (*BATCH, "context")  # split its tokens
+TENSOR = ("tensor",)  # splits heads, vocabulary and FFN widths
+SAME_SEQUENCES = ("context", "tensor")  # whose devices hold the same sequences
 
 
 def make(wanted: config.Mesh, devices: list[Any] | None = None) -> jax.sharding.Mesh | None:
-    """The mesh of these devices (all of them by default), the last axes closest on the torus.
+    """The mesh of these devices (by default all), with the last axes closest on the torus; None for a single device.
 
-    Every slice is laid out as a single one is. With several, the data axis, or else the pipeline axis, runs across
-    them: nothing else crosses the slow network. None for a single device, which needs none. Raises ValueError if the
-    sizes do not fit the devices or their slices.
+    Each slice has the layout of a single one. The data axis, or else the pipeline axis, runs across slices: nothing
+    else crosses the slow network between them. Raises ValueError if the sizes do not fit the devices or their slices.
     """
     devices = jax.devices() if devices is None else devices
     shape = wanted.resolve(len(devices)).sizes()
@@ -38,7 +40,7 @@ def make(wanted: config.Mesh, devices: list[Any] | None = None) -> jax.sharding.
 
 
 def _slices(devices: list[Any], count: int) -> list[list[Any]]:
-    """The devices of each slice, in the order of the slices. Where devices know of none, a process is a slice."""
+    """The devices of each slice, in the order of the slices. Devices without a slice index are grouped by process."""
     known = hasattr(devices[0], "slice_index")
     if count == 1 and not (known and devices[0].platform == "tpu"):
         return [devices]
@@ -67,9 +69,9 @@ def _lay_out(shape: dict[str, int], devices: list[Any]) -> np.ndarray:
 def _expert_block(shape: dict[str, int], devices: list[Any]) -> np.ndarray | None:
     """The devices with each expert group on a compact block of the torus; None for groups below 8 or a context axis.
 
-    All devices of a group send to all others. Along one ring of 8 chips that takes twice as long as on a block of
-    4 x 2. A tensor group gets a block of its own, with the expert group outside of it, in other dimensions of the torus
-    if possible. The axes outside of the expert axis run over the remaining places.
+    All devices of a group send to each other, which takes twice as long along a ring of 8 chips as on a block of 4 x 2.
+    A tensor group gets a block of its own inside the expert group's, in other dimensions of the torus if possible. The
+    axes outside the expert axis run over the remaining positions.
     """
     if shape["expert"] < 8 or shape["context"] > 1:
         return None
@@ -80,10 +82,10 @@ def _expert_block(shape: dict[str, int], devices: list[Any]) -> np.ndarray | Non
         return None
 
     def cost(expert: tuple[int, ...], tensor: tuple[int, ...]) -> tuple[float, float, int]:
-        """Loads of the busiest links of an expert and of a tensor group, and dimensions that an expert group cuts.
+        """The loads of the busiest links of an expert and a tensor group, and the dimensions an expert group divides.
 
-        Interleaved groups share the links of a dimension. A group that fills a dimension closes to a ring and has
-        twice the links.
+        Interleaved groups share the links of a dimension. A group that fills a dimension is a ring and has twice the
+        links.
         """
         spans = [e * t for e, t in zip(expert, tensor, strict=True)]
         loads = [n / (1 + (n == extent and n > 2)) for n, extent in zip(spans, extents, strict=True)]
@@ -109,23 +111,23 @@ def _expert_block(shape: dict[str, int], devices: list[Any]) -> np.ndarray | Non
 
 
 def _blocks(extents: Sequence[int], size: int) -> list[tuple[int, ...]]:
-    """The boxes of `size` places whose sides divide the extents."""
+    """The boxes of `size` positions whose sides divide the extents."""
     divisors = ([n for n in range(1, extent + 1) if extent % n == 0] for extent in extents)
     return [block for block in itertools.product(*divisors) if math.prod(block) == size]
 
 
 def sizes(mesh: jax.sharding.Mesh | None) -> config.Mesh:
-    """The sizes of a mesh's axes; of none, those of a single device."""
+    """The sizes of a mesh's axes; without a mesh, those of a single device."""
     return config.Mesh(**mesh.shape) if mesh else config.SINGLE
 
 
 def platform() -> str:
-    """`cpu` or `tpu`: what the program being traced will run on; of devices that are only described, too."""
+    """The platform of the program being traced, such as `cpu` or `tpu`, also for devices that are only described."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()
 
 
 def device_kind() -> str:
-    """What the devices call themselves that the program being traced will run on: `TPU v5 lite`, for one."""
+    """The kind of the devices of the program being traced, such as `TPU v5 lite`."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.device_kind if device else jax.devices()[0].device_kind

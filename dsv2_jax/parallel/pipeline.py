@@ -1,9 +1,9 @@
-"""Pipeline parallelism: MoE layers in equal stages, for slices that a slow network joins.
+"""Pipeline parallelism: MoE layers in equal stages, for slices that a slow network connects.
 
-Every device runs the embedding and the dense layers; only the first stage's result is used. Then micro-batches follow
-each other through the stages, one further at each tick: of A + P - 1 ticks each stage works in A, the rest is the
-bubble. Differentiated, the ticks run backwards. Last, every stage gets a part of the positions of all micro-batches,
-so that the head, too, is computed once and by all.
+Every device runs the embedding and the dense layers, and only the first stage's result is used. Then micro-batches move
+through the stages, one stage at each tick. Each stage works in A of A + P - 1 ticks; the others are the bubble. The
+backward pass runs the ticks in reverse. At the end each stage gets a part of the positions of all micro-batches, so
+that all stages share the head's work.
 
     A micro-batches   P stages
 """
@@ -26,22 +26,22 @@ Stage = Callable[[Any, Array, Any], tuple[Array, dict[str, Array]]]
 
 
 def run(stage: Stage, layer: nn.Module, x_ABTD: Array, inputs_A: Any, mesh: Mesh) -> tuple[Array, dict[str, Array]]:
-    """All micro-batches through all stages: (this stage's part of the positions [A, B, T / P, D], statistics).
+    """Runs all micro-batches through all stages: (this stage's part of the positions [A, B, T / P, D], statistics).
 
-    inputs_A: what a stage needs beside x, each leaf with a leading A. Statistics are this device's, summed over the
+    inputs_A: The other inputs of a stage, each leaf with a leading A. Statistics are this device's, summed over the
     micro-batches.
     """
     micro_batches, stages = x_ABTD.shape[0], mesh.pipeline
-    place = lax.axis_index(AXIS)
+    stage_index = lax.axis_index(AXIS)
 
     def tick(layer: Any, carry: tuple[Array, Array], t: Array) -> tuple[tuple[Array, Array], dict[str, Array]]:
         x_BTD, done_ABTD = carry
-        works = (t >= place) & (t - place < micro_batches)
-        i = jnp.clip(t - place, 0, micro_batches - 1)
-        x_BTD = jnp.where(place == 0, x_ABTD[i], x_BTD)
+        works = (t >= stage_index) & (t - stage_index < micro_batches)
+        i = jnp.clip(t - stage_index, 0, micro_batches - 1)
+        x_BTD = jnp.where(stage_index == 0, x_ABTD[i], x_BTD)
         y_BTD, figures = stage(layer, x_BTD, jax.tree.map(lambda leaf: leaf[i], inputs_A))
         figures = {name: jnp.where(works, figure, 0) for name, figure in figures.items()}
-        done_ABTD = done_ABTD.at[i].set(jnp.where(works & (place == stages - 1), y_BTD, done_ABTD[i]))
+        done_ABTD = done_ABTD.at[i].set(jnp.where(works & (stage_index == stages - 1), y_BTD, done_ABTD[i]))
         return (lax.ppermute(y_BTD, AXIS[0], [(s, s + 1) for s in range(stages - 1)]), done_ABTD), figures
 
     ticks = nn.scan(tick, variable_broadcast="params", split_rngs={"params": False})
@@ -51,12 +51,12 @@ def run(stage: Stage, layer: nn.Module, x_ABTD: Array, inputs_A: Any, mesh: Mesh
 
 
 def part(x_BT: Array, mesh: Mesh) -> Array:
-    """This stage's part of the positions of [B, T, ...], as `run` gives them."""
+    """This stage's part of the positions of [B, T, ...], as `run` returns them."""
     size = x_BT.shape[1] // mesh.pipeline
     return lax.dynamic_slice_in_dim(x_BT, collectives.index(AXIS, mesh) * size, size, 1)
 
 
 def all_layers(x_L: Array, mesh: Mesh) -> Array:
-    """Figures of this device's layers in their place among those of all stages, which are 0: parts that add up."""
-    whole = jnp.zeros((x_L.shape[0] * mesh.pipeline, *x_L.shape[1:]), x_L.dtype)
-    return lax.dynamic_update_slice_in_dim(whole, x_L, collectives.index(AXIS, mesh) * x_L.shape[0], 0)
+    """Figures of this device's layers among those of all stages, with 0 for other layers: parts that add up."""
+    all_L = jnp.zeros((x_L.shape[0] * mesh.pipeline, *x_L.shape[1:]), x_L.dtype)
+    return lax.dynamic_update_slice_in_dim(all_L, x_L, collectives.index(AXIS, mesh) * x_L.shape[0], 0)

@@ -1,4 +1,4 @@
-"""The processes of one run, one a host: how they meet, what only the first of them does, and how they stop together."""
+"""The processes of one run, one on each host: how they join, synchronise and stop together."""
 
 import contextlib
 import itertools
@@ -17,21 +17,21 @@ from jax.experimental import multihost_utils
 from dsv2_jax import cli
 from dsv2_jax.config import Processes
 
-_HEARTBEAT = 30  # seconds without a sign of life after which a process counts as gone
-_MEETING = 24 * 3600  # seconds that processes wait for each other in `together`; one that dies ends them much earlier
-_LISTENING = 5  # seconds of one request while a process waits, after which Ctrl-C is noticed
+_HEARTBEAT = 30  # seconds without a heartbeat after which a process counts as lost
+_MEETING = 24 * 3600  # seconds that processes wait for each other in `together`; a lost process ends the wait earlier
+_LISTENING = 5  # seconds of one request while a process waits; Ctrl-C takes effect between requests
 _MISTAKE, _FAILURE, _DONE = "mistake", "failure", "done"
-_meetings = itertools.count()  # all processes meet in the same order
-GONE = 1  # exit code when another process is gone
+_meetings = itertools.count()  # the same in all processes, which synchronise in the same order
+GONE = 1  # the exit code when another process is lost
 
 
 class FailedElsewhere(Exception):
-    """Another process failed, and has told why."""
+    """Another process failed and reported why."""
 
 
 @contextlib.contextmanager
 def joined(processes: Processes) -> Iterator[None]:
-    """While entered, this process is one of the run's. If another one dies, this one ends with a plain message."""
+    """Joins the processes of the run. If another process is lost, this one exits with a plain message."""
     coordinator = processes.coordinator or ("auto" if _on_a_pod() else "")
     if not coordinator:
         yield
@@ -41,35 +41,35 @@ def joined(processes: Processes) -> Iterator[None]:
     else:
         jax.distributed.initialize(coordinator, processes.count, processes.index, heartbeat_timeout_seconds=_HEARTBEAT)
     if jax.default_backend() == "cpu":
-        # Only the first process keeps programs, so it alone would find them. It would come to the first transfer while
-        # the others compile, and Gloo waits half a minute for them.
+        # Only the first process writes to the cache, so it alone would find programs there. It would reach the first
+        # transfer while the others compile, and Gloo waits for half a minute only.
         jax.config.update("jax_enable_compilation_cache", False)
     try:
         yield
     except FailedElsewhere as error:
-        _say_the_end(str(error))
+        _print_end(str(error))
         sys.exit(GONE)
     except jax.errors.JaxRuntimeError as error:
-        _say_the_end(str(error).splitlines()[0])
-        os._exit(GONE)  # an orderly end would wait for those that are gone
+        _print_end(str(error).splitlines()[0])
+        os._exit(GONE)  # an orderly exit would wait for the lost processes
 
 
-def _say_the_end(why: str) -> None:
+def _print_end(why: str) -> None:
     print(
-        f"error: process {jax.process_index()} of {jax.process_count()} ends, for another one is gone or failed; "
-        f"start all of them again, and the run goes on from its newest checkpoint ({why})",
+        f"error: process {jax.process_index()} of {jax.process_count()} exits because another process is gone or "
+        f"failed; restart all processes to resume the run from its newest checkpoint ({why})",
         file=sys.stderr,
         flush=True,
     )
 
 
 def count() -> int:
-    """How many processes the run has."""
+    """The number of processes of the run."""
     return jax.process_count()
 
 
 def index() -> int:
-    """Which of them this one is, from 0."""
+    """The number of this process, from 0."""
     return jax.process_index()
 
 
@@ -80,17 +80,17 @@ def is_first() -> bool:
 
 @contextlib.contextmanager
 def first_before_others(what: str) -> Iterator[None]:
-    """`together`, but the first process does the body before the others: what it leaves on a shared disk they find."""
+    """`together`, but the first process runs the body before the others, which find its files on a shared disk."""
     with together(what, first_alone=True):
         yield
 
 
 @contextlib.contextmanager
 def together(what: str, *, first_alone: bool = False) -> Iterator[None]:
-    """Every process does the body, for as long as it takes, and all go on when the last one is done.
+    """Every process runs the body, however long it takes, and all continue once the last one is done.
 
-    They wait at the coordination service, up to 24 hours: a collective on CPU gives up after 30 seconds. If the body
-    fails in one process, it ends in all: with ValueError where it was a user's mistake, else FailedElsewhere.
+    They wait at the coordination service for up to 24 hours, since a collective on CPU times out after 30 seconds. If
+    the body fails in one process, it raises in all: ValueError for a user's mistake, else FailedElsewhere.
     """
     own = index()
     if count() == 1:
@@ -100,23 +100,23 @@ def together(what: str, *, first_alone: bool = False) -> Iterator[None]:
     meeting = f"meetings/{number}"
     try:
         if first_alone and own:
-            _hear(f"{meeting}/0")
+            _wait_for(f"{meeting}/0")
         yield
-        _tell(f"{meeting}/{own}", _DONE)
+        _report(f"{meeting}/{own}", _DONE)
         if own:
-            _hear(f"{meeting}/all")
+            _wait_for(f"{meeting}/all")
         else:
             for other in range(1, count()):
-                _hear(f"{meeting}/{other}")
-            _tell(f"{meeting}/all", _DONE)
-            _service().key_value_delete(f"meetings/{number - 1}")  # all have left it
+                _wait_for(f"{meeting}/{other}")
+            _report(f"{meeting}/all", _DONE)
+            _service().key_value_delete(f"meetings/{number - 1}")  # all processes have left it
     except (_MistakeElsewhere, FailedElsewhere, jax.errors.JaxRuntimeError):
-        raise  # all know it, or nobody can be told
+        raise  # all processes know it, or none can be reached
     except BaseException as error:
         mistake = cli.mistake(error)
         why = f"process {own}, {what}: {mistake or f'{type(error).__name__}: {error}'}"
         for name in (str(own), "all"):
-            _tell(f"{meeting}/{name}", f"{_MISTAKE if mistake else _FAILURE} {why}")
+            _report(f"{meeting}/{name}", f"{_MISTAKE if mistake else _FAILURE} {why}")
         raise
 
 
@@ -125,16 +125,16 @@ class _MistakeElsewhere(ValueError):
 
 
 def _service() -> Any:
-    """The client of the coordination service: nothing public gives it."""
+    """The client of the coordination service, which JAX does not export."""
     return distributed.global_state.client
 
 
-def _tell(key: str, outcome: str) -> None:
+def _report(key: str, outcome: str) -> None:
     _service().key_value_set(key, outcome, allow_overwrite=True)
 
 
-def _hear(key: str) -> None:
-    """Waits until somebody tells the outcome of this name, and raises what is no `_DONE`."""
+def _wait_for(key: str) -> None:
+    """Waits for the outcome under this key; raises unless it is `_DONE`."""
     end = time.monotonic() + _MEETING
     while True:
         try:
@@ -151,37 +151,37 @@ def _hear(key: str) -> None:
 
 
 def agreed(answer: bool) -> bool:
-    """The first process's answer, in all of them."""
+    """The first process's answer, in all processes."""
     if jax.process_count() == 1:
         return answer
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(answer)))
 
 
 def everywhere(tree: Any) -> Any:
-    """Arrays that lie over the devices of all processes, as whole arrays of each process's own."""
+    """Arrays that are sharded over the devices of all processes, gathered to numpy arrays in each process."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def gathered(value: np.ndarray) -> np.ndarray:
-    """Every process's numbers, of the same shape and dtype in all: [P, ...], bit for bit."""
+    """The values of all processes, [P, ...], bit for bit; shape and dtype must be the same in all."""
     if jax.process_count() == 1:
         return value[None]
-    # As bytes: JAX would make float32 of float64.
+    # As bytes, since JAX would convert float64 to float32.
     parts = multihost_utils.process_allgather(np.frombuffer(value.tobytes(), np.uint8))
     return np.asarray(parts).view(value.dtype).reshape(-1, *value.shape)
 
 
 class Stop:
-    """While entered, SIGTERM does not end the process: `asked` says to stop, in all processes at the same call."""
+    """Catches SIGTERM while entered; `asked` then returns True, in all processes at the same call."""
 
     def __init__(self) -> None:
         self._asked = False
         self._calls = itertools.count()
 
     def __enter__(self) -> "Stop":
-        if jax.process_count() == 1:  # of several, JAX's coordinator catches the signal
+        if jax.process_count() == 1:  # with several, JAX's coordination service catches the signal
             self._before = signal.signal(signal.SIGTERM, self._ask)
         return self
 
@@ -190,10 +190,10 @@ class Stop:
             signal.signal(signal.SIGTERM, self._before)
 
     def asked(self) -> bool:
-        """Whether to stop now; all processes call it equally often.
+        """Whether to stop now. All processes must call it equally often.
 
-        JAX stops several processes at the call whose number is one above the largest that any of them has reached: so
-        calls are counted here, for the steps of a run may rise by more than one between them.
+        JAX stops several processes at the call whose number is one above the largest that any has reached. Calls are
+        counted here, since the step number may rise by more than one between them.
         """
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(next(self._calls))

@@ -1,8 +1,8 @@
-"""The one table from dimensions to mesh axes, and what follows from it for parameters, gradients, state and batches.
+"""The one table from logical dimensions to mesh axes, and the shardings of parameters, gradients, state and batches.
 
-A parameter is split in two ways. `tensor`, `expert` (over whole experts) and `pipeline` (over layers) split the
-computation: each device works with its own part. All other splits are storage, as in ZeRO-3: the layer that needs a
-parameter gathers it, and its gradient goes back as a reduce-scatter.
+A parameter is split in two ways. `tensor`, `expert` (over the experts' dimension) and `pipeline` (over layers) split
+the computation: each device computes with its own part. All other splits are storage, as in ZeRO-3: a layer gathers the
+parameters that it needs, and a reduce-scatter returns their gradients.
 """
 
 import dataclasses
@@ -23,10 +23,10 @@ from dsv2_jax.parallel.mesh import BATCH
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rules:
-    """The mesh axes that each logical dimension asks for, the outermost first.
+    """The mesh axes that split each logical dimension, the outermost first.
 
-    Within a parameter an axis goes to the first dimension that asks for it. An axis that would only split storage is
-    left out where it does not divide the dimension: that costs memory, never correctness.
+    Within a parameter an axis splits the first dimension that lists it. An axis that only splits storage is left out
+    where it does not divide the dimension, which costs memory but not correctness.
     """
 
     batch: Axes = BATCH
@@ -54,7 +54,7 @@ class Rules:
             check(len(set(axes)) == len(axes), f"rule {field.name} names an axis twice: {', '.join(axes)}")
 
     def axes(self, dim: str) -> Axes:
-        """What this logical dimension asks for. Raises ValueError for a dimension that the table does not know."""
+        """The axes of a logical dimension. Raises ValueError for a dimension that is not in the table."""
         check(dim in {field.name for field in dataclasses.fields(self)}, f"no sharding rule for the dimension {dim}")
         return getattr(self, dim)
 
@@ -63,9 +63,9 @@ RULES = Rules()
 
 
 def is_storage(name: str, axis: str, dim: int) -> bool:
-    """Whether `axis` over dimension `dim` of a layer's parameter splits where it lies, not what is computed with it."""
+    """Whether `axis` over dimension `dim` of a layer's parameter splits its storage and not the computation."""
     if axis == "tensor":
-        return name == "w_embed_WD"  # rows are looked up, nothing is multiplied
+        return name == "w_embed_WD"  # rows are looked up, not multiplied
     return not (axis == "expert" and dim == 0 and parameters.letters(name)[0] == "E")
 
 
@@ -93,7 +93,7 @@ def split(name: str, model: Model, mesh: Mesh, rules: Rules = RULES) -> tuple[Ax
 
 
 def spec(part: str, name: str, model: Model, mesh: Mesh, *, stored: bool = True) -> PartitionSpec:
-    """How `params[part][name]` is laid over the mesh; not `stored`: without the axes that only split storage."""
+    """The spec of `params[part][name]`; without `stored`, only the axes that split the computation."""
     dims = [
         tuple(axis for axis in axes if stored or not is_storage(name, axis, i))
         for i, axes in enumerate(split(name, model, mesh))
@@ -105,13 +105,13 @@ def spec(part: str, name: str, model: Model, mesh: Mesh, *, stored: bool = True)
 
 
 def param_specs(model: Model, mesh: Mesh) -> dict:
-    """Specs of the tree of `parameters.tree`, as the parameters lie between steps."""
+    """Specs of the tree of `parameters.tree` between steps."""
     stored = mesh.shard == "parameters"
     return _specs(model, mesh, stored)
 
 
 def optimizer_specs(model: Model, mesh: Mesh) -> dict:
-    """Specs of one moment of the optimizer: split all ways, also where the parameters are whole (ZeRO-1)."""
+    """Specs of one moment of the optimizer: split over all axes, also where parameters are replicated (ZeRO-1)."""
     return _specs(model, mesh, stored=True)
 
 
@@ -121,15 +121,15 @@ def _specs(model: Model, mesh: Mesh, stored: bool) -> dict:
 
 
 def batch_spec(name: str) -> PartitionSpec:
-    """How a leaf of a batch, with micro-batches A in front, is laid over the mesh: `tokens_BT` as [A, B, T].
+    """The spec of a batch's leaf with leading micro-batches A, such as [A, B, T] for `tokens_BT`.
 
-    What follows sequences and time is whole on every device.
+    Dimensions after sequences and time are not split.
     """
     return PartitionSpec(None, *(RULES.axes(dim) for dim in parameters.dims(name)[:2]))
 
 
 def on(mesh: jax.sharding.Mesh | None, specs: Any) -> Any:
-    """Specs as shardings of this mesh; without one, the first device."""
+    """Specs as shardings of this mesh; without a mesh, the first device."""
 
     def leaf(spec: PartitionSpec) -> jax.sharding.Sharding:
         return NamedSharding(mesh, spec) if mesh else jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -138,19 +138,19 @@ def on(mesh: jax.sharding.Mesh | None, specs: Any) -> Any:
 
 
 def gather(p: dict[str, Array], model: Model, mesh: Mesh) -> dict[str, Array]:
-    """One layer's parameters with their storage splits gathered: what the layer computes with."""
+    """One layer's parameters with their storage splits gathered, as the layer computes with them."""
     if mesh.shard == "optimizer":
         return p
-    whole = {}
+    gathered = {}
     for name, w in p.items():
         for i, axes in enumerate(split(name, model, mesh)):
             w = collectives.gather(w, _storage(name, axes, i), i, mesh)
-        whole[name] = w
-    return whole
+        gathered[name] = w
+    return gathered
 
 
 def reduce_gradients(gradients: dict, model: Model, mesh: Mesh) -> dict:
-    """Each device's gradients, which are parts, added up: the optimizer's shards of the whole gradient."""
+    """The optimizer's shards of the gradient, given each device's gradients, which are parts of a sum."""
 
     def leaf(part: str, name: str, g: Array) -> Array:
         lead = len(g.shape) - len(parameters.letters(name))
@@ -165,12 +165,12 @@ def reduce_gradients(gradients: dict, model: Model, mesh: Mesh) -> dict:
 
 
 def sum_of_squares(gradients: dict, model: Model, mesh: Mesh) -> Array:
-    """The squares of all numbers of reduced gradients, each counted once: float32 [], on all devices."""
+    """The sum of squares of reduced gradients, each number counted once: float32 [], on all devices."""
 
     def leaf(part: str, name: str, g: Array) -> Array:
         axes = [axis for axes in split(name, model, mesh) for axis in axes] + ["pipeline"] * (part == "moe")
-        alike = mesh.size(*AXES) // mesh.size(*axes)
-        return jnp.sum(jnp.square(g.astype(jnp.float32))) / alike
+        copies = mesh.size(*AXES) // mesh.size(*axes)
+        return jnp.sum(jnp.square(g.astype(jnp.float32))) / copies
 
     return collectives.add(jnp.sum(jnp.stack(jax.tree.leaves(_named(leaf, gradients)))), AXES, mesh)
 
@@ -191,7 +191,7 @@ def optimizer_part(params: dict, model: Model, mesh: Mesh) -> dict:
     return _named(leaf, params)
 
 
-def whole_params(params: dict, model: Model, mesh: Mesh) -> dict:
+def gather_params(params: dict, model: Model, mesh: Mesh) -> dict:
     """The inverse of `optimizer_part`."""
     if mesh.shard == "parameters":
         return params
@@ -214,27 +214,27 @@ def _named(leaf: Callable[[str, str, Array], Any], tree: dict) -> dict:
 
 
 def check_model(model: Model, mesh: Mesh) -> None:
-    """Raises ValueError if the model cannot be laid over a mesh of these sizes."""
+    """Raises ValueError if a mesh of these sizes cannot hold the model."""
     param_specs(model, mesh)
     check(
         mesh.pipeline == 1 or model.moe_layers % mesh.pipeline == 0,
         f"mesh.pipeline ({mesh.pipeline}) must divide the {model.moe_layers} MoE layers into equal stages",
     )
     check(
-        not model.moe_layers or mesh.expert == 1 or _fits(model.moe.n_group, mesh.expert),
+        not model.moe_layers or mesh.expert == 1 or _divides(model.moe.n_group, mesh.expert),
         f"mesh.expert ({mesh.expert}) must divide the {model.moe.n_group} groups of experts, or be a multiple of them",
     )
 
 
 def check_batch(rows: int, length: int, model: Model, mesh: Mesh, dropping: bool = True) -> None:
-    """Raises ValueError if micro-batches of `rows` sequences of `length` cannot be laid over the mesh.
+    """Raises ValueError if the mesh cannot hold micro-batches of `rows` sequences of `length` tokens.
 
-    Where nothing is dropped, as in evaluation, budgets set no bound.
+    Budgets bind only with `dropping`, not in evaluation.
     """
-    devices = mesh.size(*BATCH)
+    devices, axes = mesh.size(*BATCH), " x ".join(f"mesh.{axis}" for axis in BATCH)
     check(
         rows % devices == 0,
-        f"the {rows} sequences of a micro-batch must be a multiple of mesh.data x mesh.fsdp x mesh.expert = {devices}",
+        f"the {rows} sequences of a micro-batch must be a multiple of {axes} = {devices}",
     )
     parts = (2 * mesh.context if mesh.context > 1 else 1) * mesh.pipeline
     check(
@@ -242,7 +242,8 @@ def check_batch(rows: int, length: int, model: Model, mesh: Mesh, dropping: bool
         f"the length of a sequence ({length}) must be a multiple of {parts}, for mesh.context and mesh.pipeline",
     )
     m = model.moe
-    together, shared = rows // mesh.size("data", "fsdp"), m.budget_sequences or rows
+    together = rows // mesh.size(*(axis for axis in BATCH if axis not in RULES.experts))
+    shared = m.budget_sequences or rows
     check(
         not (dropping and model.moe_layers and m.capacity_factor) or together % shared == 0,
         f"{shared} sequences share a budget (moe.budget_sequences{'' if m.budget_sequences else ', 0: all'}), but only "
@@ -250,5 +251,5 @@ def check_batch(rows: int, length: int, model: Model, mesh: Mesh, dropping: bool
     )
 
 
-def _fits(a: int, b: int) -> bool:
+def _divides(a: int, b: int) -> bool:
     return a % b == 0 or b % a == 0

@@ -1,4 +1,4 @@
-"""Options of the TPU's compiler that all programs are compiled with, here and for TPUs that are not there."""
+"""Options of the TPU compiler for all programs, on TPUs and when compiling for TPUs that are not attached."""
 
 import dataclasses
 import importlib.metadata
@@ -11,9 +11,9 @@ from pathlib import Path
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """A value, and the versions of libtpu that are known to take it: one that does not know it ends the process.
+    """A value, and the versions of libtpu that accept the option; any other version would end the process.
 
-    The default range was checked with 0.0.42.1, 0.0.50.1 and 0.0.52: those of jax 0.10.2, 0.12.0 and the newest one.
+    The default range is tested with 0.0.42.1 (of jax 0.10.2), 0.0.50.1 (of jax 0.12.0) and 0.0.52 (the newest).
     """
 
     value: bool
@@ -22,8 +22,9 @@ class Option:
 
 
 OPTIONS = {
-    # The SparseCores run gathers of weights, scatters of gradients and sums beside the TensorCore: on the chips that
-    # have them nothing else makes these asynchronous. Over several dimensions of the torus they stay true scatters.
+    # SparseCores run all-gathers of weights and reduce-scatters of gradients while the TensorCore computes. On chips
+    # that have them nothing else makes these collectives asynchronous. Over several dimensions of the torus a
+    # reduce-scatter stays one.
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": Option(True),
     "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": Option(True),
     "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather": Option(True),
@@ -34,38 +35,38 @@ OPTIONS = {
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": Option(False),
     "xla_tpu_use_tc_device_shape_on_sc": Option(True),
     "xla_sc_disable_megacore_partitioning": Option(True),
-    # Gathers and scatters of rows stay on the TensorCore: the SparseCores are busy, and in a program that leaves them
-    # to these nothing of their time can be read.
+    # Gathers and scatters of rows stay on the TensorCore: the SparseCores are busy with collectives, and the compiler
+    # reports no time for rows that it moves there.
     "xla_tpu_offload_gather_to_sparsecore": Option(False),
     "xla_tpu_enable_offloading_scatter_to_sparsecore": Option(False),
 }
 
 
 def options() -> dict[str, bool]:
-    """The options that the installed libtpu is known to take."""
+    """The options that the installed libtpu accepts."""
     version = _version()
     return {name: option.value for name, option in OPTIONS.items() if option.since <= version < option.before}
 
 
 def left_out() -> str:
-    """A sentence on the options that the installed libtpu is not known to take; empty if there are none."""
+    """A sentence on the options that the installed libtpu may not accept; empty if there are none."""
     unknown = len(OPTIONS) - len(options())
     if not unknown:
         return ""
     version = ".".join(map(str, _version())) or "of unknown version"
-    return f"{unknown} compiler options are left out: libtpu {version} is not known to take them"
+    return f"left out {unknown} compiler option{'s' * (unknown > 1)} untested with libtpu {version}"
 
 
 def choose() -> None:
-    """Makes these the options of every program of this process; before JAX meets its devices. CPUs take no notice."""
+    """Sets the options for all programs of this process. Call it before JAX initialises its devices; CPUs ignore it."""
     flags = [f"--{name}={str(value).lower()}" for name, value in options().items()]
     os.environ["LIBTPU_INIT_ARGS"] = " ".join([*flags, os.environ.get("LIBTPU_INIT_ARGS", "")]).strip()
     if left_out() and _may_run_on_tpu():
-        print(f"warning: {left_out()}, and programs may be slower than planned", file=sys.stderr, flush=True)
+        print(f"warning: {left_out()}; programs may be slower than planned", file=sys.stderr, flush=True)
 
 
 def _version() -> tuple[int, ...]:
-    """The numbers of libtpu's version; none without libtpu, and of a library that is not the package's."""
+    """The numbers of libtpu's version; empty without libtpu, and for a library other than the package's."""
     if _library_elsewhere():
         return ()
     try:
@@ -75,7 +76,7 @@ def _version() -> tuple[int, ...]:
 
 
 def _library_elsewhere() -> bool:
-    """Whether TPU_LIBRARY_PATH names another library than the package's, which JAX sets it to."""
+    """Whether TPU_LIBRARY_PATH names a library other than the package's, which JAX sets it to."""
     path, package = os.environ.get("TPU_LIBRARY_PATH"), importlib.util.find_spec("libtpu")
     if not path:
         return False

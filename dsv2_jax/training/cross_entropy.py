@@ -9,6 +9,7 @@ from jax import Array, lax
 from dsv2_jax.config import SINGLE, Mesh
 from dsv2_jax.ops.matmul import dot, project, weight_gradient
 from dsv2_jax.parallel import collectives
+from dsv2_jax.parallel.mesh import TENSOR
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -64,13 +65,13 @@ def _logits(h_ND: Array, w_DW: Array, mesh: Mesh) -> tuple[Array, Array]:
     logits_NW = dot(h_ND, w_DW)
     lse_N = jax.nn.logsumexp(logits_NW, axis=-1)
     if mesh.tensor > 1:
-        lse_N = jax.nn.logsumexp(collectives.gather(lse_N[None], ("tensor",), 0, mesh), axis=0)
+        lse_N = jax.nn.logsumexp(collectives.gather(lse_N[None], TENSOR, 0, mesh), axis=0)
     return logits_NW, lse_N
 
 
 def _own(targets_N: Array, w_DW: Array, mesh: Mesh) -> Array:
     """Targets as columns of this device's logits; outside of them for those of other devices."""
-    return targets_N - collectives.index(("tensor",), mesh) * w_DW.shape[1]
+    return targets_N - collectives.index(TENSOR, mesh) * w_DW.shape[1]
 
 
 def _nll(logits_NW: Array, lse_N: Array, targets_N: Array, weights_N: Array, mesh: Mesh) -> Array:

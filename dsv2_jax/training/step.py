@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 from dsv2_jax.config import AXES, SINGLE, Config
 from dsv2_jax.parallel import collectives, sharding
-from dsv2_jax.parallel.mesh import BATCH
+from dsv2_jax.parallel.mesh import BATCH, TOKENS
 from dsv2_jax.training.loss import loss as pretraining_loss
 from dsv2_jax.training.optimizer import adamw, clip
 
@@ -101,7 +101,7 @@ def _step(
     params, optimizer = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old), (params, optimizer), (held, state.optimizer)
     )
-    params = sharding.whole_params(params, config.model, mesh)
+    params = sharding.gather_params(params, config.model, mesh)
     metrics = metrics | {"loss": value, "grad_norm": norm, "skipped": 1.0 - finite.astype(jnp.float32)}
     return State(params, optimizer, state.step + 1), metrics
 
@@ -127,7 +127,7 @@ def _accumulate(state: State, batch: dict[str, jax.Array], config: Config, loss:
     mesh, (micro_batches, rows) = config.mesh, batch["tokens_BT"].shape[:2]
     exempt_AB = exempt_sequences(config, state.step, (micro_batches, rows * mesh.size(*BATCH)))
     exempt_AB = jax.lax.dynamic_slice_in_dim(exempt_AB, collectives.index(BATCH, mesh) * rows, rows, 1)
-    total_weight = collectives.add(batch["weights_BT"].sum(), (*BATCH, "context"), mesh)
+    total_weight = collectives.add(batch["weights_BT"].sum(), TOKENS, mesh)
     common = {"config": config, "total_weight": total_weight, "share": 1.0 / micro_batches}
 
     def micro(inputs: tuple[dict[str, jax.Array], jax.Array]) -> tuple[Any, Any]:

@@ -59,4 +59,4 @@ def test_a_failure_in_one_process_ends_the_other_in_a_line(tmp_path):
     codes, said = meet(tmp_path, "1 / (index - 1)", 25)
     assert codes == [1, 1], said
     assert "ZeroDivisionError" in said[1] and "Traceback" not in said[0]
-    assert "process 0 of 2 ends" in said[0] and "(process 1, data: ZeroDivisionError: division by zero)" in said[0]
+    assert "process 0 of 2 exits" in said[0] and "(process 1, data: ZeroDivisionError: division by zero)" in said[0]

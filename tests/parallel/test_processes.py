@@ -109,7 +109,7 @@ def test_processes_killed_stopped_and_resumed_are_one_process(tmp_path, flags, a
     run = tmp_path / "run"
     codes, seconds = disturb(run, flags + MESH, 1, signal.SIGKILL, 9)
     assert codes[1] == -signal.SIGKILL and codes[0] == 1 and seconds < 60
-    assert "error: process 0 of 2 ends, for another one is gone" in output(run, 0)
+    assert "error: process 0 of 2 exits because another process is gone" in output(run, 0)
     assert checkpoint.latest_step(run) == 7
 
     codes, _ = disturb(run, flags + MESH, 1, signal.SIGTERM, 11)
