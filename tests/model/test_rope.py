@@ -14,6 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from configs import models
 from dsv2_jax.config import Rope
 from dsv2_jax.model import rope
+from dsv2_jax.ops import rotary
 
 YARN = Rope(factor=40.0, original_max_position_embeddings=4096)  # the released V2 (section 3.1.4)
 LONG = dataclasses.replace(models.v2(), rope=YARN, max_position_embeddings=163_840)
@@ -86,9 +87,9 @@ def test_rotation_is_the_complex_one_with_first_components_first():
     ]
     phases = rope.phases(LONG, jnp.asarray(positions, jnp.int32))
     expected = np.concatenate([turned.real, turned.imag], axis=-1)
-    np.testing.assert_allclose(rope.rotate(jnp.asarray(x, jnp.float32), phases), expected, atol=1e-5)
-    np.testing.assert_allclose(rope.rotate(jnp.asarray(x[:, :, 0], jnp.float32), phases), expected[:, :, 0], atol=1e-5)
-    assert rope.rotate(jnp.asarray(x, jnp.bfloat16), phases).dtype == jnp.bfloat16
+    np.testing.assert_allclose(rotary.rotate(jnp.asarray(x, jnp.float32), phases), expected, atol=1e-5)
+    np.testing.assert_allclose(rotary.rotate(jnp.asarray(x[:, :, 0], jnp.float32), phases), expected[:, :, 0], atol=1e-5)
+    assert rotary.rotate(jnp.asarray(x, jnp.bfloat16), phases).dtype == jnp.bfloat16
 
 
 def test_inner_products_depend_on_the_distance_only():
@@ -97,7 +98,7 @@ def test_inner_products_depend_on_the_distance_only():
     starts = jnp.array([[0, 1, 300, 4096, 131_000]], jnp.int32)
 
     def turned(x, positions):
-        return np.asarray(rope.rotate(jnp.broadcast_to(x, (1, 5, 64)), rope.phases(LONG, positions)), np.float64)[0]
+        return np.asarray(rotary.rotate(jnp.broadcast_to(x, (1, 5, 64)), rope.phases(LONG, positions)), np.float64)[0]
 
     for distance in (0, 7, 5000):
         products = (turned(q, starts + distance) * turned(k, starts)).sum(-1)
@@ -112,6 +113,6 @@ def test_heads_last_turn_alike(monkeypatch):
     x_BTX, w_XHR = jax.random.normal(keys[0], (2, 5, 6)), jax.random.normal(keys[1], (6, 3, 8))
     angles = jax.random.normal(keys[2], (2, 5, 4))
     arguments = x_BTX, w_XHR, (jnp.cos(angles), jnp.sin(angles))
-    plain = rope.rotated(*arguments)
-    monkeypatch.setattr(rope, "platform", lambda: "tpu")
-    np.testing.assert_allclose(rope.rotated(*arguments), plain, atol=1e-5)
+    plain = rotary.project_and_rotate(*arguments)
+    monkeypatch.setattr(rotary, "on_cpu", lambda: False)
+    np.testing.assert_allclose(rotary.project_and_rotate(*arguments), plain, atol=1e-5)
