@@ -19,8 +19,9 @@ _ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(_ROOT))  # a script's own folder is where Python looks, not the one it is called from
 
 from dsv2_jax import cli  # noqa: E402
-from pallas_kernels import chips, cost  # noqa: E402
-from pallas_kernels.ops import OPS  # noqa: E402
+from pallas_kernels import chips  # noqa: E402
+from pallas_kernels.pricing import cost  # noqa: E402
+from pallas_kernels.pricing.ops import OPS  # noqa: E402
 
 _HEAD = """# What the kernels cost
 
@@ -45,7 +46,7 @@ buys capacity; at the 16 of V2-Lite it buys time, until the matrix units cannot 
 bfloat16 in vector registers, float8_e4m3fn in the MXU, which a tpu7x does by itself; on the others Mosaic pushes it as
 float8_e4m3b11fnuz, whose bits mean a 16th, and multiplies the sums by 16.
 
-| op | shape | chip | estimate, us | roofline, us | bound | efficiency | best public, us | VMEM, MiB | doubts |
+| op | shape | chip | estimate, us | roofline, us | bound | efficiency | best public, us | VMEM, MiB | warnings |
 |---|---|---|---|---|---|---|---|---|---|
 """
 _PUBLIC = {  # (op, shape, chip): us
@@ -72,7 +73,7 @@ class Options:
 
     ops: tuple[str, ...] = tuple(OPS)
     shapes: tuple[str, ...] = ()  # all of each op's, unless named
-    chips: tuple[str, ...] = tuple(chips.CHIPS)
+    chips: tuple[str, ...] = tuple(chips.KERNEL_CHIPS)
     out: Path | None = None  # the table, as Markdown, of all that is in the JSON file
     json: Path = Path("kernels.json")  # the figures, for a program
 
@@ -89,7 +90,7 @@ def row(figures: dict[str, Any]) -> str:
         f"{figures['efficiency']:.2f}",
         f"{public:,}" if public else "",
         f"{vmem:.1f}",
-        "; ".join(figures["doubts"]),
+        "; ".join(figures["warnings"]),
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -107,11 +108,13 @@ def main() -> None:
         if (op, shape, chip) in done or (options.shapes and shape not in options.shapes):
             continue
         result = cost.op_cost(OPS[op], chip, shape)
-        priced.append({"op": op, "shape": shape, **dataclasses.asdict(result), "doubts": result.doubts})
+        priced.append({"op": op, "shape": shape, **dataclasses.asdict(result), "warnings": result.warnings})
         print(row(priced[-1]), flush=True)
         options.json.write_text(json.dumps(priced, indent=2) + "\n", encoding="utf-8")
     if options.out:
-        places = [(op, shape, chip) for op, found in OPS.items() for shape in found.shapes for chip in chips.CHIPS]
+        places = [
+            (op, shape, chip) for op, found in OPS.items() for shape in found.shapes for chip in chips.KERNEL_CHIPS
+        ]
         priced.sort(key=lambda figures: places.index((figures["op"], figures["shape"], figures["chip"])))
         options.out.parent.mkdir(exist_ok=True)
         options.out.write_text(_HEAD + "\n".join(map(row, priced)) + "\n", encoding="utf-8")

@@ -41,12 +41,12 @@ def kernels(compute: Compute, chip: str | None = None) -> Kernels:
         _warn_once(f"nobody has run this program on {here} devices: it takes XLA's own operations, untested there")
     if compute.kernels == "xla":
         return "xla"
-    if (chip or chips.here()) in chips.CHIPS:
+    if (chip or chips.here()) in chips.KERNEL_CHIPS:
         return "pallas"
     name = chip or device_kind()
     check(
         compute.kernels == "auto",
-        f"compute.kernels is pallas, but the kernels run on TPUs of {', '.join(chips.CHIPS)} and not on {name}: "
+        f"compute.kernels is pallas, but the kernels run on TPUs of {', '.join(chips.KERNEL_CHIPS)} and not on {name}: "
         "leave it at auto",
     )
     if here == "tpu":

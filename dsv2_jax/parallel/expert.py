@@ -22,9 +22,9 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from dsv2_jax.config import Mesh, Moe
 from dsv2_jax.parallel import collectives
 from dsv2_jax.parallel.mesh import platform
+from pallas_kernels.constants import LANES
 
 AXIS = ("expert",)
-_LANES = 128  # of a vector register
 _FEW_PAIRS = 32_768  # their rows take a third of a GiB at V2's width: not worth reading the weights twice
 
 Experts = Callable[[Array, Array, Array], Array]  # (x_ND, experts_NK, gates_NK) -> y_ND, of this device's experts
@@ -115,7 +115,7 @@ def dispatch(
     plan = make_plan(experts_NK // own, most_devices(moe, mesh.expert), mesh)
     # On TPU a row that travels must be whole in memory, so it is tiles of its own, [.., D / 128, 128], from its gather
     # to the sum at home. Of a matrix XLA would make [P, 2, D / 2], which all that touch it pay for tenfold.
-    tiles = (-1, _LANES) if x_ND.shape[1] % _LANES == 0 else (1, -1)
+    tiles = (-1, LANES) if x_ND.shape[1] % LANES == 0 else (1, -1)
     rows_PCL, gates_PK = expand(x_ND.reshape(len(x_ND), *tiles), plan), expand(gates_NK, plan)
     ids_PK = _local(experts_NK[plan.tokens_P], plan.devices_P[:, None], own)
     notes_PK = jnp.concatenate([gates_PK, ids_PK.astype(jnp.float32)], axis=1)  # they travel in one array

@@ -122,7 +122,7 @@ class Place(NamedTuple):
         return self.first - self.start
 
 
-def place(scalars: Scalars, batch: Array, i: Array, chunk: Array | None, counts: tuple, blocks: FlashBlocks) -> Place:
+def place(scalars: Scalars, batch: Array, i: Array, chunk: Any, counts: tuple, blocks: FlashBlocks) -> Place:
     """The place of query block i. chunk: None for `scalars.chunk`. counts: a sequence's query blocks and chunks."""
     offset = scalars.offset[0]
     if chunk is None:

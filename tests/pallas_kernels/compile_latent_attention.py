@@ -19,7 +19,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 
 from pallas_kernels.latent_attention import latent_attention
-from pallas_kernels.shapes import LATENT_ATTENTION
+from pallas_kernels.pricing.shapes import LATENT_ATTENTION
 
 
 def step(*arrays: jax.Array) -> tuple:

@@ -16,8 +16,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.expert_dispatch import grouped_swiglu, kernels, reference
 from pallas_kernels.expert_dispatch.tiles import Tiles
+from pallas_kernels.pricing.shapes import EXPERT_DECODE, EXPERT_DISPATCH, ExpertDispatch
 from pallas_kernels.quantized import Quantized
-from pallas_kernels.shapes import EXPERT_DECODE, EXPERT_DISPATCH, ExpertDispatch
 
 E, D, F, P = 5, 128, 384, 200
 SIZES = {

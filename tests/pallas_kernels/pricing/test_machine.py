@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from pallas_kernels import bundles, machine
 from pallas_kernels.chips import CHIPS, Chip
+from pallas_kernels.pricing import bundles, machine
 
 CHIP = dataclasses.replace(CHIPS["v5e"], clock=1e9, hbm=32e9)  # a granule of 32 bytes a cycle
 
@@ -48,7 +48,7 @@ def test_trips_and_copies() -> None:
     # The first trip begins at bundle 0, the others at the head of the loop. Its nine bundles hide in its one matmul.
     assert (loop.trips, loop.schedule.cycles, loop.schedule.matmuls, loop.schedule.spills) == (2, 16, 1, 1)
     assert loop.schedule.mxu_cycles == 16 / 4
-    assert trace.doubts == ()
+    assert trace.warnings == ()
 
 
 @pytest.mark.parametrize(("slots", "label", "matmuls"), [(2, False, 1), (4, False, 3), (4, True, 1), (6, True, 1)])
@@ -67,7 +67,7 @@ def test_a_region_that_nothing_begins_is_the_end() -> None:
     """A branch at the top to it skips the loop: nothing is copied."""
     skip = "   0x2   :  { %9 = sbr.rel target = $region9 }\n" + "".join(f"   0x2{c}   :  {{}}\n" for c in "abc")
     trace = _execute(LOOP.replace("   0x2   :  {", skip + "   0x2d   :  {"), _0=3)
-    assert trace.copies == {} and trace.doubts == ()
+    assert trace.copies == {} and trace.warnings == ()
 
 
 def test_general_copy() -> None:
@@ -89,7 +89,7 @@ def test_unknown() -> None:
     """A branch on a value that nobody gave is not taken, and is reported."""
     trace = _execute(LOOP)
     assert trace.copies == {"hbm_to_vmem": 1, "vmem_to_hbm": 1}
-    assert trace.doubts == ("sbr.rel hangs on an unknown value (x1)",)
+    assert trace.warnings == ("sbr.rel depends on an unknown value (x1)",)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import compiler, cost
+from pallas_kernels.chips import CHIPS
+from pallas_kernels.pricing import compiler
 
 X = jax.ShapeDtypeStruct((8, 128), jnp.float32)
 
@@ -58,5 +59,5 @@ def test_calls_in_turn() -> None:
         return _kernel(b, x)
 
     numbers = [np.array([n], np.int32) for n in (5, 6)]
-    (one, two, three) = compiler.compile_kernels(fn, (*numbers, X), cost.CHIPS["v5e"])
+    (one, two, three) = compiler.compile_kernels(fn, (*numbers, X), CHIPS["v5e"])
     assert [kernel.operands[0].tolist() for kernel in (one, two, three)] == [[6], [5], [6]]
