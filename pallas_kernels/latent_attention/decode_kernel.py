@@ -6,7 +6,8 @@ of another is computed. The pages of the next chunk are copied meanwhile, also a
 as they are stored, and become integers in the queries' dtype in VMEM; the scales, one for each slot, multiply the
 scores and the weights.
 
-Letters as in pages.py and decode_jobs.py; T query tokens of all sequences, H heads, M rows of a job: its tokens times H.
+Letters as in pages.py and decode_jobs.py; T query tokens of all sequences, H heads, M = tokens H
+rows of a job.
 """
 
 import functools
