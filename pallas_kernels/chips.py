@@ -151,7 +151,7 @@ def here() -> str | None:
     return name if name in KERNEL_CHIPS else None
 
 
-def needed() -> str:
+def require() -> str:
     """As `here`. Raises ValueError where the kernels do not run."""
     chip = here()
     if chip is None:

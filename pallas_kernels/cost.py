@@ -84,7 +84,7 @@ def main() -> int:
 def tune(op: Op, chip: str, shape: str) -> Cost:
     """Prints the cost of every candidate for the blocks, and the entry for the table of tuned blocks.
 
-    The entry is the first candidate, in order from small blocks to large ones, whose cost is that of the cheapest.
+    The entry is the first candidate, in order from small blocks to large ones, within 5% of the cheapest.
     Raises ValueError if the compiler rejects all of them.
     """
     results = []

@@ -18,7 +18,7 @@ from dsv2_jax.config import Config
 from dsv2_jax.plan import hlo, timeline
 from dsv2_jax.plan.compile import sources
 from pallas_kernels.chips import CHIPS, Chip
-from pallas_kernels.constants import LANES
+from pallas_kernels.common import LANES
 from pallas_kernels.pricing import cost, shapes
 from pallas_kernels.pricing.ops import OPS
 

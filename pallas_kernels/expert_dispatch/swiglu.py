@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from pallas_kernels.constants import LANES
+from pallas_kernels.common import LANES
 from pallas_kernels.expert_dispatch.grouped_matmul import dot, over_columns
 from pallas_kernels.expert_dispatch.row_pipeline import Product, RowOperand, RowResult, Tile, over_rows
 from pallas_kernels.expert_dispatch.tiles import Tiles

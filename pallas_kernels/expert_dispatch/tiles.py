@@ -14,13 +14,11 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.constants import LANES
+from pallas_kernels.common import LANES, Ref
 
 ALIGN = 16  # rows, the height of a packed bfloat16 register: DMAs start and end at multiples of it
 PIECES = 8  # DMAs of a group's weights (half as many in 8 bits), spread over the tiles of the group before
 MIB = 2**20
-
-Ref = Any  # memory that a kernel reads and writes like an array; Pallas has no public type for it
 
 
 @dataclass(frozen=True, kw_only=True)

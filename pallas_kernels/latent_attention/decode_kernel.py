@@ -20,12 +20,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.constants import LANES, MASKED
+from pallas_kernels.common import LANES, MASKED, Ref
 from pallas_kernels.latent_attention import packing
 from pallas_kernels.latent_attention.decode_jobs import DecodeBlocks, DecodeGrid, Jobs, check_scalars, make_jobs
 from pallas_kernels.latent_attention.pages import CachePages, Sequences
-
-Ref = Any  # memory that a kernel reads and writes like an array; Pallas has no public type for it
 
 _VMEM = 56 * 2**20  # bytes; the smallest VMEM has 64 MiB
 _LOG2_E = 1.4426950408889634

@@ -7,12 +7,11 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.constants import LANES
+from pallas_kernels.common import LANES
 
 _NOBODY = 1 << 30
 
@@ -65,15 +64,6 @@ def bounds(segments: Array, block: int) -> SegmentBounds:
     high = jnp.max(blocks, axis=1)
     single = (low == high) & (jnp.min(blocks, axis=1) > 0)
     return SegmentBounds(low, high, jnp.where(single, low, -1))
-
-
-def work(products: int, arrays: Any) -> pl.CostEstimate:
-    """The kernel's cost for XLA, which schedules transfers to overlap with it.
-
-    products: multiplications if every query saw every key; causality leaves half, 2 FLOPs each. Each array moves once.
-    """
-    moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))
-    return pl.CostEstimate(flops=products, bytes_accessed=moved, transcendentals=0)
 
 
 def meet(queries: SegmentBounds, keys: SegmentBounds) -> Array:
