@@ -83,7 +83,7 @@ def measure(layers: int) -> dict[str, float]:
 def main() -> None:
     """Measures both depths in alternation and prints the medians and their ratio."""
     options = cli.parse(DepthBenchmark(), prog="depth.py")
-    measure(DEPTHS[0])  # warms up what all programs share
+    measure(DEPTHS[0])  # warms up parts that all programs share
     rounds = [{layers: measure(layers) for layers in DEPTHS} for _ in range(options.rounds)]
     seconds = {
         phase: [statistics.median(one[layers][phase] for one in rounds) for layers in DEPTHS] for phase in PHASES

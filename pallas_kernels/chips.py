@@ -12,7 +12,7 @@ Sources:
 - Delay slots: the bundles after a branch that have the guards of those before it. A label or another branch also ends
   them.
 - HBM size and links: the same pages. A link has the chip's bidirectional bandwidth divided by its links and by two
-  directions, times 0.9, which is what a large transfer reaches (jax-ml.github.io/scaling-book/tpus).
+  directions, times 0.9, the share that a large transfer reaches (jax-ml.github.io/scaling-book/tpus).
 - Between slices: a chip's share of the data centre network, the same pages.
 - v4: cloud.google.com/tpu/docs/v4, likewise.
 """

@@ -1,4 +1,4 @@
-"""What the kernels of both folders share: constants, the type of a ref, the cost that XLA schedules by."""
+"""Shared by the kernels of both folders: constants, the type of a ref, the cost estimate for XLA."""
 
 from typing import Any
 

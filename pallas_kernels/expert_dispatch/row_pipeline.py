@@ -140,7 +140,7 @@ class RowResult(NamedTuple):
 
 
 class Product(NamedTuple):
-    """What the body computes. name: in profiles and plans. depth: the contracted size."""
+    """The product that a body computes. name: in profiles and plans. depth: the contracted size."""
 
     name: str
     weight_axis: int  # along which column blocks split the weights

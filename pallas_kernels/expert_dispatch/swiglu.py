@@ -68,7 +68,7 @@ def hidden_gradient(
 ) -> tuple[Array, Array, Array, Array]:
     """(d gate_PF, d up_PF, hidden_PF, d gates_P) from the gradient g of hidden @ w_down; see `gate_up` for the names.
 
-    The gradient of w_down needs hidden, which is computed again here from the factors at hand. d gates is float32, the
+    The gradient of w_down needs hidden, so the kernel computes it again from its factors. d gates is float32, the
     others are in g's dtype. Rows after the sum of the group sizes are not read, and are undefined in the results.
     """
 

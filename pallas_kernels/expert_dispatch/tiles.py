@@ -1,6 +1,6 @@
 """Splits the rows of uneven groups into tiles: lists of integers that a kernel computes in scalar memory.
 
-In XLA the same lists take about twenty small operations, each of which costs more than all of them here.
+XLA needs about twenty small operations for the same lists, and each of them costs more than the kernel's lists.
 
 Groups follow each other from row 0. A tile holds rows of one group; it starts at a multiple of ALIGN, so its first rows
 may belong to the group before. Letters: P rows, E groups, I tiles, J groups that have rows.

@@ -46,7 +46,7 @@ class SegmentBounds(NamedTuple):
 
 
 class Scalars(NamedTuple):
-    """What a kernel reads from scalar memory. queries, keys: segments of each block of queries and part of keys.
+    """A kernel's scalar memory. queries, keys: segments of each block of queries and of each part of keys.
 
     offset [1]: slot of the first query. chunk [1]: the chunk of keys of this call, for the backward pass alone.
     """

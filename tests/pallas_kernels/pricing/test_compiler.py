@@ -1,4 +1,4 @@
-"""Which scalar operands of a kernel are known, given the values of some arguments."""
+"""The known scalar operands of a kernel, given the values of some arguments."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ X = jax.ShapeDtypeStruct((8, 128), jnp.float32)
 
 
 def _kernel(numbers: jax.Array, x: jax.Array, name: str | None = None) -> jax.Array:
-    """x times the prefetched number of its block."""
+    """x times its block's prefetched number."""
 
     def kernel(numbers, x, o):
         o[...] = x[...] * numbers[pl.program_id(0)]
@@ -36,7 +36,7 @@ def _known(fn, *args) -> list[tuple[str, dict[int, list[int]]]]:
 
 
 def test_known_operands() -> None:
-    """What follows from values alone is known, through jit, loops and custom gradients; the rest is not."""
+    """Operands that follow from values alone are known, through jit, loops and custom gradients; others are not."""
 
     @jax.custom_vjp
     def op(sizes, x):
@@ -51,8 +51,8 @@ def test_known_operands() -> None:
 
 
 @pytest.mark.tpu
-def test_calls_in_turn() -> None:
-    """Each call of a kernel gets its own values, whether it has a name or not."""
+def test_each_call_has_its_values() -> None:
+    """Each call of a kernel has its own values, with or without a name."""
 
     def fn(a, b, x):
         x = _kernel(a, _kernel(b, x, "scaled"), "scaled")
