@@ -1,11 +1,11 @@
-"""Memory and time of importing and exporting a Hugging Face checkpoint, beside a plain copy of the same files.
+"""Measures memory and time of importing and exporting a Hugging Face checkpoint, against a copy of the same files.
 
     python benchmarks/convert.py [--gigabytes 8] [--folder DIR] [--json FILE]
 
-The checkpoint has DeepSeek-V2-Lite's shapes, in as many layers as fit, in bfloat16. The folder needs four times its
-size on disk. Peak memory is what the kernel counted of each command's own process, above that of one that only imports
-the same modules. Every time includes writing to the disk. Exit code 0 if the export is the checkpoint to the byte and
-memory stayed below 2 GB, else 1.
+The checkpoint has DeepSeek-V2-Lite's shapes, in bfloat16, with as many layers as --gigabytes holds. --folder needs
+four times its size. Peak memory is the operating system's figure for each command's process, less that of a process
+that only imports the same modules. Times include writing to disk. Exit code 0 if the export equals the checkpoint byte
+for byte and memory stays below 2 GB, else 1.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ import rich.console
 import rich.table
 
 _ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(_ROOT))  # a script's own folder is where Python looks, not the one it is called from
+sys.path.insert(0, str(_ROOT))  # Python searches the script's own folder only
 
 from configs import models  # noqa: E402
 from dsv2_jax import cli, hf, parameters  # noqa: E402
@@ -33,24 +33,24 @@ from dsv2_jax.config import Model, check  # noqa: E402
 from dsv2_jax.hf import files  # noqa: E402
 from dsv2_jax.hf.names import tensors  # noqa: E402
 
-BOUND = 2 * 10**9  # bytes above the interpreter's
+BOUND = 2 * 10**9  # bytes above those of the interpreter
 _NOTHING = ["-c", "import dsv2_jax.hf.__main__"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class ConvertBenchmark:
     """Measure memory and time of importing and exporting a Hugging Face checkpoint."""
 
-    gigabytes: float = 8.0  # of the checkpoint, at most; less than one layer takes: one layer of experts
-    folder: Path = Path(tempfile.gettempdir())  # where everything is made, and deleted again
-    json: Path | None = None  # the figures, for a program
+    gigabytes: float = 8.0  # maximal size of the checkpoint; it has one layer of experts at least
+    folder: Path = Path(tempfile.gettempdir())  # for temporary files
+    json: Path | None = None  # write the figures to this file
 
     def __post_init__(self) -> None:
         check(self.gigabytes > 0, f"--gigabytes must be positive, not {self.gigabytes}")
 
 
 def lite(size: float) -> Model:
-    """V2-Lite with as many layers as `size` bytes of bfloat16 hold, two at least."""
+    """V2-Lite with as many layers as `size` bytes of bfloat16 hold, at least two."""
     layers = 2
     while 2 * parameters.count(shallow(layers + 1)) <= size:
         layers += 1
@@ -58,12 +58,12 @@ def lite(size: float) -> Model:
 
 
 def shallow(layers: int) -> Model:
-    """V2-Lite of so many layers."""
+    """V2-Lite with so many layers."""
     return dataclasses.replace(models.v2_lite(), num_hidden_layers=layers)
 
 
 def make(folder: Path, model: Model) -> int:
-    """Writes the model's checkpoint, bfloat16 numbers of a trained model's size, no tensor like another: its bytes."""
+    """Writes a checkpoint of the model, with different tensors of a trained model's size. Returns its bytes."""
     folder.mkdir()
     settings = hf.to_hf_config(model, "bfloat16", None, None)
     (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
@@ -77,7 +77,7 @@ def make(folder: Path, model: Model) -> int:
 
 
 def same(a: Path, b: Path) -> bool:
-    """Whether two folders hold the same tensors, to the byte."""
+    """Whether two folders hold the same tensors, byte for byte."""
     ours, theirs = files.open_folder(a), files.open_folder(b)
     return set(ours) == set(theirs) and all(
         np.array_equal(files.read(ours[name]).view(np.uint16), files.read(theirs[name]).view(np.uint16))
@@ -86,7 +86,7 @@ def same(a: Path, b: Path) -> bool:
 
 
 def run(*arguments: str | Path) -> tuple[float, int]:
-    """Runs Python with these arguments: seconds until all is on the disk, and the peak of its memory in bytes.
+    """Runs Python with these arguments. Returns the seconds until all is on disk, and its peak memory in bytes.
 
     Raises CalledProcessError if it fails.
     """
@@ -94,7 +94,7 @@ def run(*arguments: str | Path) -> tuple[float, int]:
     os.sync()
     begin, peak = time.monotonic(), 0
     with subprocess.Popen(command, cwd=_ROOT, stdout=subprocess.DEVNULL) as process:
-        # Not from rusage: a child's figure there begins with its parent's.
+        # Not from rusage, where a child's figure starts at its parent's.
         while process.poll() is None:
             with contextlib.suppress(OSError, StopIteration):
                 lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
@@ -107,7 +107,7 @@ def run(*arguments: str | Path) -> tuple[float, int]:
 
 
 def copy(source: Path, target: Path) -> float:
-    """Copies a folder, deletes the copy, and gives the seconds of the first until all was on the disk."""
+    """Copies a folder and deletes the copy. Returns the seconds of the copy until all is on disk."""
     os.sync()
     begin = time.monotonic()
     shutil.copytree(source, target)
@@ -118,12 +118,12 @@ def copy(source: Path, target: Path) -> float:
 
 
 def main() -> int:
-    """Makes a checkpoint, copies, imports and exports it, and compares."""
-    options = cli.parse(Options(), prog="convert.py")
+    """Writes a checkpoint, copies, imports and exports it, and compares."""
+    options = cli.parse(ConvertBenchmark(), prog="convert.py")
     model = lite(options.gigabytes * 1e9)
     size = 2 * parameters.count(model)
     free = shutil.disk_usage(options.folder).free
-    check(free > 4 * size, f"{options.folder} has {free / 1e9:.1f} GB free; this takes {4 * size / 1e9:.1f}")
+    check(free > 4 * size, f"{options.folder} has {free / 1e9:.1f} GB free; this needs {4 * size / 1e9:.1f} GB")
     with tempfile.TemporaryDirectory(prefix="convert_", dir=options.folder) as temporary:
         folder = Path(temporary)
         given, imported, exported = folder / "hf", folder / "run", folder / "exported"
@@ -138,7 +138,7 @@ def main() -> int:
         )
         identical = same(given, exported)
 
-    largest = max(2 * int(np.prod(t.shape)) for t in tensors(model))
+    max_tensor = max(2 * int(np.prod(t.shape)) for t in tensors(model))
     above = {name: peak - interpreter for name, peak in peaks.items()}
     table = rich.table.Table("", "seconds", "MB/s", "times the copy", "peak MB above the interpreter")
     for name, seconds in times.items():
@@ -146,12 +146,14 @@ def main() -> int:
         row = f"{seconds:.1f}", f"{size / seconds / 1e6:,.0f}", f"{seconds / times['copy']:.2f}", memory
         table.add_row(name, *row)
     rich.console.Console().print(table)
-    print(f"the interpreter with the same imports: {interpreter / 1e6:,.0f} MB; largest tensor {largest / 1e6:,.0f} MB")
-    print(f"the export is the checkpoint {'to the byte' if identical else 'NO MORE'}")
+    print(
+        f"the interpreter with the same imports: {interpreter / 1e6:,.0f} MB; largest tensor {max_tensor / 1e6:,.0f} MB"
+    )
+    print(f"the export {'equals the checkpoint byte for byte' if identical else 'DIFFERS from the checkpoint'}")
     figures = {
         "bytes": size,
         "layers": model.num_hidden_layers,
-        "largest_tensor_bytes": largest,
+        "largest_tensor_bytes": max_tensor,
         "interpreter_bytes": interpreter,
         "peak_bytes_above_interpreter": above,
         "seconds": times,

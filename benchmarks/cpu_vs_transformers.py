@@ -1,12 +1,11 @@
-"""This project against transformers' DeepseekV2ForCausalLM on this machine's CPU: training, prefill and decode.
+"""Compares this project with transformers' DeepseekV2ForCausalLM on CPU: training, prefill and decode.
 
     python benchmarks/cpu_vs_transformers.py [--threads N] [--rounds 5] [--cases train prefill ...] [--json FILE]
 
-Each side runs in a process of its own with the same threads, in turn: while one works the others wait, and each round
-runs twice, timed the second time. This project trains by its own step and generates by the engine that people run.
-transformers runs eagerly and under torch.compile, and the better of the two counts.
-Rates are medians over the rounds. The share of the peak is the model's own arithmetic over that of a large matrix
-product, measured between the rounds.
+Each side runs in its own process with the same threads. Sides alternate: while one runs, the others wait. Each round
+runs twice, and the second run is timed. This project trains with its training step and generates with its engine.
+transformers runs eagerly and under torch.compile; the better of the two counts. Rates are medians over the rounds. The
+share of the peak is the model's FLOP/s over those of a large matrix product, measured between the rounds.
 """
 
 import dataclasses
@@ -26,14 +25,16 @@ import rich.console
 import rich.table
 
 _ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(_ROOT))  # a script's own folder is where Python looks, not the one it is called from
+sys.path.insert(0, str(_ROOT))  # Python searches the script's own folder only
 
 from dsv2_jax import cli, parameters  # noqa: E402
 from dsv2_jax.config import Attention, Batch, Compute, Config, Model, Moe, Rope, check  # noqa: E402
 
 Case = Literal["train", "train_bf16", "prefill", "decode_b1", "decode_b16"]
 SIDES = ("dsv2_jax", "eager", "compiled")
-BATCH, LENGTH, PROMPT, CONTEXT, NEW = 8, 512, 2048, 512, 32  # of training; of prefill; of decode: before, and a round
+BATCH, LENGTH = 8, 512  # of training
+PROMPT = 2048  # tokens of prefill
+CONTEXT, NEW = 512, 32  # tokens of decode: before the first round, and of a round
 
 SMALL = Model(  # 111.2M parameters
     vocab_size=8192,
@@ -62,17 +63,17 @@ SMALL = Model(  # 111.2M parameters
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """Compare tokens per second of this project and of transformers on this machine's CPU."""
+class CpuBenchmark:
+    """Compare tokens per second of this project and of transformers on CPU."""
 
-    threads: int = 0  # for each side; 0: all cores
+    threads: int = 0  # of each side; 0 for all cores
     rounds: int = 5  # timed rounds of each side
     cases: tuple[Case, ...] = ("train", "train_bf16", "prefill", "decode_b1", "decode_b16")
-    json: Path | None = None  # the figures, for a program
+    json: Path | None = None  # write the figures to this file
 
     def __post_init__(self) -> None:
         cores = len(os.sched_getaffinity(0))
-        check(0 <= self.threads <= cores, f"--threads must lie in 0 to {cores} here, not {self.threads}")
+        check(0 <= self.threads <= cores, f"--threads must be 0 to {cores} here, not {self.threads}")
         check(self.rounds > 0, f"--rounds must be positive, not {self.rounds}")
 
 
@@ -82,21 +83,21 @@ def rows(case: str) -> int:
 
 
 def work(case: str) -> tuple[int, float]:
-    """(tokens, floating-point operations) of a round: those of the matrix products, causal attention by its half."""
+    """(tokens, FLOPs) of a round: of the matrix products, with half of the scores for causal attention."""
     heads, width = SMALL.attention.num_attention_heads, SMALL.attention.qk_head_dim + SMALL.attention.v_head_dim
     per_key = 2 * SMALL.num_hidden_layers * heads * width
     per_token = 2 * parameters.count_activated(SMALL)
     if case.startswith("train"):
         return BATCH * LENGTH, 3 * BATCH * LENGTH * (per_token + per_key * LENGTH / 2)
     if case == "prefill":
-        head = 2 * SMALL.vocab_size * SMALL.hidden_size  # of the last token only
+        head = 2 * SMALL.vocab_size * SMALL.hidden_size  # for the last token only
         return PROMPT, PROMPT * (per_token - head + per_key * PROMPT / 2) + head
-    # Absorbed decode has wider keys; counted is what the expanded form needs, keys and values at hand.
+    # FLOPs of the expanded form with keys and values given. Absorbed decode has wider keys and needs more.
     return rows(case) * NEW, rows(case) * NEW * (per_token + per_key * CONTEXT)
 
 
 def run_ours(case: str, rounds: int) -> Callable[[], float]:
-    """This project's side, compiled and warm: a function that runs a round and returns its seconds."""
+    """This project's side, compiled: a function that runs a round and returns its seconds."""
     import jax
     import jax.numpy as jnp
 
@@ -136,13 +137,13 @@ def run_ours(case: str, rounds: int) -> Callable[[], float]:
     draws = np.random.default_rng(1)
 
     def prompt() -> Request:
-        """A new one each time: the engine computes none twice."""
+        """A new prompt each time, since the engine reuses pages of a known prompt."""
         return Request(prompt=tuple(draws.integers(0, SMALL.vocab_size, length).tolist()), max_new=new)
 
     if case == "prefill":
         return _timed(lambda: engine.generate([prompt()]))
     waiting = {engine.add(prompt()) for _ in range(size)}
-    while waiting:  # until every context is in the cache
+    while waiting:  # until the cache holds every context
         waiting -= {event.id for event in engine.step()}
 
     def decode() -> None:
@@ -153,7 +154,7 @@ def run_ours(case: str, rounds: int) -> Callable[[], float]:
 
 
 def run_transformers(case: str, rounds: int, compiled: bool) -> Callable[[], float]:
-    """transformers' side, warm: a function that runs a round and returns its seconds."""
+    """transformers' side, compiled: a function that runs a round and returns its seconds."""
     import torch
     from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DynamicCache, StaticCache
 
@@ -213,7 +214,7 @@ def _timed(work: Callable[[], Any]) -> Callable[[], float]:
 
 
 def matmul_peak(dtype: str) -> float:
-    """The best rate of a large product in this process, operations per second: what the model's are held against."""
+    """The best FLOP/s of a large matrix product in this process, to compare the model's with."""
     import jax
     import jax.numpy as jnp
 
@@ -224,9 +225,10 @@ def matmul_peak(dtype: str) -> float:
 
 
 def worker(side: str, case: str, rounds: int, out: IO[str]) -> None:
-    """One side's process: a JSON line when ready, or why not; then one for every line read, each a round."""
+    """One side's process. Writes a JSON line when it is ready or fails; then runs a round for every line it reads, and
+    writes a JSON line with its time."""
 
-    def tell(**message: Any) -> None:
+    def send(**message: Any) -> None:
         print(json.dumps(message), file=out, flush=True)
 
     begin = time.perf_counter()
@@ -235,25 +237,25 @@ def worker(side: str, case: str, rounds: int, out: IO[str]) -> None:
     else:
         try:
             run = run_transformers(case, rounds, compiled=side == "compiled")
-        except Exception as error:  # whatever inductor fails with here; the parent prints it
+        except Exception as error:  # any failure of inductor; the parent prints it
             if side != "compiled":
                 raise
-            tell(error=f"{type(error).__name__}: {error}".splitlines()[0])
+            send(error=f"{type(error).__name__}: {error}".splitlines()[0])
             return
-    tell(ready=time.perf_counter() - begin)
+    send(ready=time.perf_counter() - begin)
     for _ in sys.stdin:
         peak = matmul_peak("bfloat16" if case == "train_bf16" else "float32") if side == "dsv2_jax" else None
-        run()  # memory that lay idle while the other side worked is not at hand at once
-        tell(seconds=run(), peak=peak)
+        run()  # warms up the memory, which was idle while the other side ran
+        send(seconds=run(), peak=peak)
 
 
 class Side:
-    """A worker's process as its parent sees it."""
+    """A worker's process, seen from its parent."""
 
-    def __init__(self, side: str, case: str, options: Options):
+    def __init__(self, side: str, case: str, options: CpuBenchmark):
         cores = sorted(os.sched_getaffinity(0))
         self.cores = cores[: options.threads or len(cores)]
-        # Both sides get huge pages, which spare either the page faults of its large temporaries.
+        # Huge pages save both sides page faults in large temporaries.
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "OMP_NUM_THREADS": str(len(self.cores)),
@@ -272,11 +274,11 @@ class Side:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"a side ended with exit code {self.process.wait()}; its error is above")
+            raise RuntimeError(f"a worker ended with exit code {self.process.wait()}; see its error above")
         return json.loads(line)
 
     def round(self) -> None:
-        """Runs one round and keeps its rate."""
+        """Runs one round and records its rate."""
         if self.error:
             return
         assert self.process.stdin is not None
@@ -286,7 +288,7 @@ class Side:
         self.peaks += [message["peak"]] if message["peak"] else []
 
     def rate(self) -> float:
-        """Tokens per second, the median; 0 if this side cannot run."""
+        """Median tokens per second; 0 if this side cannot run."""
         return statistics.median(self.rates) if self.rates else 0.0
 
     def close(self) -> None:
@@ -296,10 +298,10 @@ class Side:
         self.process.wait()
 
 
-def compare(case: Case, options: Options, console: rich.console.Console) -> dict[str, Any]:
+def compare(case: Case, options: CpuBenchmark, console: rich.console.Console) -> dict[str, Any]:
     """All sides on one case, in alternating rounds."""
     sides = {}
-    for name in SIDES:  # one after the other: compiling takes all threads
+    for name in SIDES:  # one after another, since compilation uses all threads
         with console.status(f"{case}: starting {name}"):
             sides[name] = Side(name, case, options)
     with console.status(f"{case}: measuring"):
@@ -324,7 +326,7 @@ def compare(case: Case, options: Options, console: rich.console.Console) -> dict
 
 def main() -> int:
     """Runs every case and prints the table."""
-    options = cli.parse(Options(), prog="cpu_vs_transformers.py")
+    options = cli.parse(CpuBenchmark(), prog="cpu_vs_transformers.py")
     console = rich.console.Console()
     threads = options.threads or len(os.sched_getaffinity(0))
     table = rich.table.Table(
@@ -336,7 +338,7 @@ def main() -> int:
         f = figures[case] = compare(case, options, console)
         compiled = f"{f['transformers_compiled']:.0f}" if f["transformers_compiled"] else "fails"
         if f["transformers_compiled_error"]:
-            console.print(f"{case}: torch.compile cannot compile here: {f['transformers_compiled_error']}")
+            console.print(f"{case}: torch.compile fails here: {f['transformers_compiled_error']}")
         cells = f"{f['tokens_per_second']:.0f}", f"{f['transformers_eager']:.0f}", compiled, f"{f['ratio']:.2f}"
         shares = f"{f['share_of_peak']:.0%}", f"{f['transformers_share_of_peak']:.0%}"
         table.add_row(case, *cells, f"{f['matmul_peak_gflops']:.0f}", *shares)
@@ -349,9 +351,9 @@ def main() -> int:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["worker"]:
         _, _, side_, case_, rounds_, cores_ = sys.argv
-        os.sched_setaffinity(0, {int(core) for core in cores_.split(",")})  # XLA's pool is as large as this
+        os.sched_setaffinity(0, {int(core) for core in cores_.split(",")})  # sets the size of XLA's thread pool
         channel = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)  # what libraries print must not reach the parent's protocol
+        os.dup2(2, 1)  # libraries may print, but stdout carries the messages to the parent
         worker(side_, case_, int(rounds_), channel)
     else:
         cli.main(main)

@@ -1,9 +1,9 @@
-"""Seconds to trace and to compile a training step of 6 layers and of 60, on eight virtual CPU devices.
+"""Measures the seconds to trace and compile a training step of 6 and of 60 layers, on eight virtual CPU devices.
 
     python benchmarks/depth.py [--rounds 3] [--json FILE]
 
-The widths are those of the preset tiny; the mesh is fsdp 2 x expert 4. Both depths are measured in turn, and medians
-count. Nothing is kept between compilations.
+The widths are those of the preset tiny; the mesh is fsdp 2 x expert 4. Rounds of both depths alternate, and the medians
+are reported. Caches are cleared before each measurement.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ import rich.console
 import rich.table
 
 _ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(_ROOT))  # a script's own folder is where Python looks, not the one it is called from
+sys.path.insert(0, str(_ROOT))  # Python searches the script's own folder only
 
 from configs import models  # noqa: E402
 from dsv2_jax import cli  # noqa: E402
@@ -40,18 +40,18 @@ PHASES = "trace", "lower", "compile"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """Measure how long a training step of 6 and of 60 layers takes to trace and to compile."""
+class DepthBenchmark:
+    """Measure the time to trace and compile a training step of 6 and of 60 layers."""
 
     rounds: int = 3  # of each depth
-    json: Path | None = None  # the figures, for a program
+    json: Path | None = None  # write the figures to this file
 
     def __post_init__(self) -> None:
         check(self.rounds > 0, f"--rounds must be positive, not {self.rounds}")
 
 
 def measure(layers: int) -> dict[str, float]:
-    """Seconds of each phase for one step of so many layers."""
+    """Seconds of each phase for a step of so many layers."""
     tiny = models.tiny()
     moe = dataclasses.replace(tiny.moe, budget_sequences=MESH.expert)
     model = dataclasses.replace(tiny, num_hidden_layers=layers, moe=moe)
@@ -81,9 +81,9 @@ def measure(layers: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measures both depths in turn and prints the medians and their ratio."""
-    options = cli.parse(Options(), prog="depth.py")
-    measure(DEPTHS[0])  # the first one also pays for what every program shares
+    """Measures both depths in alternation and prints the medians and their ratio."""
+    options = cli.parse(DepthBenchmark(), prog="depth.py")
+    measure(DEPTHS[0])  # warms up parts that all programs share
     rounds = [{layers: measure(layers) for layers in DEPTHS} for _ in range(options.rounds)]
     seconds = {
         phase: [statistics.median(one[layers][phase] for one in rounds) for layers in DEPTHS] for phase in PHASES

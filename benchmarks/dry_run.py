@@ -1,8 +1,8 @@
-"""Somebody else's checkpoint at full size, rehearsed without its weights: python benchmarks/dry_run.py v2_lite.
+"""Loads a Hugging Face checkpoint of full size without its weights: python benchmarks/dry_run.py v2_lite.
 
-Writes a Hugging Face folder of the preset's shape whose tensors are holes in the file (no disk is taken), opens it as
-any such folder is opened, reads it matrix by matrix into 8 bits, and scores a few tokens with the engine. Of weights
-that are all zero every logit is zero, so each token must have the log-probability -ln(vocabulary).
+Writes a Hugging Face folder of the preset's shapes, with sparse files that take no disk space. Opens it with the usual
+checks, reads it matrix by matrix into 8 bits, and scores a few tokens with the engine. All weights are zero, so every
+logit is zero and each token must have the log-probability -ln(vocabulary).
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ import numpy as np
 import rich.console
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's own folder is where Python looks
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python searches the script's own folder only
 
 from configs import PRESETS
 from dsv2_jax import cli
@@ -28,16 +28,16 @@ from dsv2_jax.config import check
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DryRun:
-    """Which shape, and how far."""
+    """Load a checkpoint of full size without its weights."""
 
     preset: Annotated[str, tyro.conf.Positional] = "v2_lite"
-    only_open: bool = False  # check every header and shape, read no weights: enough memory for V2 whole
-    folder: Path | None = None  # where the sparse files go; else a temporary folder
+    only_open: bool = False  # check every header and shape but read no weights, so that V2 fits in memory
+    folder: Path | None = None  # for the sparse files; by default a temporary folder
     json: Path | None = None
 
 
 def main() -> None:
-    """Writes, opens, reads, runs, and says what it took."""
+    """Writes, opens, reads and runs the checkpoint, and prints the figures."""
     args = cli.parse(DryRun, prog="benchmarks/dry_run.py")
     check(args.preset in PRESETS, f"unknown preset '{args.preset}'{cli.nearest(args.preset, PRESETS)}")
     with tempfile.TemporaryDirectory() as scratch:
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def rehearse(args: DryRun, folder: Path) -> dict[str, float | int]:
-    """The figures, by name."""
+    """The figures by name."""
     import jax.numpy as jnp
 
     from dsv2_jax import hf, loading

@@ -1,12 +1,12 @@
-"""The engine beside transformers' generate on this machine's CPU: the same model, the same requests, tokens a second.
+"""Compares tokens per second of the engine and of transformers' generate on CPU, with one model and equal requests.
 
     python benchmarks/engine.py [--rounds 3] [--cases batch_1 ... long_16] [--dtype float32] [--json FILE]
 
-Each side runs in a process of its own with all cores, one after the other; compiled programs are warm. The engine runs
-on one device that has all cores, and on one device a core over the tensor axis; the better counts. transformers runs
-eagerly and under torch.compile with a static cache, in one batch padded to its longest prompt and until its
-longest answer, and for mixed requests also in batches of 16 sorted by length; the best of all that counts. Only tokens
-that were asked for are counted, on both sides. Prompts are part of the time.
+Each side runs in its own process with all cores, one after another, with compiled programs. The engine runs on one
+device with all cores, and on one device per core over the tensor axis; the better counts. transformers runs eagerly and
+under torch.compile with a static cache. It runs one batch, padded to its longest prompt, until its longest answer ends;
+for mixed requests also batches of 16 sorted by length. Its best variant counts. Rates count requested tokens only, on
+both sides. Times include the prompts.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ import rich.console
 import rich.table
 
 _ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(_ROOT))  # a script's own folder is where Python looks, not the one it is called from
+sys.path.insert(0, str(_ROOT))  # Python searches the script's own folder only
 
 from benchmarks.cpu_vs_transformers import SMALL  # noqa: E402
 from dsv2_jax import cli, parameters  # noqa: E402
@@ -40,35 +40,35 @@ ONE_LENGTH = {"batch_1": _SHORT, "batch_16": _SHORT, "long_1": _LONG, "long_16":
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """Compare generated tokens per second of the engine and of transformers' generate on this machine's CPU."""
+class EngineBenchmark:
+    """Compare generated tokens per second of the engine and of transformers' generate on CPU."""
 
     rounds: int = 3  # timed rounds of each side; the median counts
     cases: tuple[Case, ...] = ("batch_1", "batch_16", "mixed_64", "long_1", "long_16")
     sides: tuple[Side, ...] = ("one_device", "tensor", "eager", "compiled")
     dtype: Dtype = "float32"  # of both sides' weights and activations
-    limit: int = 900  # seconds after which a side is ended
-    json: Path | None = None  # the figures, for a program
+    limit: int = 900  # seconds before a side is stopped
+    json: Path | None = None  # write the figures to this file
 
     def __post_init__(self) -> None:
         for name in ("rounds", "limit"):
             check(getattr(self, name) > 0, f"--{name} must be positive, not {getattr(self, name)}")
 
 
-def requests(case: str, turn: int) -> list[tuple[list[int], int]]:
-    """(prompt, new tokens) of each request; every round has prompts of its own, so that nothing is found in a cache."""
-    rng = np.random.default_rng((len(case), turn))
+def requests(case: str, number: int) -> list[tuple[list[int], int]]:
+    """(prompt, new tokens) of each request. Every round has its own prompts, so that no cache holds them."""
+    rng = np.random.default_rng((len(case), number))
     count = int(case.rsplit("_", 1)[1])
     if case in ONE_LENGTH:
         lengths, new = ([n] * count for n in ONE_LENGTH[case])
-    else:  # the same lengths in every round
+    else:  # all rounds have the same lengths
         sizes = np.random.default_rng(0)
         lengths, new = sizes.integers(16, 257, count).tolist(), sizes.integers(16, 129, count).tolist()
     return [(rng.integers(0, SMALL.vocab_size, n).tolist(), k) for n, k in zip(lengths, new, strict=True)]
 
 
 def run_ours(case: str, rounds: int, dtype: Dtype, tensor: int) -> dict[str, Any]:
-    """Rates of the engine on so many devices, and how often it compiled after warm-up."""
+    """Rates of the engine on so many devices, and the number of compilations after warm-up."""
     import jax
 
     jax.config.update("jax_num_cpu_devices", tensor)
@@ -91,8 +91,8 @@ def run_ours(case: str, rounds: int, dtype: Dtype, tensor: int) -> dict[str, Any
     engine = Engine(params, SMALL, compute=Compute(dtype=dtype, remat="none"), capacity=capacity, mesh=devices)
     engine.warm()
     before, rates = len(compiled), []
-    for turn in range(rounds + 1):
-        wanted = [Request(prompt=tuple(prompt), max_new=new) for prompt, new in requests(case, turn)]
+    for number in range(rounds + 1):
+        wanted = [Request(prompt=tuple(prompt), max_new=new) for prompt, new in requests(case, number)]
         begin = time.perf_counter()
         results = engine.generate(wanted)
         rates.append(sum(len(result.tokens) for result in results) / (time.perf_counter() - begin))
@@ -100,7 +100,7 @@ def run_ours(case: str, rounds: int, dtype: Dtype, tensor: int) -> dict[str, Any
 
 
 def run_transformers(case: str, rounds: int, dtype: Dtype, compiled: bool) -> dict[str, Any]:
-    """Rates of transformers, each round's best way of batching."""
+    """Rates of transformers with each round's best batching."""
     import torch
     from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
@@ -127,18 +127,18 @@ def run_transformers(case: str, rounds: int, dtype: Dtype, compiled: bool) -> di
         return sum(new for batch in batches for _, new in batch) / (time.perf_counter() - begin)
 
     rates = []
-    for turn in range(rounds + 1):
-        wanted = requests(case, turn)
-        ways = [[wanted]]
+    for number in range(rounds + 1):
+        wanted = requests(case, number)
+        batchings = [[wanted]]
         if case not in ONE_LENGTH:
             by_length = sorted(wanted, key=lambda request: request[1])
-            ways.append([by_length[i : i + 16] for i in range(0, len(by_length), 16)])
-        rates.append(max(map(rate, ways)))
+            batchings.append([by_length[i : i + 16] for i in range(0, len(by_length), 16)])
+        rates.append(max(map(rate, batchings)))
     return {"rates": rates[1:]}
 
 
-def measure(side: str, case: str, options: Options) -> dict[str, Any]:
-    """A side's figures from a process of its own."""
+def measure(side: str, case: str, options: EngineBenchmark) -> dict[str, Any]:
+    """A side's figures, measured in its own process."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
@@ -150,22 +150,22 @@ def measure(side: str, case: str, options: Options) -> dict[str, Any]:
             command, stdout=subprocess.PIPE, text=True, env=environment, check=False, timeout=options.limit
         )
     except subprocess.TimeoutExpired:
-        return {"error": f"ended after {options.limit} seconds; --limit sets them"}
+        return {"error": f"stopped after {options.limit} seconds (--limit)"}
     if done.returncode:
-        return {"error": f"ended with exit code {done.returncode}; its error is above"}
+        return {"error": f"ended with exit code {done.returncode}; see its error above"}
     found = json.loads(done.stdout.splitlines()[-1])
     return found | ({"tokens_per_second": statistics.median(found["rates"])} if "rates" in found else {})
 
 
 def worker(side: str, case: str, rounds: int, dtype: Dtype) -> dict[str, Any]:
-    """What one process does."""
+    """The figures of one side, in its process."""
     if side in OURS:
         cores = len(os.sched_getaffinity(0))
         tensor = math.gcd(cores, SMALL.attention.num_attention_heads) if side == "tensor" else 1
         return run_ours(case, rounds, dtype, tensor)
     try:
         return run_transformers(case, rounds, dtype, compiled=side == "compiled")
-    except Exception as error:  # whatever inductor fails with here; the parent prints it
+    except Exception as error:  # any failure of inductor; the parent prints it
         if side != "compiled":
             raise
         return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
@@ -173,7 +173,7 @@ def worker(side: str, case: str, rounds: int, dtype: Dtype) -> dict[str, Any]:
 
 def main() -> int:
     """Runs every case and prints the table."""
-    options = cli.parse(Options(), prog="engine.py")
+    options = cli.parse(EngineBenchmark(), prog="engine.py")
     console = rich.console.Console()
     table = rich.table.Table(
         "tokens/s", *options.sides, "ratio", "compiled after warm-up",

@@ -1,7 +1,9 @@
-"""Our lm-eval model beside lm-eval's own `hf` backend on one Hugging Face folder: answers compared, and their time.
+"""Compares our lm-eval model with lm-eval's own `hf` backend on one Hugging Face folder: answers and time.
 
-python benchmarks/harness.py --checkpoint HF_DIR [--tasks A,B] [--limit N] [--json FILE]
-Each side answers all tasks in one evaluation, twice and in turn; the second counts, when programs are compiled.
+    python benchmarks/harness.py --checkpoint HF_DIR [--tasks A,B] [--limit N] [--json FILE]
+
+Each side answers all tasks in one evaluation, twice, and the sides alternate. The second time counts, since programs
+are then compiled.
 """
 
 import dataclasses
@@ -16,27 +18,27 @@ import numpy as np
 import rich.console
 import rich.table
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's own folder is where Python looks
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python searches the script's own folder only
 
 from dsv2_jax import cli, loading
 from dsv2_jax.inference.engine import Capacity
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Compare:
-    """What both are asked."""
+class HarnessBenchmark:
+    """Compare our lm-eval model with lm-eval's hf backend."""
 
     checkpoint: Path  # a Hugging Face folder
     tasks: str = "offline_mmlu,offline_piqa,offline_boolq,offline_gsm8k_100"
-    limit: int = 40  # documents of each
+    limit: int = 40  # documents of each task
     max_gen_toks: int = 64
     batch_size: int = 16  # of the hf backend
     json: Path | None = None
 
 
 def main() -> None:
-    """Runs both, prints the table."""
-    args = cli.parse(Compare, prog="benchmarks/harness.py")
+    """Runs both sides and prints the table."""
+    args = cli.parse(HarnessBenchmark, prog="benchmarks/harness.py")
     cli.keep_compiled_programs()
     from lm_eval.models.huggingface import HFLM
 
@@ -45,15 +47,15 @@ def main() -> None:
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     ours = Harness(loading.load(args.checkpoint), capacity=Capacity())
-    backend: Any = HFLM  # its decorator hides what it takes
+    backend: Any = HFLM  # its decorator hides its signature
     theirs = backend(pretrained=str(args.checkpoint), dtype="float32", device="cpu", batch_size=args.batch_size)
     known, tasks = benchmarks.manager(), args.tasks.split(",")
     sides = {"ours": ours, "hf": theirs}
     for model in sides.values():
-        ask(model, tasks, known, args)
+        evaluate(model, tasks, known, args)
     answers, seconds = {}, {}
     for name, model in sides.items():
-        answers[name], seconds[name] = ask(model, tasks, known, args)
+        answers[name], seconds[name] = evaluate(model, tasks, known, args)
     rows = [{"task": task, **compare(answers["ours"], answers["hf"], task)} for task in tasks]
     table = rich.table.Table(*rows[0])
     for row in rows:
@@ -63,18 +65,18 @@ def main() -> None:
         console.width = 160
     console.print(table)
     share = seconds["ours"] / seconds["hf"]
-    console.print(f"{seconds['ours']:.1f} s, hf {seconds['hf']:.1f} s: {share:.3f} of its time")
+    console.print(f"ours {seconds['ours']:.1f} s, hf {seconds['hf']:.1f} s: {share:.3f} of the time of hf")
     if args.json is not None:
         args.json.write_text(json.dumps({"rows": rows, "seconds": seconds, "share_of_hf": share}, indent=2) + "\n")
 
 
-def ask(model: Any, tasks: list[str], known: Any, args: Compare) -> tuple[dict[str, Any], float]:
-    """lm-eval's results and the seconds that they took, building of the texts included."""
+def evaluate(model: Any, tasks: list[str], known: Any, args: HarnessBenchmark) -> tuple[dict[str, Any], float]:
+    """lm-eval's results and the seconds they took, including the construction of the requests."""
     import lm_eval
 
-    evaluate: Any = lm_eval.simple_evaluate
+    simple_evaluate: Any = lm_eval.simple_evaluate
     start = time.perf_counter()
-    found = evaluate(
+    found = simple_evaluate(
         model,
         tasks=tasks,
         limit=args.limit,
@@ -86,7 +88,7 @@ def ask(model: Any, tasks: list[str], known: Any, args: Compare) -> tuple[dict[s
 
 
 def compare(found: dict[str, Any], wanted: dict[str, Any], task: str) -> dict[str, Any]:
-    """The largest difference of a document's log-likelihoods, answers that differ, and whether scores are the same."""
+    """Maximal difference of a document's log-likelihoods, number of different answers, and whether scores are equal."""
     worst, other, count = 0.0, 0, 0
     for a, b in zip(found["samples"][task], wanted["samples"][task], strict=True):
         for x, y in zip(a["resps"], b["resps"], strict=True):

@@ -1,10 +1,10 @@
-"""Prices every kernel at every shape for every chip, and writes the table of docs/kernels.md.
+"""Estimates the cost of every kernel at every shape for every chip, and writes the table of docs/kernels.md.
 
     python benchmarks/kernels.py [--ops OP ...] [--shapes SHAPE ...] [--chips CHIP ...] [--json FILE] [--out FILE]
 
-No TPU is needed, only libtpu; a quarter of a minute each, and an hour for all on one core. All times are estimates;
-see pallas_kernels/cost.py for what is in them. What stands in the JSON file is kept and not priced again: delete it
-when a kernel has changed.
+Needs libtpu but no TPU; takes about 15 seconds for each estimate, and an hour for all on one core. See
+pallas_kernels/pricing/cost.py for what the estimates include. Figures in the JSON file are kept and not computed again:
+delete the file when a kernel changes.
 """
 
 import dataclasses
@@ -16,36 +16,41 @@ from typing import Any
 import jax
 
 _ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(_ROOT))  # a script's own folder is where Python looks, not the one it is called from
+sys.path.insert(0, str(_ROOT))  # Python searches the script's own folder only
 
 from dsv2_jax import cli  # noqa: E402
-from pallas_kernels import chips, cost  # noqa: E402
-from pallas_kernels.ops import OPS  # noqa: E402
+from pallas_kernels import chips  # noqa: E402
+from pallas_kernels.pricing import cost  # noqa: E402
+from pallas_kernels.pricing.ops import OPS  # noqa: E402
 
-_HEAD = """# What the kernels cost
+_HEAD = """# The cost of the kernels
 
-Made by `python benchmarks/kernels.py --out docs/kernels.md`, without a TPU: estimates from the compiler's own final
-bundles (`pallas_kernels/cost.py`), good for comparing kernels on one chip; differences under 10% say nothing.
-Roofline: the longer of useful FLOPs at the peak and needed bytes at the HBM's. Efficiency: roofline / estimate.
-Best public: the fastest kernel of jax (splash attention, megablox) and tokamax at the same shape, priced in the same
-way; empty where none was priced. A branch that hangs on data is taken as not taken, and named under doubts: in the
-flash kernel it is the second pass over scores too large for the first.
+Made by `python benchmarks/kernels.py --out docs/kernels.md`, without a TPU. All figures are estimates from the
+compiler's final bundles (`pallas_kernels/pricing/cost.py`). They compare kernels on one chip; differences below 10%
+mean nothing.
 
-What binds where little is gained on the best public kernel: expert_up at V2's sizes on v5e is near the MXU's peak, and
-the first and last blocks of a pipeline are the rest; of V2-Lite on v6e and tpu7x the MXU is 256 wide, and 1408 columns
-take the time of 1536. expert_gate_up stands in place of two expert_up and XLA's SiLU and product, and saves the
-latter's passes over three arrays of hidden rows in the HBM; where both ways are bound by the MXU, as at V2's sizes on
-v5, that is all there is to save.
+- Roofline: the longer of two times, useful FLOPs at the peak and necessary bytes at the HBM's bandwidth.
+- Efficiency: roofline / estimate.
+- Best public: the fastest kernel of jax (splash attention, megablox) and tokamax at the same shape, estimated in the
+  same way; empty where there is no estimate.
+- Warnings: branches on data, which count as not taken. In the flash kernel this is the second pass over scores that are
+  too large for the first.
 
-latent_decode_int8 and _int6 read a cache in fewer bits: at the 128 heads of V2 the matrix units set the pace, and it
-buys capacity; at the 16 of V2-Lite it buys time, until the matrix units cannot be fed the latents any faster.
+Where the gain over the best public kernel is small: expert_up at V2's sizes on v5e is near the MXU's peak, and the rest
+is the first and last blocks of its pipeline. At V2-Lite's sizes on v6e and tpu7x the MXU is 256 wide, so 1408 columns
+take as long as 1536. expert_gate_up replaces two expert_up with XLA's SiLU and product, and saves XLA's reads and
+writes of three arrays of hidden rows in HBM. At V2's sizes on v5 the MXU bounds both variants, so it saves only that.
+
+latent_decode_int8 and _int6 read a quantized cache. With the 128 heads of V2 the matrix units are the bound, and
+quantization gains capacity. With the 16 heads of V2-Lite it also saves time, until the matrix units cannot load latents
+any faster.
 
 `v2_decode` and `v2_decode_full` are a step of generation on one of 8 devices, each with 20 experts: 384 and 2,560
-(token, expert) pairs. `_int8` and `_float8` read weights of 8 bits with a scale for each output channel: int8 becomes
-bfloat16 in vector registers, float8_e4m3fn in the MXU, which a tpu7x does by itself; on the others Mosaic pushes it as
-float8_e4m3b11fnuz, whose bits mean a 16th, and multiplies the sums by 16.
+(token, expert) pairs. `_int8` and `_float8` read weights in 8 bits, with a scale for each output channel. Vector
+registers convert int8 to bfloat16; the MXU converts float8_e4m3fn. A tpu7x supports that natively. On the others Mosaic
+passes it as float8_e4m3b11fnuz, whose bits mean 1/16 of the value, and multiplies the sums by 16.
 
-| op | shape | chip | estimate, us | roofline, us | bound | efficiency | best public, us | VMEM, MiB | doubts |
+| op | shape | chip | estimate, us | roofline, us | bound | efficiency | best public, us | VMEM, MiB | warnings |
 |---|---|---|---|---|---|---|---|---|---|
 """
 _PUBLIC = {  # (op, shape, chip): us
@@ -67,14 +72,14 @@ _PUBLIC = {  # (op, shape, chip): us
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """Price the kernels."""
+class KernelsBenchmark:
+    """Estimate the cost of the kernels."""
 
     ops: tuple[str, ...] = tuple(OPS)
-    shapes: tuple[str, ...] = ()  # all of each op's, unless named
-    chips: tuple[str, ...] = tuple(chips.CHIPS)
-    out: Path | None = None  # the table, as Markdown, of all that is in the JSON file
-    json: Path = Path("kernels.json")  # the figures, for a program
+    shapes: tuple[str, ...] = ()  # by default all of each op
+    chips: tuple[str, ...] = tuple(chips.KERNEL_CHIPS)
+    out: Path | None = None  # a Markdown table of all figures in the JSON file
+    json: Path = Path("kernels.json")  # the figures
 
 
 def row(figures: dict[str, Any]) -> str:
@@ -89,14 +94,14 @@ def row(figures: dict[str, Any]) -> str:
         f"{figures['efficiency']:.2f}",
         f"{public:,}" if public else "",
         f"{vmem:.1f}",
-        "; ".join(figures["doubts"]),
+        "; ".join(figures["warnings"]),
     ]
     return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
     """The command line."""
-    options = cli.parse(Options, prog="benchmarks/kernels.py")
+    options = cli.parse(KernelsBenchmark, prog="benchmarks/kernels.py")
     for op in options.ops:
         cost.check(op, OPS, "op")
     jax.config.update("jax_platforms", "cpu")
@@ -107,11 +112,13 @@ def main() -> None:
         if (op, shape, chip) in done or (options.shapes and shape not in options.shapes):
             continue
         result = cost.op_cost(OPS[op], chip, shape)
-        priced.append({"op": op, "shape": shape, **dataclasses.asdict(result), "doubts": result.doubts})
+        priced.append({"op": op, "shape": shape, **dataclasses.asdict(result), "warnings": result.warnings})
         print(row(priced[-1]), flush=True)
         options.json.write_text(json.dumps(priced, indent=2) + "\n", encoding="utf-8")
     if options.out:
-        places = [(op, shape, chip) for op, found in OPS.items() for shape in found.shapes for chip in chips.CHIPS]
+        places = [
+            (op, shape, chip) for op, found in OPS.items() for shape in found.shapes for chip in chips.KERNEL_CHIPS
+        ]
         priced.sort(key=lambda figures: places.index((figures["op"], figures["shape"], figures["chip"])))
         options.out.parent.mkdir(exist_ok=True)
         options.out.write_text(_HEAD + "\n".join(map(row, priced)) + "\n", encoding="utf-8")

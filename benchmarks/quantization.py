@@ -1,9 +1,9 @@
-"""What fewer bits cost: bits per byte and KL of the logits on held-out text, and the bytes of weights and cache.
+"""Measures the cost of quantization: bits per byte and KL of the logits on held-out text, bytes of weights and cache.
 
     python benchmarks/quantization.py --checkpoint RUN [--documents 24] [--json FILE]
 
-Every setting reads the same documents through the engine's cache; figures are held against weights and cache in the
-dtype of activations.
+Every setting reads the same documents through the engine's cache. The baseline has weights and cache in the dtype of
+activations.
 """
 
 import dataclasses
@@ -18,12 +18,12 @@ import rich.console
 import rich.table
 
 _ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(_ROOT))  # a script's own folder is where Python looks, not the one it is called from
+sys.path.insert(0, str(_ROOT))  # Python searches the script's own folder only
 
 from dsv2_jax import cli  # noqa: E402
 from dsv2_jax.config import check  # noqa: E402
 
-SETTINGS = (  # weights, cache; the first is what the others are held against
+SETTINGS = (  # weights, cache; the first is the baseline
     ("compute", "compute"),
     ("compute", "bfloat16"),
     ("compute", "int8"),
@@ -35,25 +35,25 @@ SETTINGS = (  # weights, cache; the first is what the others are held against
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """Held-out figures of weights and caches in fewer bits."""
+class QuantizationBenchmark:
+    """Measure quantized weights and caches on held-out text."""
 
     checkpoint: Path  # a run's folder
-    documents: int = 24  # of the held-out split, the first of at least 64 tokens
-    json: Path | None = None  # the figures, for a program
+    documents: int = 24  # the first ones of at least 64 tokens in the held-out split
+    json: Path | None = None  # write the figures to this file
 
     def __post_init__(self) -> None:
         check(self.documents > 0, f"--documents must be positive, not {self.documents}")
 
 
 def read(loaded: Any, count: int, length: int) -> list[list[int]]:
-    """Token ids of held-out documents, each with its begin, cut to `length`."""
+    """Token ids of held-out documents, each with its BOS token, truncated to `length`."""
     from dsv2_jax.data import corpora
 
-    words, held_out = loaded.need_tokenizer(), corpora.prepare(loaded.config.data).held_out
+    tokenizer, held_out = loaded.need_tokenizer(), corpora.prepare(loaded.config.data).held_out
     documents = []
     for i in range(len(held_out)):
-        ids = [words.bos_id, *words.encode(held_out[i]["text"].decode())][:length]
+        ids = [tokenizer.bos_id, *tokenizer.encode(held_out[i]["text"].decode())][:length]
         documents += [ids] if len(ids) >= 64 else []
         if len(documents) == count:
             break
@@ -62,7 +62,7 @@ def read(loaded: Any, count: int, length: int) -> list[list[int]]:
 
 
 def log_softmax(logits_TW: np.ndarray) -> np.ndarray:
-    """In float64."""
+    """Log-probabilities in float64."""
     z = logits_TW.astype(np.float64)
     z -= z.max(-1, keepdims=True)
     return z - np.log(np.exp(z).sum(-1, keepdims=True))
@@ -70,7 +70,7 @@ def log_softmax(logits_TW: np.ndarray) -> np.ndarray:
 
 def main() -> int:
     """Measures every setting and prints the table."""
-    options = cli.parse(Options, prog="quantization.py")
+    options = cli.parse(QuantizationBenchmark, prog="quantization.py")
     from dsv2_jax import loading
     from dsv2_jax.inference.engine import Capacity, Engine
 

@@ -1,1 +1,1 @@
-"""TPU kernels of DeepSeek-V2's operations, and what they cost."""
+"""TPU kernels of DeepSeek-V2's operations, and estimates of their cost."""

@@ -1,14 +1,20 @@
-"""What the kernels and their cost need to know of each TPU: one table, with its sources.
+"""The facts of each TPU that the kernels, their estimates and the planner use: one table, with its sources.
 
-Sources. HBM and VMEM: jax/_src/pallas/mosaic/tpu_info.py of jax 0.10.2, divided by the cores of a chip. MXUs and their
-width: the same. Clock: the one at which these MXUs give the published peak (cloud.google.com/tpu/docs/v5e, v5p, v6e,
-tpu7x: 197, 459, 918 and 2,307 TFLOP/s in bfloat16 a chip). Cycles a matmul instruction occupies its MXU: 16 rows of
-bfloat16 at the rows a cycle which that same peak asks for. Latencies: read off the distance that the compiler's own
-schedules keep between a matmul, or a transpose, and the pop of its result. Delay slots: the bundles behind a branch
-that are guarded as those before it are; a label or another branch ends them too. HBM's size and the links: the same
-pages of Google's documentation, whose bidirectional bandwidth of a chip is divided by its links and by two directions;
-of that nine tenths, which is what a link carries of a large transfer (jax-ml.github.io/scaling-book/tpus). Between
-slices: the data centre network's share of a chip, the same pages. v4: cloud.google.com/tpu/docs/v4, likewise.
+The table is not in pricing/ because the kernels read it at run time, to see whether they support the chip.
+
+Sources:
+- HBM bandwidth, VMEM, number and width of the MXUs: jax/_src/pallas/mosaic/tpu_info.py of jax 0.10.2, divided by the
+  cores of a chip.
+- Clock: the one at which these MXUs give the published peak: 197, 459, 918 and 2,307 TFLOP/s in bfloat16 a chip
+  (cloud.google.com/tpu/docs/v5e, v5p, v6e, tpu7x).
+- Cycles of a matmul instruction: 16 rows of bfloat16, at the rows a cycle that the same peak implies.
+- Latencies: the distance in the compiler's own schedules between a matmul, or a transpose, and the pop of its result.
+- Delay slots: the bundles after a branch that have the guards of those before it. A label or another branch also ends
+  them.
+- HBM size and links: the same pages. A link has the chip's bidirectional bandwidth divided by its links and by two
+  directions, times 0.9, the share that a large transfer reaches (jax-ml.github.io/scaling-book/tpus).
+- Between slices: a chip's share of the data centre network, the same pages.
+- v4: cloud.google.com/tpu/docs/v4, likewise.
 """
 
 import dataclasses
@@ -18,24 +24,24 @@ from jax.experimental.pallas import tpu as pltpu
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One TensorCore of a chip, and how many of them one device has (`cores`: 2 where a kernel's grid may use both)."""
+    """One TensorCore of a chip. cores: TensorCores of one JAX device; with 2 a kernel's grid may use both."""
 
-    kind: str  # as jax.Device.device_kind says it
-    topology: str  # the smallest one, for jax.experimental.topologies
+    kind: str  # jax.Device.device_kind
+    topology: str  # the smallest, for jax.experimental.topologies
     cores: int
     clock: float  # Hz
     mxus: int
     mxu_width: int
-    matmul_cycles: int  # that one matmul instruction (16 rows of 16 bits, or 8 of 32) occupies an MXU
-    matmul_latency: int  # cycles from there to its first result
-    delay_slots: int = 4  # bundles behind a branch that are still executed, at most
-    hbm: float  # bytes a second
+    matmul_cycles: int  # for which a matmul instruction (16 rows of 16 bits, or 8 of 32) occupies an MXU
+    matmul_latency: int  # cycles from then to its first result
+    delay_slots: int = 4  # bundles after a branch that still execute, at most
+    hbm: float  # bytes per second
     vmem: int  # bytes
     hbm_size: int  # bytes of one device
     devices: int = 1  # of a chip
-    links: int  # of a chip to its neighbours: 6 on a 3D torus, 4 on a 2D one
-    link: float  # bytes a second, one way
-    dcn: float  # bytes a second of a chip to other slices, one way
+    links: int  # of a chip to its neighbours: 6 in a 3D torus, 4 in a 2D torus
+    link: float  # bytes per second, one way
+    dcn: float  # bytes per second of a chip to other slices, one way
 
     @property
     def peak(self) -> float:
@@ -43,7 +49,7 @@ class Chip:
         return 2 * self.mxus * self.mxu_width**2 * 16 / self.matmul_cycles * self.clock
 
 
-CHIPS = {  # that the kernels are made for
+CHIPS = {
     "v5e": Chip(
         kind="TPU v5 lite",
         topology="v5e:2x2",
@@ -92,7 +98,7 @@ CHIPS = {  # that the kernels are made for
         link=90e9,
         dcn=12.5e9,
     ),
-    "tpu7x": Chip(  # a chip is two devices of one core
+    "tpu7x": Chip(  # a chip is two devices with one core each
         kind="TPU7x",
         topology="tpu7x:2x2x1",
         cores=1,
@@ -110,10 +116,6 @@ CHIPS = {  # that the kernels are made for
         link=90e9,
         dcn=12.5e9,
     ),
-}
-
-# Whole programs are planned for these; a v4's VMEM holds no block of the kernels, so it runs XLA's own operations.
-PLANNED = CHIPS | {
     "v4": Chip(
         kind="TPU v4",
         topology="v4:2x2x1",
@@ -133,21 +135,25 @@ PLANNED = CHIPS | {
 }
 
 
-def here() -> str | None:
-    """The chip that code traced now is for, the mesh's in use, else the default device's: its name in `CHIPS`.
+# A v4's VMEM holds no block of the kernels, so a v4 runs XLA's own operations.
+KERNEL_CHIPS = tuple(name for name in CHIPS if name != "v4")
 
-    None: no TPU of these.
+
+def here() -> str | None:
+    """Name of the chip that code traced now is for: the one of the mesh in use, else of the default device.
+
+    None unless it is one of KERNEL_CHIPS.
     """
     if not pltpu.is_tpu_device():
         return None
     version = str(pltpu.get_tpu_info().chip_version)
     name = "tpu7x" if version == "7x" else version
-    return name if name in CHIPS else None
+    return name if name in KERNEL_CHIPS else None
 
 
-def needed() -> str:
-    """`here`. Raises ValueError where there is none of these chips."""
+def require() -> str:
+    """As `here`. Raises ValueError where the kernels do not run."""
     chip = here()
     if chip is None:
-        raise ValueError(f"the kernels need a TPU of {', '.join(CHIPS)}, and this is none of them")
+        raise ValueError(f"the kernels need a TPU of {', '.join(KERNEL_CHIPS)}, and this is none of them")
     return chip

@@ -1,4 +1,4 @@
-"""Weights in 8 bits, as the model keeps them for generation and the kernels read them."""
+"""Weights in 8 bits: the model keeps them for generation, the kernels read them."""
 
 from typing import NamedTuple
 
@@ -6,15 +6,14 @@ from jax import Array
 
 
 class Quantized(NamedTuple):
-    """A weight in fewer bits: values (int8 or float8_e4m3fn) times scale, float32, which is 1 wide where values share
-    it."""
+    """A quantized weight: values (int8 or float8_e4m3fn) times scale, float32, of size 1 where values share it."""
 
     values: Array
     scale: Array
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the weight."""
+        """Shape of the weight."""
         return self.values.shape
 
 

@@ -23,7 +23,7 @@ from dsv2_jax.ops.pages import LayerPages
 from dsv2_jax.ops.switch import Execution
 from dsv2_jax.parallel import collectives, context
 from dsv2_jax.parallel.mesh import TENSOR
-from pallas_kernels.constants import MASKED
+from pallas_kernels.common import MASKED
 
 LATENT_EPSILON = 1e-6  # of the norms after both compressions: fixed in the released models, whatever rms_norm_eps is
 _BY_HEAD = {"w_uk_CHN": ("w_uk_HCN", (1, 0, 2)), "w_uv_CHV": ("w_uv_HVC", (1, 2, 0))}

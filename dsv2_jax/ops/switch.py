@@ -51,12 +51,12 @@ def implementation(compute: Compute, chip: str | None = None) -> Implementation:
     loops: Implementation = "cpu" if here == "cpu" else "xla"
     if compute.kernels == "xla":
         return loops
-    if (chip or chips.here()) in chips.CHIPS:
+    if (chip or chips.here()) in chips.KERNEL_CHIPS:
         return "pallas"
     name = chip or device_kind()
     check(
         compute.kernels == "auto",
-        f"compute.kernels is pallas, but the kernels run on TPUs of {', '.join(chips.CHIPS)} and not on {name}: "
+        f"compute.kernels is pallas, but the kernels run on TPUs of {', '.join(chips.KERNEL_CHIPS)} and not on {name}: "
         "leave it at auto",
     )
     if here == "tpu":

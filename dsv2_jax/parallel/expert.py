@@ -22,7 +22,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from dsv2_jax.config import Mesh, Moe
 from dsv2_jax.parallel import collectives
 from dsv2_jax.parallel.mesh import platform
-from pallas_kernels.constants import LANES
+from pallas_kernels.common import LANES
 
 AXIS = ("expert",)
 _FEW_PAIRS = 32_768  # their rows take a third of a GiB at V2's width, which is cheaper than reading the weights twice

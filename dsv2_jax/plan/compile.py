@@ -22,7 +22,7 @@ from dsv2_jax.ops import switch
 from dsv2_jax.parallel import sharding, xla
 from dsv2_jax.parallel.mesh import BATCH
 from dsv2_jax.plan.program import HLO, PROGRAM, REQUEST, Program, Work
-from pallas_kernels.chips import PLANNED, Chip
+from pallas_kernels.chips import CHIPS, Chip
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
 # What a compiled step depends on; the rest of plan/ only reads it.
@@ -59,8 +59,8 @@ class Topology:
         found = re.fullmatch(r"(\w+):(\d+x\d+(?:x\d+)?)", self.name)
         check(found is not None, f"a topology reads CHIP:XxYxZ, or CHIP:XxY on a chip with four links, not {self.name}")
         kind = self.kind
-        told = cli.nearest(kind, PLANNED) or "; there are " + ", ".join(PLANNED)
-        check(kind in PLANNED, f"unknown chip '{kind}'{told}")
+        told = cli.nearest(kind, CHIPS) or "; there are " + ", ".join(CHIPS)
+        check(kind in CHIPS, f"unknown chip '{kind}'{told}")
         dims = 3 if self.chip.links == 6 else 2
         check(len(self.shape) == dims, f"a topology of {kind} has {dims} dimensions: {self.name} has {len(self.shape)}")
 
@@ -72,7 +72,7 @@ class Topology:
     @property
     def chip(self) -> Chip:
         """The facts of its chips."""
-        return PLANNED[self.kind]
+        return CHIPS[self.kind]
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -17,14 +17,14 @@ from pathlib import Path
 from dsv2_jax.config import Config
 from dsv2_jax.plan import hlo, timeline
 from dsv2_jax.plan.compile import sources
-from pallas_kernels import cost, shapes
-from pallas_kernels.chips import PLANNED, Chip
-from pallas_kernels.ops import OPS
+from pallas_kernels.chips import CHIPS, Chip
+from pallas_kernels.common import LANES
+from pallas_kernels.pricing import cost, shapes
+from pallas_kernels.pricing.ops import OPS
 
 Shape = shapes.LatentAttention | shapes.LatentDecode | shapes.ExpertDispatch
 
 _ATTENTION, _DECODE, _COMBINE = "latent_forward_backward", "latent_decode", "expert_combine"
-_LANES = 128  # of a vector register
 _SEQUENCES = 32  # that a decode step is priced at
 _PAGE = 256
 _TOKENS = 4096  # that attention is priced at, at most: longer backward passes run in a loop, priced as one turn of it
@@ -55,7 +55,7 @@ class Prices:
 
     @property
     def _chip(self) -> Chip:
-        return PLANNED[self._name]
+        return CHIPS[self._name]
 
     @property
     def _peak(self) -> float:
@@ -166,7 +166,7 @@ class Prices:
 
 def _padded(width: int) -> int:
     """As the op pads rows and weights for its kernels."""
-    return -(-width // _LANES) * _LANES
+    return -(-width // LANES) * LANES
 
 
 def declared(instruction: hlo.Instruction) -> tuple[float, float]:
@@ -180,7 +180,7 @@ def declared(instruction: hlo.Instruction) -> tuple[float, float]:
 
 
 def _kernel(instruction: hlo.Instruction, operands: list[tuple[int, ...]], dtypes: set[str]) -> str | None:
-    """The op of `pallas_kernels.ops` that a call is one of, `latent_forward` or `latent_backward`, or None."""
+    """The op of `pallas_kernels.pricing.ops` that a call is one of, `latent_forward` or `latent_backward`, or None."""
     name = instruction.name
     if _DECODE in name:
         return _DECODE + next((bits for dtype, bits in {"s8": "_int8", "u8": "_int6"}.items() if dtype in dtypes), "")

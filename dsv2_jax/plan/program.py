@@ -32,7 +32,7 @@ from dsv2_jax.parallel import sharding, xla
 from dsv2_jax.plan import decode, network
 from dsv2_jax.training.loss import loss
 from dsv2_jax.training.step import create, state_specs, train_step
-from pallas_kernels.chips import PLANNED
+from pallas_kernels.chips import CHIPS
 
 REQUEST, PROGRAM, HLO = "request.json", "program.json", "hlo.txt.gz"
 _INTS, _FLOATS = ("tokens_BT", "targets_BT", "positions_BT", "segments_BT"), ("weights_BT",)
@@ -170,7 +170,7 @@ def main(folder: Path) -> None:
     config = settings.from_json(Config, json.dumps(request["config"]))
     name = request["topology"]
     # Two cores that make one device: a v5p's are so by default, a v4's are not.
-    joined = {"chip_config_name": "megacore"} if PLANNED[name.split(":")[0]].cores == 2 else {}
+    joined = {"chip_config_name": "megacore"} if CHIPS[name.split(":")[0]].cores == 2 else {}
     devices = topologies.get_topology_desc(
         platform="tpu", topology_name=name, num_slices=request["slices"], **joined
     ).devices

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.constants import LANES
+from pallas_kernels.common import LANES
 from pallas_kernels.expert_dispatch.row_pipeline import Product, RowOperand, RowResult, Tile, over_rows
 from pallas_kernels.expert_dispatch.tiles import Tiles
 from pallas_kernels.quantized import Weight

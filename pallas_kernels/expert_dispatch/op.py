@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.constants import LANES
+from pallas_kernels.common import LANES
 from pallas_kernels.expert_dispatch import kernels
 from pallas_kernels.expert_dispatch.tiles import ALIGN
 from pallas_kernels.quantized import Quantized, Weight

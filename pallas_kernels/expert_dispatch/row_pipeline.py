@@ -15,12 +15,11 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.constants import LANES
+from pallas_kernels.common import LANES, Ref, cost_estimate
 from pallas_kernels.expert_dispatch.tiles import (
     ALIGN,
     MIB,
     PIECES,
-    Ref,
     TilePlan,
     Tiles,
     chip,
@@ -141,7 +140,7 @@ class RowResult(NamedTuple):
 
 
 class Product(NamedTuple):
-    """What the body computes. name: in profiles and plans. depth: the contracted size."""
+    """The product that a body computes. name: in profiles and plans. depth: the contracted size."""
 
     name: str
     weight_axis: int  # along which column blocks split the weights
@@ -211,7 +210,7 @@ def over_rows(
         ),
         out_shape=shapes,
         compiler_params=compiler_params(),
-        cost_estimate=work(2 * pairs * sum(w[0].size for w in values), [*scales, *arrays, *values, *shapes]),
+        cost_estimate=cost_estimate(2 * pairs * sum(w[0].size for w in values), [*scales, *arrays, *values, *shapes]),
         name=product.name,
     )(sizes_E, *scales, *arrays, *values)
     return [r[:given] for r in made] if pairs != given else made
@@ -338,12 +337,6 @@ def carry(tile: Ref, kept: Ref, skip: Array, count: Array) -> None:
 def round_up(count: Number) -> Number:
     """Rounds up to a multiple of ALIGN."""
     return (count + ALIGN - 1) & -ALIGN
-
-
-def work(flops: int, arrays: Sequence[Array | jax.ShapeDtypeStruct]) -> pl.CostEstimate:
-    """The kernel's cost for XLA, which schedules transfers to overlap with it. Each array moves once."""
-    moved = sum(a.size * a.dtype.itemsize for a in arrays)
-    return pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0)
 
 
 def compiler_params() -> pltpu.CompilerParams:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from pallas_kernels.constants import LANES
+from pallas_kernels.common import LANES
 from pallas_kernels.expert_dispatch.grouped_matmul import dot, over_columns
 from pallas_kernels.expert_dispatch.row_pipeline import Product, RowOperand, RowResult, Tile, over_rows
 from pallas_kernels.expert_dispatch.tiles import Tiles
@@ -68,7 +68,7 @@ def hidden_gradient(
 ) -> tuple[Array, Array, Array, Array]:
     """(d gate_PF, d up_PF, hidden_PF, d gates_P) from the gradient g of hidden @ w_down; see `gate_up` for the names.
 
-    The gradient of w_down needs hidden, which is computed again here from the factors at hand. d gates is float32, the
+    The gradient of w_down needs hidden, so the kernel computes it again from its factors. d gates is float32, the
     others are in g's dtype. Rows after the sum of the group sizes are not read, and are undefined in the results.
     """
 

@@ -1,6 +1,6 @@
 """Splits the rows of uneven groups into tiles: lists of integers that a kernel computes in scalar memory.
 
-In XLA the same lists take about twenty small operations, each of which costs more than all of them here.
+XLA needs about twenty small operations for the same lists, and each of them costs more than the kernel's lists.
 
 Groups follow each other from row 0. A tile holds rows of one group; it starts at a multiple of ALIGN, so its first rows
 may belong to the group before. Letters: P rows, E groups, I tiles, J groups that have rows.
@@ -14,13 +14,11 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.constants import LANES
+from pallas_kernels.common import LANES, Ref
 
 ALIGN = 16  # rows, the height of a packed bfloat16 register: DMAs start and end at multiples of it
 PIECES = 8  # DMAs of a group's weights (half as many in 8 bits), spread over the tiles of the group before
 MIB = 2**20
-
-Ref = Any  # memory that a kernel reads and writes like an array; Pallas has no public type for it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.constants import LANES
+from pallas_kernels.common import LANES, Ref, cost_estimate
 from pallas_kernels.expert_dispatch.grouped_matmul import dot
 from pallas_kernels.expert_dispatch.row_pipeline import (
     Act,
@@ -23,9 +23,8 @@ from pallas_kernels.expert_dispatch.row_pipeline import (
     round_up,
     start,
     wait,
-    work,
 )
-from pallas_kernels.expert_dispatch.tiles import ALIGN, MIB, Ref, TilePlan, Tiles, chip, lay_out
+from pallas_kernels.expert_dispatch.tiles import ALIGN, MIB, TilePlan, Tiles, chip, lay_out
 
 
 def tgmm(
@@ -81,7 +80,7 @@ def tgmm_each(
         ),
         out_shape=shapes,
         compiler_params=compiler_params(),
-        cost_estimate=work(2 * pairs * depth * width * many, [lhs_PD, *rhs, *shapes]),
+        cost_estimate=cost_estimate(2 * pairs * depth * width * many, [lhs_PD, *rhs, *shapes]),
         name=name,
     )(group_sizes_E, lhs_PD, *rhs)
 

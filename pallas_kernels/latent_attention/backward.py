@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.constants import LANES
+from pallas_kernels.common import LANES, cost_estimate
 from pallas_kernels.latent_attention.forward import NN, NT, VMEM_LIMIT, dot, join
 from pallas_kernels.latent_attention.visibility import (
     FlashBlocks,
@@ -26,7 +26,6 @@ from pallas_kernels.latent_attention.visibility import (
     mask_corner,
     place,
     walk,
-    work,
 )
 
 
@@ -241,7 +240,7 @@ def _sweep(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary", "arbitrary"),
             vmem_limit_bytes=VMEM_LIMIT,
         ),
-        cost_estimate=work(b * h * t * blocks.chunk * (3 * width + 2 * v), (x, grads)),
+        cost_estimate=cost_estimate(b * h * t * blocks.chunk * (3 * width + 2 * v), (x, grads)),
         interpret=interpret,
     )(*args, before)[0]
 

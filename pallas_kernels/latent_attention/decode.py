@@ -31,7 +31,7 @@ def latent_decode(
     and for a quantized cache unless C is a multiple of 4 and R of 16.
     """
     check(queries, pages, sequences)
-    chip = chips.needed()
+    chip = chips.require()
     bits = packing.bits(pages.latent_LKC.dtype)
     blocks = blocks or decode_tuning.blocks(chip, queries[0].shape[1], pages.latent_LKC.shape[1], bits)
     cores = pltpu.get_tpu_info().num_cores

@@ -92,5 +92,5 @@ def max_sequences(pages: int, tokens: int) -> int:
 
 
 def _scalars(tokens: int, sequences: int, pages: int) -> int:
-    """Bytes of scalar memory: the page table, and four numbers for each job, of which there are `tokens` at most."""
+    """Bytes of scalar memory: the page table, and four numbers for each of at most `tokens` jobs."""
     return 4 * (sequences * pages + 4 * tokens)

@@ -1,13 +1,13 @@
 """The kernel of decode.py.
 
-It walks lists of (job, chunk): a job is one token, or a block of consecutive tokens of one sequence; a chunk is
-a run of cache slots. Several lists ("streams") advance together, so that the matrix unit serves one while another's
-softmax is computed; the pages of the next chunk travel meanwhile, whichever job they belong to. Pages in fewer bits
-travel as they are stored and become integers of the queries' dtype in VMEM; their scales, one for each slot, join the
+It computes a list of (job, chunk). A job is one token, or a block of consecutive tokens of one sequence; a chunk is a
+run of cache slots. Several lists, the streams, advance together, so that the matrix unit works on one while the softmax
+of another is computed. The pages of the next chunk are copied meanwhile, also across jobs. Quantized pages are copied
+as they are stored, and become integers in the queries' dtype in VMEM; the scales, one for each slot, multiply the
 scores and the weights.
 
-T query tokens of all sequences, H heads, C latent, R rope dim, N sequences, P pages of a sequence, L pages in all, K
-slots of a page, J jobs, S streams, M rows of a job: its tokens times H.
+Letters as in pages.py and decode_jobs.py; T query tokens of all sequences, H heads, M = tokens H
+rows of a job.
 """
 
 import functools
@@ -20,14 +20,12 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.constants import LANES, MASKED
+from pallas_kernels.common import LANES, MASKED, Ref
 from pallas_kernels.latent_attention import packing
 from pallas_kernels.latent_attention.decode_jobs import DecodeBlocks, DecodeGrid, Jobs, check_scalars, make_jobs
 from pallas_kernels.latent_attention.pages import CachePages, Sequences
 
-Ref = Any  # what Pallas hands a kernel: memory that is read and written like an array
-
-_VMEM = 56 * 2**20  # of the 64 MiB that the smallest has
+_VMEM = 56 * 2**20  # bytes; the smallest VMEM has 64 MiB
 _LOG2_E = 1.4426950408889634
 
 
@@ -40,17 +38,17 @@ class _Hbm(NamedTuple):
 
 
 class _Vmem(NamedTuple):
-    """Scratch, S first. Doubled over the next dim are queries (by job), pages (by step) and results (by job)."""
+    """Scratch, S first. The dimension of 2 is a double buffer: by job for queries and results, by step for pages."""
 
     q_c: Ref  # [S, 2, tokens, H, C]
     q_r: Ref  # [S, 2, tokens, H, R]
     latent: Ref  # [S, 2, pages, K, C], as stored
     rope: Ref  # [S, 2, pages, R, K], as stored
     scales: Ref  # [S, 2, pages, 1, K], or None
-    whole: Ref  # [S, 4, pages * K, C / 4], or None: latents in fewer bits, in the queries' dtype and in quarters
+    integers: Ref  # [S, 4, pages * K, C / 4], or None: quantized latents in the queries' dtype, in quarters
     out: Ref  # [S, 2, tokens, H, C]
-    top: Ref  # [S, M, 128] float32: each row's largest score so far, in every lane
-    total: Ref  # [S, M, 128] float32: the lanes' shares of the softmax's sum
+    top: Ref  # [S, M, 128] float32: each row's maximal score so far, in every column
+    total: Ref  # [S, M, 128] float32: the softmax's sum, split over the columns
     sum: Ref  # [S, M, C] float32
     q_arrived: Ref  # DMA semaphores [S, 2]
     pages_arrived: Ref
@@ -111,7 +109,7 @@ def _call(
         latent=pltpu.VMEM((*page, *arrays.latent_LKC.shape[1:]), stored),
         rope=pltpu.VMEM((*page, *arrays.rope_LRK.shape[1:]), stored),
         scales=pltpu.VMEM((*page, 1, k), jnp.uint32) if packed else None,
-        whole=pltpu.VMEM((s, 4, grid.pages * k, c // 4), dtype) if packed else None,
+        integers=pltpu.VMEM((s, 4, grid.pages * k, c // 4), dtype) if packed else None,
         out=pltpu.VMEM((s, 2, tokens, h, c), dtype),
         top=pltpu.VMEM((s, tokens * h, 128), jnp.float32),
         total=pltpu.VMEM((s, tokens * h, 128), jnp.float32),
@@ -158,7 +156,7 @@ def _kernel(*refs: Ref, pages_of_sequence: int, scale: float) -> None:
         for s in range(count)
     ]
     for stream in streams:
-        stream.forget()
+        stream.reset()
         pl.when(stream.first < stream.end)(functools.partial(stream.fetch, stream.first, jnp.int32(0), jnp.int32(0)))
 
     def step(i: Array, now: tuple[tuple[Array, Array], ...]) -> tuple[tuple[Array, Array], ...]:
@@ -167,7 +165,7 @@ def _kernel(*refs: Ref, pages_of_sequence: int, scale: float) -> None:
             pl.when(at[0] < stream.end)(functools.partial(stream.fetch, *at, (i + 1) % 2))
         for stream, at in zip(streams, now, strict=True):
             pl.when(at[0] < stream.end)(functools.partial(stream.await_pages, *at, i % 2))
-        # A stream that is through computes on, unseen: the branches that would spare it cost the others more.
+        # A stream without jobs left computes on, without effect: branches around it would cost the others more.
         plain = functools.reduce(
             jnp.logical_and, (stream.sees_all(*at) for stream, at in zip(streams, now, strict=True))
         )
@@ -191,7 +189,7 @@ def _kernel(*refs: Ref, pages_of_sequence: int, scale: float) -> None:
 
 
 class _Stream:
-    """One list of jobs and its scratch, S dropped from the shapes of _Vmem."""
+    """One list of jobs and its scratch, with the shapes of _Vmem without S."""
 
     def __init__(self, s: Array, jobs: Jobs, table: Ref, pages_of_sequence: int, hbm: _Hbm, o_THC: Ref, vmem: _Vmem):
         self.jobs, self.table, self.pages_of_sequence = jobs, table, pages_of_sequence
@@ -201,12 +199,12 @@ class _Stream:
         self.slots = self.pages * self.k
 
     def after(self, job: Array, chunk: Array) -> tuple[Array, Array]:
-        """The (job, chunk) that follows."""
+        """The next (job, chunk)."""
         last = (chunk + 1) * self.slots >= self.jobs.visible_J[job]
         return jnp.where(last, job + 1, job), jnp.where(last, 0, chunk + 1)
 
     def fetch(self, job: Array, chunk: Array, half: Array) -> None:
-        """Starts the copies of a chunk's pages, and with a job's first chunk those of its queries."""
+        """Starts the copies of a chunk's pages, and of a job's queries with its first chunk."""
         at = self.jobs.sequence_J[job] * self.pages_of_sequence + chunk * self.pages
 
         def start(p: int | Array, _: None = None) -> None:
@@ -227,12 +225,12 @@ class _Stream:
             self._each_query(job, lambda copy: copy.start())
 
     def await_pages(self, job: Array, chunk: Array, half: Array) -> None:
-        """Waits for what `fetch` started, and zeroes latents of slots that nobody filled where they may be NaN."""
+        """Waits for the copies that `fetch` started. Sets latents of unwritten slots to 0, since they may be NaN."""
         v = self.vmem
         filled = self._filled_pages(job, chunk)
 
         @pl.when(filled == self.pages)
-        def _() -> None:  # a wait counts bytes: one for all pages will do
+        def _() -> None:  # a wait counts bytes, so one serves all pages
             for _, buffer in self._buffers():
                 pltpu.make_async_copy(buffer.at[half], buffer.at[half], v.pages_arrived.at[half]).wait()
 
@@ -253,7 +251,7 @@ class _Stream:
         slots = self.jobs.visible_J[job] - chunk * self.slots
 
         @pl.when(slots < self.slots)
-        def _() -> None:  # a weight of zero does not silence a NaN
+        def _() -> None:  # a weight of 0 does not remove a NaN
             for p in range(self.pages):
                 rows = lax.broadcasted_iota(jnp.int32, (self.k, 1), 0) + p * self.k
                 v.latent[half, p] = jnp.where(rows < slots, v.latent[half, p], jnp.zeros((), v.latent.dtype))
@@ -262,14 +260,14 @@ class _Stream:
         return jnp.minimum(pl.cdiv(self.jobs.visible_J[job] - chunk * self.slots, self.k), self.pages)
 
     def _copies(self, number: int | Array, p: int | Array, half: Array) -> list[Any]:
-        """The copies of one page of the cache to place p of a chunk."""
+        """The copies of a page of the cache to page p of a chunk."""
         arrived = self.vmem.pages_arrived.at[half]
         return [
             pltpu.make_async_copy(cache.at[number], buffer.at[half, p], arrived) for cache, buffer in self._buffers()
         ]
 
     def _buffers(self) -> list[tuple[Ref, Ref]]:
-        """The arrays of the cache, and where their pages go."""
+        """The arrays of the cache with the buffers of their pages."""
         buffers = [(self.hbm.latent_LKC, self.vmem.latent), (self.hbm.rope_LRK, self.vmem.rope)]
         return buffers if self.hbm.scales_L1K is None else [*buffers, (self.hbm.scales_L1K, self.vmem.scales)]
 
@@ -293,7 +291,7 @@ class _Stream:
         lax.fori_loop(0, self.jobs.count_J[job], token, None)
 
     def sees_all(self, job: Array, chunk: Array) -> Array:
-        """Whether the job's first token, and so every one, sees all slots of a chunk."""
+        """Whether the job's first token, and so each of its tokens, sees all slots of a chunk."""
         return self.jobs.visible_J[job] - (self.jobs.count_J[job] - 1) >= (chunk + 1) * self.slots
 
     def attend(self, job: Array, chunk: Array, half: Array, scale: float, mask: bool) -> None:
@@ -301,7 +299,7 @@ class _Stream:
         v = self.vmem
         tokens, h, c = v.q_c.shape[1:]
         q_MC, q_MR = v.q_c[job % 2].reshape(tokens * h, c), v.q_r[job % 2].reshape(tokens * h, -1)
-        scores = self._scores if v.whole is None else self._scores_of_integers
+        scores = self._scores if v.integers is None else self._scores_of_integers
         scores_MS, latent_SC, scale_1S = scores(q_MC, q_MR, half)
         if mask:
             token_M1 = lax.broadcasted_iota(jnp.int32, (tokens * h, 1), 0) // h
@@ -309,7 +307,7 @@ class _Stream:
             slot_1S = lax.broadcasted_iota(jnp.int32, (1, self.slots), 1)
             seen_MS = slot_1S < visible - (self.jobs.count_J[job] - 1 - token_M1)
             scores_MS = jnp.where(seen_MS, scores_MS, MASKED)
-            if scale_1S is not None:  # rows of padding see nothing, and weigh all alike
+            if scale_1S is not None:  # rows of padding see nothing, which gives all slots the same weight
                 scale_1S = jnp.where(slot_1S < visible, scale_1S, 0.0)
 
         top_ML = v.top[...]
@@ -323,7 +321,7 @@ class _Stream:
         v.sum[...] = v.sum[...] * shrink_ML[:, :1] + _dot(weights_MS.astype(latent_SC.dtype), latent_SC, (1, 0))
 
     def _scores(self, q_MC: Array, q_MR: Array, half: Array) -> tuple[Array, Array, None]:
-        """A chunk's scores, its latents, and no scales for them."""
+        """A chunk's scores and latents, which have no scales."""
         v = self.vmem
         latent_SC = v.latent[half].reshape(self.slots, -1)
         rope_RS = jnp.concatenate([v.rope[half, p] for p in range(self.pages)], axis=1)
@@ -332,37 +330,37 @@ class _Stream:
         return scores_MS, latent_SC, None
 
     def _scores_of_integers(self, q_MC: Array, q_MR: Array, half: Array) -> tuple[Array, Array, Array]:
-        """The same of a cache in fewer bits: its latents are integers, with a scale for each slot."""
+        """The same for a quantized cache: the latents are integers with a scale for each slot."""
         v = self.vmem
         scores, scales = [], []
         for p in range(self.pages):
             c_1K, r_1K = packing.scales(v.scales[half, p], v.latent.dtype)
             here = slice(p * self.k, (p + 1) * self.k)
-            # Through memory: a conversion's registers hold rows in another order than the matrix unit asks for.
+            # Through memory, since a conversion leaves rows in another order in registers than the matrix unit needs.
             for i, quarter in enumerate(_quarters(v.latent[half, p], 1)):
-                v.whole[i, here] = quarter.astype(v.whole.dtype)
-            latent_KC = jnp.concatenate([v.whole[i, here] for i in range(4)], axis=1)
-            rope_RK = jnp.concatenate([x.astype(v.whole.dtype) for x in _quarters(v.rope[half, p], 0)], axis=0)
+                v.integers[i, here] = quarter.astype(v.integers.dtype)
+            latent_KC = jnp.concatenate([v.integers[i, here] for i in range(4)], axis=1)
+            rope_RK = jnp.concatenate([x.astype(v.integers.dtype) for x in _quarters(v.rope[half, p], 0)], axis=0)
             scores.append(_dot(q_MC, latent_KC, (1, 1)) * c_1K + _dot(q_MR, rope_RK, (1, 0)) * r_1K)
             scales.append(c_1K)
-        latent_SC = jnp.concatenate([v.whole[i] for i in range(4)], axis=1)
+        latent_SC = jnp.concatenate([v.integers[i] for i in range(4)], axis=1)
         return jnp.concatenate(scores, axis=1), latent_SC, jnp.concatenate(scales, axis=1)
 
     def finish(self, job: Array) -> None:
-        """Sends a job's result on its way and forgets the job."""
+        """Starts the copies of a job's result, and resets the softmax for the next job."""
         pl.when(job - 2 >= self.first)(functools.partial(self.await_out, job - 2))
         v = self.vmem
         o_MC = v.sum[...] / jnp.sum(v.total[...], axis=1, keepdims=True)
         v.out[job % 2] = o_MC.astype(v.out.dtype).reshape(v.out.shape[1:])
         self._each_result(job, lambda copy: copy.start())
-        self.forget()
+        self.reset()
 
     def await_out(self, job: Array) -> None:
-        """Waits until a job's result has left its buffer."""
+        """Waits until a job's result is copied."""
         self._each_result(job, lambda copy: copy.wait())
 
-    def forget(self) -> None:
-        """The softmax of no slots yet."""
+    def reset(self) -> None:
+        """Starts the running softmax anew."""
         v = self.vmem
         v.top[...] = jnp.full(v.top.shape, MASKED, jnp.float32)
         v.total[...] = jnp.zeros(v.total.shape, jnp.float32)
@@ -370,7 +368,7 @@ class _Stream:
 
 
 def _quarters(page: Array, axis: int) -> Sequence[Array]:
-    """The quarters of a page's rows as int8. Words of four bytes, along either axis, are unpacked as bytes are."""
+    """The quarters of a page's rows as int8. Packed pages are unpacked four bytes at a time."""
     if page.dtype == jnp.int8:
         return jnp.split(page, 4, axis=axis)
     return [pltpu.bitcast(x, jnp.int8) for x in packing.unpack(pltpu.bitcast(page, jnp.uint32), axis)]

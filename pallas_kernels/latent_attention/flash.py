@@ -12,7 +12,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import chips
-from pallas_kernels.constants import LANES
+from pallas_kernels.common import LANES
 from pallas_kernels.latent_attention import backward as backward_kernel
 from pallas_kernels.latent_attention.forward import forward
 from pallas_kernels.latent_attention.inputs import AttentionInputs, Keys, Queries, Segments

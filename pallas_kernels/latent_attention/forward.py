@@ -16,9 +16,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.constants import LANES, MASKED
+from pallas_kernels.common import LANES, MASKED, cost_estimate
 from pallas_kernels.latent_attention.inputs import AttentionInputs
-from pallas_kernels.latent_attention.visibility import FlashBlocks, Place, Scalars, mask, mask_corner, place, walk, work
+from pallas_kernels.latent_attention.visibility import FlashBlocks, Place, Scalars, mask, mask_corner, place, walk
 
 NT = (((1,), (1,)), ((), ()))
 NN = (((1,), (0,)), ((), ()))
@@ -210,7 +210,8 @@ def forward(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
-        cost_estimate=work(b * h * t * s * (n + (r or 0) + v), (x.q_nope, x.q_rope, x.k_nope, x.v)),
+        # Causality leaves half of the scores, and a product takes 2 FLOPs.
+        cost_estimate=cost_estimate(b * h * t * s * (n + (r or 0) + v), (x.q_nope, x.q_rope, x.k_nope, x.v)),
         interpret=interpret,
     )(
         scalars,

@@ -33,7 +33,7 @@ def latent_attention(
     device other than the TPUs in `chips.CHIPS`.
     """
     _check(queries, keys, v_BJSV, segments)
-    chips.needed()
+    chips.require()
     return flash.attention(queries, keys, v_BJSV, segments, scale=scale, offset=offset)
 
 

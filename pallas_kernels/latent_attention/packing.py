@@ -1,9 +1,9 @@
-"""Rows in fewer bits, as a cache keeps them: int8, or 6-bit integers in uint8, with two scales to a word.
+"""Quantized rows of a cache: int8, or 6-bit integers packed in uint8, with two scales in each 32-bit word.
 
-Four 6-bit integers fill three bytes: three take the upper bits of a byte each, the fourth is cut into the pairs of bits
-that are left. The four lie a quarter of the row apart, so packing moves whole runs and nothing is interleaved. Where
-only its upper six bits count, a byte is an int8 four times the integer: that is what unpacking leaves, and scales are
-made for it.
+Four 6-bit integers fill three bytes. Three of them take the upper six bits of a byte each; the fourth is split into the
+three remaining pairs of bits. The four are a quarter of the row apart, so packing moves contiguous quarters and
+interleaves nothing. A byte whose lower two bits are 0 is, as an int8, four times its integer: unpacking gives these
+bytes, and the scales include the factor.
 """
 
 from typing import Any
@@ -13,17 +13,17 @@ from jax import Array, lax
 
 
 def is_packed(dtype: Any) -> bool:
-    """Whether rows kept in this dtype are integers that have scales."""
+    """Whether a cache in this dtype holds integers with scales."""
     return dtype in (jnp.int8, jnp.uint8)
 
 
 def bits(dtype: Any) -> int:
-    """Of a number kept in this dtype, its scale apart."""
+    """Bits of a number in a cache of this dtype, without its scale."""
     return 6 if dtype == jnp.uint8 else 8 * jnp.dtype(dtype).itemsize
 
 
 def width(size: int, dtype: Any) -> int:
-    """Stored numbers for a row of `size`. Raises ValueError for 6 bits of a size that 4 does not divide."""
+    """Stored size of a row of `size` numbers. Raises ValueError for 6 bits if 4 does not divide the size."""
     if dtype != jnp.uint8:
         return size
     if size % 4:
@@ -31,18 +31,17 @@ def width(size: int, dtype: Any) -> int:
     return size // 4 * 3
 
 
-def pack(whole: Array) -> Array:
+def pack(integers: Array) -> Array:
     """Integers -32 to 31, int32 [..., W], in 6 bits: uint8 [..., 3 W / 4]."""
-    first, second, third, fourth = jnp.split(whole & 63, 4, axis=-1)
+    first, second, third, fourth = jnp.split(integers & 63, 4, axis=-1)
     parts = (first << 2 | fourth >> 4, second << 2 | fourth >> 2 & 3, third << 2 | fourth & 3)
     return jnp.concatenate(parts, axis=-1).astype(jnp.uint8)
 
 
 def unpack(packed: Array, axis: int) -> tuple[Array, Array, Array, Array]:
-    """The quarters of rows that `pack` packed, as bytes that are four times the integers in two's complement.
+    """The quarters of packed rows, as bytes that are four times the integers in two's complement.
 
-    `axis` is where a row lies. Bytes come and go as uint8, or by fours as uint32: whichever four, if not of two thirds
-    of a row.
+    axis: the axis of a row. Bytes are uint8, or four in a uint32, in any order that does not mix thirds of a row.
     """
 
     def each(byte: int) -> Array:
@@ -54,19 +53,19 @@ def unpack(packed: Array, axis: int) -> tuple[Array, Array, Array, Array]:
 
 
 def pair(first: Array, second: Array) -> Array:
-    """Positive float16 scales two to a uint32 word; none may be subnormal."""
+    """Two positive float16 scales in one uint32 word; they must not be subnormal."""
     low, high = (lax.bitcast_convert_type(scale, jnp.uint16).astype(jnp.uint32) for scale in (first, second))
     return low | high << 16
 
 
 def scales(words: Array, stored: Any) -> tuple[Array, Array]:
-    """The two scales of each word in float32, for bytes: a quarter of what they are for 6-bit integers (uint8).
+    """The two scales of each word in float32, for bytes: for 6-bit integers (uint8) a quarter of the stored scale.
 
-    Any word gives finite ones: slots nobody filled may hold anything.
+    Any word gives finite scales, since unwritten slots may hold anything.
     """
     bias = jnp.uint32((110 if stored == jnp.uint8 else 112) << 23)
     low, high = (
-        # To float32's place and bias, by hand: the TPU has no float16.
+        # Moves exponent and mantissa to float32's position and bias: the TPU has no float16.
         lax.bitcast_convert_type(((half & 0x7FFF) << 13) + bias, jnp.float32)
         for half in (words, words >> 16)
     )
@@ -74,7 +73,7 @@ def scales(words: Array, stored: Any) -> tuple[Array, Array]:
 
 
 def dequantize(stored: Array, scale: Array, axis: int = -1) -> Array:
-    """Float32 rows from int8 or packed uint8. `axis` is where a row lies; scale, of `scales`, lacks that axis."""
+    """Float32 rows from int8 or packed uint8. axis: the axis of a row; the scale, from `scales`, lacks it."""
     if stored.dtype == jnp.uint8:
         stored = lax.bitcast_convert_type(jnp.concatenate(unpack(stored, axis), axis), jnp.int8)
     return stored.astype(jnp.float32) * jnp.expand_dims(scale, axis)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.constants import MASKED
+from pallas_kernels.common import MASKED
 from pallas_kernels.latent_attention import packing
 from pallas_kernels.latent_attention.inputs import Keys, Queries, Segments
 from pallas_kernels.latent_attention.pages import CachePages, Sequences, TokenSlots, token_slots

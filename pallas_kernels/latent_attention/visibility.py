@@ -7,12 +7,11 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.constants import LANES
+from pallas_kernels.common import LANES
 
 _NOBODY = 1 << 30
 
@@ -47,7 +46,7 @@ class SegmentBounds(NamedTuple):
 
 
 class Scalars(NamedTuple):
-    """What a kernel reads from scalar memory. queries, keys: segments of each block of queries and part of keys.
+    """A kernel's scalar memory. queries, keys: segments of each block of queries and of each part of keys.
 
     offset [1]: slot of the first query. chunk [1]: the chunk of keys of this call, for the backward pass alone.
     """
@@ -65,15 +64,6 @@ def bounds(segments: Array, block: int) -> SegmentBounds:
     high = jnp.max(blocks, axis=1)
     single = (low == high) & (jnp.min(blocks, axis=1) > 0)
     return SegmentBounds(low, high, jnp.where(single, low, -1))
-
-
-def work(products: int, arrays: Any) -> pl.CostEstimate:
-    """The kernel's cost for XLA, which schedules transfers to overlap with it.
-
-    products: multiplications if every query saw every key; causality leaves half, 2 FLOPs each. Each array moves once.
-    """
-    moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))
-    return pl.CostEstimate(flops=products, bytes_accessed=moved, transcendentals=0)
 
 
 def meet(queries: SegmentBounds, keys: SegmentBounds) -> Array:
@@ -122,7 +112,7 @@ class Place(NamedTuple):
         return self.first - self.start
 
 
-def place(scalars: Scalars, batch: Array, i: Array, chunk: Array | None, counts: tuple, blocks: FlashBlocks) -> Place:
+def place(scalars: Scalars, batch: Array, i: Array, chunk: Any, counts: tuple, blocks: FlashBlocks) -> Place:
     """The place of query block i. chunk: None for `scalars.chunk`. counts: a sequence's query blocks and chunks."""
     offset = scalars.offset[0]
     if chunk is None:

@@ -1,4 +1,4 @@
-"""Compiles latent attention and its gradients for a TPU that is not here: python FILE TOPOLOGY KIND CORES CASE..."""
+"""Compiles latent attention and its gradients for a TPU that is not attached: python FILE TOPOLOGY KIND CORES CASE."""
 
 import functools
 import os
@@ -19,7 +19,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 
 from pallas_kernels.latent_attention import latent_attention
-from pallas_kernels.shapes import LATENT_ATTENTION
+from pallas_kernels.pricing.shapes import LATENT_ATTENTION
 
 
 def step(*arrays: jax.Array) -> tuple:
@@ -62,7 +62,7 @@ def main(topology: str, kind: str, cores: int, cases: list[str]) -> None:
         with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
             traced = jax.jit(step).trace(*args)
         text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
-        # The policy keeps what the forward kernel made: it must not run again.
+        # The policy keeps the forward kernel's results, so it must not run again.
         calls = [
             len(re.findall(rf"%\w*latent_attention_{way}[.\w]* = .* custom-call", text))
             for way in ("forward", "backward")

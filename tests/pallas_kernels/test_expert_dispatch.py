@@ -1,4 +1,4 @@
-"""Grouped products and the experts' SwiGLU, kernels and plain twins, against float64; kernels compiled for TPUs."""
+"""Grouped products and the experts' SwiGLU: kernels and plain twins against float64; kernels compile for TPUs."""
 
 import itertools
 import os
@@ -16,8 +16,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.expert_dispatch import grouped_swiglu, kernels, reference
 from pallas_kernels.expert_dispatch.tiles import Tiles
+from pallas_kernels.pricing.shapes import EXPERT_DECODE, EXPERT_DISPATCH, ExpertDispatch
 from pallas_kernels.quantized import Quantized
-from pallas_kernels.shapes import EXPERT_DECODE, EXPERT_DISPATCH, ExpertDispatch
 
 E, D, F, P = 5, 128, 384, 200
 SIZES = {
@@ -34,7 +34,7 @@ SWIGLU = {"pallas": grouped_swiglu, "xla": reference.grouped_swiglu}
 
 @pytest.fixture
 def interpreted():
-    """Kernels run in TPU interpret mode: memory is NaN until written, and unordered accesses are found."""
+    """Runs kernels in TPU interpret mode, which finds races; memory is NaN until it is written."""
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
         yield
         assert interpret_pallas_call.races is None or not interpret_pallas_call.races.races_found
@@ -45,13 +45,13 @@ def _normal(rng, *shape):
 
 
 def _check(got, true, what):
-    """Every result within the bound that follows from its own sums."""
+    """Every result is within the bound of its own sums."""
     for number, (a, t) in enumerate(zip(got, true, strict=True)):
         bounds.check(a, t, (what, number))
 
 
 def _ops_case(dtype, sizes, seed=0):
-    """Operands whose rows behind the groups are NaN, and the true results of every op with their bounds."""
+    """Operands with NaN in the rows after the groups, and the true results of every op with their bounds."""
     rng, total = np.random.default_rng(seed), sum(sizes)
     draws = [_normal(rng, P, D), _normal(rng, E, D, F) / 8, _normal(rng, E, D, F) / 8]
     draws += [_normal(rng, P, F), _normal(rng, P, F), rng.random(P), _normal(rng, E, F, D) / 8]
@@ -62,7 +62,7 @@ def _ops_case(dtype, sizes, seed=0):
 
 
 def _true_ops(c, sizes, dtype):
-    """The true results of every op; c: its operands as numbers."""
+    """The true results of every op. c: the operands as numbers with bounds."""
     total, ids = sum(sizes), np.repeat(np.arange(E), sizes)
     groups = [ids == e for e in range(E)]
     x, a, u, s = (c[name][:total] for name in "xaus")
@@ -82,14 +82,14 @@ def _true_ops(c, sizes, dtype):
 
 
 def _grouped(x, w, sizes, transposed=False):
-    """Each row with its group's matrix."""
+    """Each row times its group's matrix."""
     how = "pf,df->pd" if transposed else "pd,df->pf"
     starts = np.cumsum([0, *sizes])
     return bounds.concatenate([product(how, x[a:b], w[e]) for e, (a, b) in enumerate(itertools.pairwise(starts))])
 
 
 def _run(ops, c):
-    """Every op on a case: the rows' tiles do not divide the groups, and two column blocks overlap."""
+    """Every op on a case, with tiles that do not divide the groups and two overlapping column blocks."""
     row = {"tiles": Tiles(rows=64, step=32, chunk=128, blocks=2)} if ops is kernels else {}
     weight = {"tiles": Tiles(rows=64, step=32, chunk=128, blocks=1)} if ops is kernels else {}
     return {
@@ -117,7 +117,7 @@ def test_building_blocks(implementation, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_small_faults_of_the_building_blocks_are_found(dtype):
-    """Of each result: a scale that is off by 1e-4 (of bfloat16 1e-3), and one product that its sums leave out."""
+    """The bounds find a scale off by 1e-4 (bfloat16: 1e-3), and one product missing in a sum."""
     dtype, sizes = jnp.dtype(dtype), SIZES["uneven"]
     case, true = _ops_case(dtype, sizes)
     rows = {name: slice(None) if name == "tgmm_each" else slice(sum(sizes)) for name in true}
@@ -133,8 +133,8 @@ def test_small_faults_of_the_building_blocks_are_found(dtype):
 
 
 def _quantized(rng, shape, kind):
-    """A weight in 8 bits, and what it stands for in float64. Of float8 every bit pattern but NaN; in some channels only
-    subnormal numbers, which scales make as large as the others."""
+    """A weight in 8 bits and its values in float64. float8 has every bit pattern but NaN; some channels have only
+    subnormal numbers, with scales that make them as large as the others."""
     if kind == "int8":
         values = rng.integers(-127, 128, shape).astype(np.int8)
     else:
@@ -178,7 +178,7 @@ def test_weights_in_8_bits(implementation, dtype, kind):
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("implementation", OPS)
 def test_rows_are_added_up_by_token(implementation, dtype):
-    """More tokens than a group of the kernel has; rows that no pair keeps are NaN."""
+    """With more tokens than a group of the kernel, and NaN in rows that no pair keeps."""
     rng, dtype, (n, k, p) = np.random.default_rng(0), jnp.dtype(dtype), (300, 3, 480)
     for share in (0.0, 0.4):
         kept = rng.random((n, k)) < share
@@ -203,7 +203,7 @@ def _vjp(f, x, experts, rest, g):
 
 
 def _skewed(n):
-    """First choices all to expert 3, the others to 1 and 4: 0 and 2 stay empty."""
+    """All first choices are expert 3, the second 1 and 4; experts 0 and 2 have no pair."""
     return np.stack([np.array([3, 1 + 3 * (i % 2)]) for i in range(n)])
 
 
@@ -219,7 +219,7 @@ def _shuffled(n, k):
 
 
 def _bounded(experts, max_pairs):
-    """The experts of at most so many pairs, those of the first experts; all others have none."""
+    """The choices with all but the first `max_pairs` pairs, by expert, dropped."""
     kept = experts.flatten()
     kept[np.argsort(kept, kind="stable")[max_pairs or kept.size :]] = E
     return kept.reshape(experts.shape)
@@ -229,7 +229,7 @@ CASES = {  # experts_NK, max_pairs, buffer_size
     "one token": ([_shuffled(1, 3)], None, None),
     "many": ([_shuffled(70, 2), _skewed(70), _dropping(70), np.full((70, 2), E)], None, None),
     "bound on pairs": ([_dropping(70)], 80, None),
-    "chunks": ([_dropping(70), np.full((70, 2), E)], 80, 32),  # three, that cut experts apart, and none
+    "chunks": ([_dropping(70), np.full((70, 2), E)], 80, 32),  # three chunks that split experts, and none
 }
 
 
@@ -265,7 +265,7 @@ def test_grouped_swiglu(implementation, name, dtype):
         wide = [exact(a) for a in (x, gates, *weights, g)]
         true = bounds.grouped_swiglu(wide[0], kept, wide[1], tuple(wide[2:5]), wide[5], dtype, chunks)
         _check(got, true, name)
-        with jax.enable_x64(True):  # and autodiff finds the same gradients
+        with jax.enable_x64(True):  # autodiff gives the same gradients
             arrays = [jnp.asarray(a.value) for a in wide]
             found = _vjp(_dense, arrays[0], jnp.asarray(kept), arrays[1:-1], arrays[-1])
         for a, t in zip(found, true, strict=True):
@@ -276,7 +276,7 @@ def test_grouped_swiglu(implementation, name, dtype):
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("implementation", [pytest.param("pallas", marks=pytest.mark.slow), "xla"])
 def test_grouped_swiglu_in_8_bits(implementation):
-    """Widths that are no multiples of 128, and pairs of no expert."""
+    """With widths that are not multiples of 128, and dropped pairs."""
     rng, (n, k), (depth, width) = np.random.default_rng(0), (40, 2), (96, 160)
     experts, gates = _dropping(n), rng.random((n, k)) + 0.1
     x = jnp.asarray(_normal(rng, n, depth), jnp.bfloat16)
@@ -306,7 +306,7 @@ def test_wrong_arguments_raise():
 
 
 def _compile(topology, monkeypatch, function, *args):
-    """Compiles for a TPU that is not here; args (shape, dtype) or trees of them. The number of kernels."""
+    """Compiles for a TPU that is not attached and returns the number of kernels. args: trees of (shape, dtype)."""
     for name, value in {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -321,7 +321,7 @@ def _compile(topology, monkeypatch, function, *args):
         lowered = jax.jit(function).lower(
             *jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), args)
         )
-        # jaxlib cannot read back the text of what libtpu gives to SparseCore
+        # jaxlib cannot parse libtpu's text of SparseCore programs
         options = ["xla_tpu_offload_gather_to_sparsecore", "xla_tpu_enable_offloading_scatter_to_sparsecore"]
         lowered.compile(compiler_options=dict.fromkeys(options, False))
     return lowered.as_text().count("tpu_custom_call")

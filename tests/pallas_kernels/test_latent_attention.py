@@ -1,4 +1,4 @@
-"""Latent attention: every implementation against float64, forward and gradients; for real chips, that it compiles."""
+"""Latent attention: every implementation against float64, with gradients; the kernels compile for TPUs."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from pallas_kernels.latent_attention import flash, latent_attention, reference
 
 
 def as_on_v5p(*args, **kwargs) -> jax.Array:
-    """With the blocks of another chip: other masked parts, the sum of weights on the VPU, gradients for two cores."""
+    """With the blocks of v5p: smaller masked parts, the sum of weights on the VPU, gradients for two cores."""
     (_, k_rope), v, t = args[1], args[2], args[0][0].shape[2]
     how = flash.tuning(t, v.shape[2], v.shape[1], k_rope is not None, v.dtype, "v5p")
     return flash.attention(*args, **kwargs, how=how, interpret=True)
@@ -29,7 +29,7 @@ IMPLEMENTATIONS = {"pallas": functools.partial(flash.attention, interpret=True),
 
 
 def grouped(attention: Callable) -> Callable:
-    """attention of the five arrays one by one, as `jax.vjp` takes them."""
+    """`attention` with its arrays as separate arguments, as `jax.vjp` needs them."""
 
     def call(q_nope, q_rope, k_nope, k_rope, v, *, segments_BT, segments_BS, **rest):
         return attention((q_nope, q_rope), (k_nope, k_rope), v, (segments_BT, segments_BS), **rest)
@@ -39,7 +39,7 @@ def grouped(attention: Callable) -> Callable:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """J KV heads and H heads, T queries from slot `offset` on, S keys. segments: of the keys, where the row changes."""
+    """H heads and J KV heads, T queries from slot `offset` on, S keys."""
 
     b: int = 1
     h: int = 4
@@ -76,7 +76,7 @@ CASES = {
     "several_chunks": Case(h=2, j=2, t=300, s=4100, offset=3700),
     "several_chunks_packed": Case(h=2, j=1, t=300, s=4100, offset=3000, documents=(1100, 3150)),
 }
-LARGE_SCORES = {  # far beyond the window in which no running maximum is needed
+LARGE_SCORES = {  # so large that the kernel needs its running maximum
     "large": Case(h=2, j=2, t=256, s=256, size=20.0),
     "large_several_chunks": Case(h=1, j=1, t=256, s=4100, offset=3844, size=20.0),
 }
@@ -118,7 +118,7 @@ def inputs(case: Case) -> tuple[dict, dict]:
 
 
 def truth(arrays: dict, rest: dict) -> tuple[Number | None, ...]:
-    """Result and gradients with their bounds, for queries that see something; the others have a cotangent of 0."""
+    """Result and gradients with their bounds. Queries that see nothing have a cotangent of 0."""
     x = {k: None if a is None else np.asarray(a, np.float64) for k, a in arrays.items()}
     (b, h, t, n), j, dtype = x["q_nope"].shape, x["v"].shape[1], arrays["v"].dtype
     segments_BT, segments_BS = rest["segments_BT"], rest["segments_BS"]
@@ -139,7 +139,7 @@ def truth(arrays: dict, rest: dict) -> tuple[Number | None, ...]:
 
 
 def run(attention, arrays: dict, rest: dict) -> tuple:
-    """(result, gradients of all five), by the implementation; padding queries' and blind queries' cotangents are 0."""
+    """(result, gradients of all five arrays). The cotangents of queries that see nothing are 0."""
     names = ("q_nope", "q_rope", "k_nope", "k_rope", "v")
     slots = np.arange(rest["segments_BS"].shape[1])
     sees = (slots <= np.arange(rest["segments_BT"].shape[1])[:, None] + rest["offset"]) & (
@@ -152,18 +152,18 @@ def run(attention, arrays: dict, rest: dict) -> tuple:
 
 
 def distance(a, b) -> float:
-    """Root mean square of the difference, against that of the truth where it is above that of what went in, 1."""
+    """Root mean square of the difference, relative to that of the truth, or to 1 (the inputs') if it is larger."""
     return float(np.sqrt(np.mean((np.asarray(a, np.float64) - b) ** 2) / max(np.mean(b**2), 1.0)))
 
 
 @functools.cache
 def true(name: str) -> tuple[Number | None, ...]:
-    """The truth of a case, which all implementations are held to."""
+    """The true results of a case, for all implementations."""
     return truth(*inputs((CASES | LARGE_SCORES)[name]))
 
 
 def results(name: str, implementation: str) -> dict[str, tuple[np.ndarray, Number]]:
-    """The result and each gradient, with the truth."""
+    """The result and each gradient, with the true ones."""
     arrays, rest = inputs((CASES | LARGE_SCORES)[name])
     attention = as_on_v5p if implementation == "pallas_v5p" else IMPLEMENTATIONS[implementation]
     names = ("o", "q_nope", "q_rope", "k_nope", "k_rope", "v")
@@ -185,7 +185,7 @@ def test_result_and_gradients_match_float64(name, implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", LARGE_SCORES)
 def test_scores_of_any_size(name, implementation):
-    """The weights are as good as the last bit of the scores; the bound follows these."""
+    """The error of the weights follows from the scores' rounding, which the bounds include."""
     found = results(name, implementation)
     assert true(name)[0] is not None
     arrays, rest = inputs(LARGE_SCORES[name])
@@ -200,7 +200,7 @@ def test_scores_of_any_size(name, implementation):
 
 @pytest.mark.parametrize("name", ["mla", "mla_bf16", "packed", "large"])
 def test_small_faults_are_found(name):
-    """A scale off by 1e-4 (of large scores 1e-2, of bfloat16 2e-2), and two lost keys."""
+    """The bounds find a scale off by 1e-4 (large scores: 1e-2, bfloat16: 2e-2), and two missing keys."""
     off = {"mla_bf16": 2e-2, "large": 1e-2}.get(name, 1e-4)
     arrays, rest = inputs((CASES | LARGE_SCORES)[name])
     lacking = arrays | {key: arrays[key].at[..., 3:5, :].set(0) for key in ("k_nope", "k_rope", "v")}
@@ -209,12 +209,12 @@ def test_small_faults_are_found(name):
     for what, (got, want) in found.items():
         assert max(bounds.ratios(got * (1 + off), want)) > 1, what
     for what, other in zip(found, poorer, strict=True):
-        if name != "large" or what == "o":  # where one key takes all weight, scores hardly have gradients
+        if name != "large" or what == "o":  # gradients vanish where one key has all weight
             assert max(bounds.ratios(other, found[what][1])) > 1, what
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_nan_in_padding_meets_no_real_token(implementation):
+def test_nan_in_padding_reaches_no_real_token(implementation):
     arrays, rest = inputs(Case(t=200, s=200, documents=(60,), padding=(20, 30)))
     real_T, real_S = rest["segments_BT"][0] > 0, rest["segments_BS"][0] > 0
 
@@ -234,7 +234,7 @@ def test_nan_in_padding_meets_no_real_token(implementation):
         np.testing.assert_array_equal(clean, dirty)
 
 
-def test_what_cannot_run_raises():
+def test_mistakes_raise():
     arrays, rest = inputs(Case(t=8, s=8))
     xs = [arrays[name] for name in ("q_nope", "q_rope", "k_nope", "k_rope", "v")]
     attend = grouped(latent_attention)

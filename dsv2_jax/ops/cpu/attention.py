@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dsv2_jax.ops.cpu import streams
 from dsv2_jax.ops.cpu.matmul import dot, from_bits, to_bits, transpose, weight_gradient
-from pallas_kernels.constants import MASKED
+from pallas_kernels.common import MASKED
 
 
 def attention(

@@ -15,7 +15,7 @@ from dsv2_jax.ops import pages
 from dsv2_jax.ops.cpu import streams
 from dsv2_jax.ops.pages import LayerPages, Placement
 from dsv2_jax.ops.switch import on_cpu
-from pallas_kernels.constants import MASKED
+from pallas_kernels.common import MASKED
 
 _TOGETHER = 8  # sequences with one new token in an iteration on CPU: fewer iterations, and one product for all
 _FLOAT32: Any = {"preferred_element_type": jnp.float32}

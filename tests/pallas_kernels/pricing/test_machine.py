@@ -1,16 +1,16 @@
-"""The machine on a few bundles written by hand: loops, delay slots, guards, copies and unknown values."""
+"""The machine on a few hand-written bundles: loops, delay slots, guards, copies and unknown values."""
 
 import dataclasses
 
 import numpy as np
 import pytest
 
-from pallas_kernels import bundles, machine
 from pallas_kernels.chips import CHIPS, Chip
+from pallas_kernels.pricing import bundles, machine
 
 CHIP = dataclasses.replace(CHIPS["v5e"], clock=1e9, hbm=32e9)  # a granule of 32 bytes a cycle
 
-# Copies 100 granules and waits for them, as often as the scalar operand 0 says.
+# Copies 100 granules and waits for them; the scalar operand 0 is the number of trips.
 LOOP = """
 LH: loop header
 
@@ -40,20 +40,21 @@ def _execute(text: str, chip: Chip = CHIP, **operands: int) -> machine.Trace:
 
 
 def test_trips_and_copies() -> None:
-    """Three trips, delay slots included: three copies in, and the one out whose guard counts those trips."""
+    """Three trips with their delay slots: three copies in, and the copy out whose guard counts the trips."""
     trace = _execute(LOOP, _0=3)
     assert trace.copies == {"hbm_to_vmem": 3, "vmem_to_hbm": 1}
     assert trace.copied == {"hbm_to_vmem": 3 * 3200, "vmem_to_hbm": 50 * 32}
     loop = next(run for run in trace.runs if run.address == 3)
-    # The first trip begins at bundle 0, the others at the head of the loop. Its nine bundles hide in its one matmul.
+    # The first trip begins at bundle 0, the others at the head of the loop. Its matmul takes longer than its bundles.
     assert (loop.trips, loop.schedule.cycles, loop.schedule.matmuls, loop.schedule.spills) == (2, 16, 1, 1)
     assert loop.schedule.mxu_cycles == 16 / 4
-    assert trace.doubts == ()
+    assert trace.warnings == ()
 
 
 @pytest.mark.parametrize(("slots", "label", "matmuls"), [(2, False, 1), (4, False, 3), (4, True, 1), (6, True, 1)])
 def test_delay_slots_end_at_a_label(slots: int, label: bool, matmuls: int) -> None:
-    """The matmul, four bundles behind the branch, is of each trip or of the last only: behind a label, or too far."""
+    """The matmul four bundles after the branch runs on each trip, or only on the last if it follows a label or the last
+    delay slot."""
     text = LOOP
     if label:
         text = text.replace("0xa   : > {}", "0xa   : > {} /* Start region 8 */")
@@ -63,22 +64,22 @@ def test_delay_slots_end_at_a_label(slots: int, label: bool, matmuls: int) -> No
     assert sum(run.trips * run.schedule.matmuls for run in trace.runs) == matmuls
 
 
-def test_a_region_that_nothing_begins_is_the_end() -> None:
-    """A branch at the top to it skips the loop: nothing is copied."""
+def test_a_region_without_a_bundle_is_the_end() -> None:
+    """A branch to such a region skips the loop, so nothing is copied."""
     skip = "   0x2   :  { %9 = sbr.rel target = $region9 }\n" + "".join(f"   0x2{c}   :  {{}}\n" for c in "abc")
     trace = _execute(LOOP.replace("   0x2   :  {", skip + "   0x2d   :  {"), _0=3)
-    assert trace.copies == {} and trace.doubts == ()
+    assert trace.copies == {} and trace.warnings == ()
 
 
 def test_general_copy() -> None:
-    """A copy by descriptor counts under the direction that its comment gives."""
+    """The comment of a copy by descriptor gives its direction."""
     operands = "[#allocation2], 100, %s2_s1, [#allocation4], [#allocation5], [#allocation6], %s9_s9, 0"
     trace = _execute(f"     0   :  {{ %1 = dma.general /*src=*/{operands} /* vmem-to-hbm */ }}")
     assert trace.copied == {"vmem_to_hbm": 3200}
 
 
 def test_time() -> None:
-    """A wait takes what copy and latency leave over: 100 cycles and 700, less the bundle between."""
+    """A wait stalls for the copy's 100 cycles and 700 of latency, less the bundle between."""
     trace = _execute(LOOP, _0=3)
     assert trace.hbm_cycles == 3 * 100 + 50
     assert trace.stalled == 3 * (100 + 700 - 1)
@@ -86,10 +87,10 @@ def test_time() -> None:
 
 
 def test_unknown() -> None:
-    """A branch on a value that nobody gave is not taken, and is reported."""
+    """A branch on an unknown value is not taken, with a warning."""
     trace = _execute(LOOP)
     assert trace.copies == {"hbm_to_vmem": 1, "vmem_to_hbm": 1}
-    assert trace.doubts == ("sbr.rel hangs on an unknown value (x1)",)
+    assert trace.warnings == ("sbr.rel depends on an unknown value (x1)",)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +115,7 @@ def test_unknown() -> None:
     ],
 )
 def test_instructions(op: str, operands: tuple, result: int | None) -> None:
-    """32 bits, signed where the name says so; what does not hang on an unknown value is known."""
+    """32 bits, signed if the name says so. Results that do not depend on an unknown value are known."""
     function = machine._function(op)
     assert function is not None
     assert function(*operands) == result

@@ -1,9 +1,9 @@
-"""Executes the scalar half of a kernel's final bundles: branches, loops, copies and waits, with the time they take.
+"""Executes the scalar half of a kernel's final bundles: branches, loops, copies and waits, with their time.
 
-Trip counts, skipped blocks and copied bytes are therefore exact, given the values of the scalar operands; time is the
-schedule of each straight run of bundles plus the waits for copies, which share the HBM one after the other. Values that
-the scalar half cannot know (results of vector work, operands without values) are None; a branch that hangs on one is
-not taken, and reported.
+Trip counts, skipped blocks and copied bytes are therefore exact for given values of the scalar operands. The time is
+the schedule of each straight run of bundles plus the waits for copies, which use the HBM one after another. Unknown
+values (results of vector work, operands without values) are None. A branch that depends on one is not taken, and a
+warning reports it.
 """
 
 import collections
@@ -14,16 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from pallas_kernels import bundles
-from pallas_kernels.bundles import CORE_ID, Instruction, Schedule
 from pallas_kernels.chips import Chip
+from pallas_kernels.pricing import bundles
+from pallas_kernels.pricing.bundles import CORE_ID, BundleInstruction, Schedule
 
 _MASK = 0xFFFFFFFF
-_GRANULE = 32  # bytes, the unit of a copy's size
-_HBM_LATENCY = 700  # cycles from a copy's last byte leaving HBM to its semaphore, a guess in the usual range
-_LOCAL_LATENCY, _LOCAL_BYTES = 100, 512  # of copies that stay on the core: cycles, and bytes a cycle
+_GRANULE = 32  # bytes: the unit of a copy's size
+_HBM_LATENCY = 700  # cycles from a copy's last byte in HBM to its semaphore: a guess within the usual range
+_LOCAL_LATENCY, _LOCAL_BYTES = 100, 512  # of copies within the core: cycles, and bytes per cycle
 _SKIPPED = object()
-_LONGEST = 5_000_000  # straight runs executed
+_MAX_RUNS = 5_000_000  # straight runs to execute
 
 Value = int | None
 Read = Callable[[], Any]
@@ -31,7 +31,7 @@ Read = Callable[[], Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """A straight run of bundles and how often it was executed."""
+    """A straight run of bundles, and how often it executed."""
 
     address: int
     trips: int
@@ -40,25 +40,25 @@ class Run:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trace:
-    """What executing a kernel took, of one core."""
+    """The execution of a kernel on one core."""
 
     cycles: float
     stalled: float  # cycles spent waiting for copies
-    hbm_cycles: float  # that the HBM was busy
+    hbm_cycles: float  # for which the HBM was busy
     copies: Mapping[str, int]  # by direction, as in "hbm_to_vmem"
     copied: Mapping[str, int]  # bytes by direction
-    runs: tuple[Run, ...]  # the costliest first
-    doubts: tuple[str, ...]  # why the figures may be wrong; empty in good order
+    runs: tuple[Run, ...]  # by total time, longest first
+    warnings: tuple[str, ...]  # why the figures may be wrong
 
 
-def execute(program: bundles.Program, chip: Chip, operands: Mapping[int, np.ndarray]) -> Trace:
-    """Runs a kernel on the first core of a chip. operands: its integer operands that are known, by position."""
+def execute(program: bundles.KernelProgram, chip: Chip, operands: Mapping[int, np.ndarray]) -> Trace:
+    """Executes a kernel on the first core of a chip. operands: known integer operands, by position."""
     return _Machine(program, chip, operands).run()
 
 
 @dataclasses.dataclass(frozen=True)
 class _Block:
-    """A straight run, compiled: in each bundle all instructions read before any of them acts."""
+    """A compiled straight run. In each bundle all instructions read before any of them acts."""
 
     steps: tuple[tuple[int, tuple[tuple[Read, Callable[[Any], None]], ...]], ...]
     following: int
@@ -66,7 +66,7 @@ class _Block:
 
 
 class _Machine:
-    def __init__(self, program: bundles.Program, chip: Chip, operands: Mapping[int, np.ndarray]):
+    def __init__(self, program: bundles.KernelProgram, chip: Chip, operands: Mapping[int, np.ndarray]):
         self.program, self.chip, self.operands = program, chip, operands
         self.labels = {self._target(i) for bundle in program.bundles for i in bundle if i.op.startswith("sbr")}
         self.registers: dict[str, list[Value]] = {"s": [0] * 64, "p": [0] * 64}
@@ -78,13 +78,13 @@ class _Machine:
         self.arriving: dict[Value, list[tuple[float, int]]] = collections.defaultdict(list)
         self.copies: dict[str, int] = collections.Counter()
         self.copied: dict[str, int] = collections.Counter()
-        self.doubts: dict[str, int] = collections.Counter()
+        self.warnings: dict[str, int] = collections.Counter()
 
     def run(self) -> Trace:
         blocks: dict[int, _Block] = {}
         trips: dict[int, int] = collections.Counter()
         at, length = 0, len(self.program.bundles)
-        for _ in range(_LONGEST):
+        for _ in range(_MAX_RUNS):
             if at >= length:
                 break
             if at not in blocks:
@@ -100,7 +100,7 @@ class _Machine:
             self.now += block.schedule.cycles
             at = self.next
         else:
-            self.doubts[f"cut off after {_LONGEST} runs"] += 1
+            self.warnings[f"stopped after {_MAX_RUNS} runs"] += 1
         runs = [Run(address=at, trips=trips[at], schedule=block.schedule) for at, block in blocks.items()]
         return Trace(
             cycles=self.now,
@@ -109,7 +109,7 @@ class _Machine:
             copies=dict(self.copies),
             copied=dict(self.copied),
             runs=tuple(sorted(runs, key=lambda run: -run.trips * run.schedule.cycles)),
-            doubts=tuple(f"{what} (x{n})" for what, n in self.doubts.items()),
+            warnings=tuple(f"{text} (x{n})" for text, n in self.warnings.items()),
         )
 
     def _compile(self, start: int) -> _Block:
@@ -127,8 +127,8 @@ class _Machine:
                 steps.append((offset, parts))
         return _Block(tuple(steps), end, timing)
 
-    def _part(self, i: Instruction) -> tuple[Read, Callable[[Any], None]] | None:
-        """What an instruction reads, and what it then does with it; None for the vector half and pseudo-operations."""
+    def _part(self, i: BundleInstruction) -> tuple[Read, Callable[[Any], None]] | None:
+        """An instruction's reads and its effect on them. None for the vector half and for pseudo-operations."""
         part = self._effect(i) or self._assignment(i)
         if part is None or not i.guard:
             return part
@@ -138,13 +138,13 @@ class _Machine:
         def guarded() -> Any:
             held = holds()
             if held is None and i.op.startswith(("sbr", "dma", "vsyncadd")):
-                self.doubts[f"{i.op} hangs on an unknown value"] += 1
+                self.warnings[f"{i.op} depends on an unknown value"] += 1
             return read() if held else kept()
 
         return guarded, act
 
-    def _effect(self, i: Instruction) -> tuple[Read, Callable[[Any], None]] | None:
-        """Instructions that do more than write a register."""
+    def _effect(self, i: BundleInstruction) -> tuple[Read, Callable[[Any], None]] | None:
+        """The same for instructions that do more than write a register."""
         if i.op.startswith("dma.done"):
             flag, size = map(self._read, i.operands[:2])
             return lambda: (flag(), size()), lambda v: self._wait(*v)
@@ -164,18 +164,19 @@ class _Machine:
             return lambda: target, lambda v: setattr(self, "next", v)
         return None
 
-    def _target(self, branch: Instruction) -> int:
-        """A region that no bundle begins is the program's end: a core that has no part of the grid goes there."""
+    def _target(self, branch: BundleInstruction) -> int:
+        """The bundle of the branch's target. A region that no bundle begins is the program's end, where a core without
+        a part of the grid goes."""
         return self.program.regions.get(branch.text.rsplit("region", 1)[1], len(self.program.bundles))
 
-    def _assignment(self, i: Instruction) -> tuple[Read, Callable[[Any], None]] | None:
+    def _assignment(self, i: BundleInstruction) -> tuple[Read, Callable[[Any], None]] | None:
         match = re.fullmatch(r"%\w+_([sp])(\d+)", i.target)
         if not match or i.op.startswith(("sphi", "pphi", "int_to_ptr", "ptr_to_int")):
-            return None  # the pseudo-operations keep their value in the same register
+            return None  # pseudo-operations keep their value in the same register
         file, number = self.registers[match[1]], int(match[2])
         return self._expression(i), lambda v: file.__setitem__(number, v)
 
-    def _expression(self, i: Instruction) -> Read:
+    def _expression(self, i: BundleInstruction) -> Read:
         if i.op.startswith("inlined_call_operand"):
             return self._operand(i)
         if i.op == "sld":
@@ -191,13 +192,13 @@ class _Machine:
         def compute() -> Value:
             try:
                 return function(*(read() for read in reads))
-            except TypeError:  # something unknown is in it
+            except TypeError:  # an operand is unknown
                 return None
 
         return compute
 
-    def _operand(self, i: Instruction) -> Read:
-        """A scalar's value, or the address of an array; known values are then in the scalar memory."""
+    def _operand(self, i: BundleInstruction) -> Read:
+        """A scalar's value or an array's address. Known values of an array are put into the scalar memory."""
         index = int(i.text.split("index: ", 1)[1].split(",")[0])
         known = self.operands.get(index)
         if "no memory space" in i.text:
@@ -214,7 +215,7 @@ class _Machine:
 
     def _read(self, text: str) -> Read:
         """The value of an operand: a register, a number, or an address `[space:[base + ...]]`."""
-        text = re.sub(r"^([^\s\[]+) \[.*\]$", r"\1", text)  # the allocation behind a value says where it comes from
+        text = re.sub(r"^([^\s\[]+) \[.*\]$", r"\1", text)  # drops the allocation after a value
         if text.startswith("!"):
             inner = self._read(text[1:])
             return lambda: None if (value := inner()) is None else 1 - value
@@ -227,7 +228,7 @@ class _Machine:
             return lambda: constant
         terms = re.findall(r"#[\w.]+|\$?0x[0-9a-f]+|%\w+|-?\d+", text.split("] [")[0])
         if not text.startswith("[") or not terms:
-            self.doubts[f"unknown operand {text}"] += 1
+            self.warnings[f"unknown operand {text}"] += 1
             return lambda: None
         fixed, reads = 0, []
         for term in terms:
@@ -248,7 +249,7 @@ class _Machine:
 
     def _copy(self, kind: str, source: Value, size: Value, target: Value, flag: Value) -> None:
         if size is None:
-            self.doubts[f"a copy {kind} of unknown size"] += 1
+            self.warnings[f"copy {kind} of unknown size"] += 1
             return
         moment, count = self.now + self.offset, size * _GRANULE
         if "hbm" in kind:
@@ -265,7 +266,7 @@ class _Machine:
         self.arriving[flag].append((done, size))
 
     def _wait(self, flag: Value, size: Value) -> None:
-        """Stalls until the copies that signal the flag, first come first, make up the size."""
+        """Stalls until copies that signal the flag, in the order of their arrival, have the given size."""
         queue = sorted(self.arriving[flag])
         moment = last = self.now + self.offset
         while queue and self.flags[flag] < (size or 0):
@@ -280,15 +281,15 @@ class _Machine:
         self.flags[flag] += _signed(change or 0)
 
 
-def _branches(bundle: Sequence[Instruction]) -> bool:
+def _branches(bundle: Sequence[BundleInstruction]) -> bool:
     return any(i.op.startswith("sbr") for i in bundle)
 
 
 def smem_words(values: np.ndarray) -> list[int]:
     """Integers as the 32-bit words of the scalar memory.
 
-    Rows of a matrix are padded to 128 numbers. Narrow integers share words: a vector's in runs of 128, n times n to a
-    word; a matrix's n rows to a row of words, in tiles of 8 rows.
+    Rows of a matrix are padded to 128 numbers. Narrow integers, n to a word, share words: n runs of 128 numbers of a
+    vector, or n rows of a matrix, in tiles of 8 rows.
     """
     per_word = 4 // min(4, values.dtype.itemsize)
     words = values.astype(np.int64) & 2 ** (32 // per_word) - 1
@@ -359,10 +360,10 @@ _COMPARE: dict[str, Callable[[int, int], bool]] = {
 
 
 def _function(op: str) -> Callable[..., Value] | None:
-    """What a scalar instruction computes; None for one that is not known."""
+    """The function of a scalar instruction; None for an unknown one."""
     name, *rest = op.split(".")
     if name == "scmp" and rest[1].startswith("f"):
-        return lambda a, b: None  # noqa: ARG005 floats are not followed
+        return lambda a, b: None  # noqa: ARG005 floats are unknown
     if name in ("smin", "smax"):
         pick = min if name == "smin" else max
         return lambda a, b: pick(a, b, key=_signed if rest[0] == "s32" else None)

@@ -1,11 +1,11 @@
-"""The shapes that tests, costs and tuning share: for each op, what the models ask of it."""
+"""Shapes of each op in the models, for tests, costs and tuning."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LatentDecode:
-    """`sequences` decode one token each; `length` slots of a sequence's cache are filled."""
+    """So many sequences decode one token each; each has `length` filled slots in the cache."""
 
     heads: int
     latent: int
@@ -24,7 +24,7 @@ LATENT_DECODE = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LatentAttention:
-    """Training rows of `tokens`; rope 0 where the heads of keys share nothing (MHA, GQA, MQA)."""
+    """Training on rows of `tokens` tokens; rope is 0 for MHA, GQA and MQA, which have no shared key."""
 
     heads: int
     kv_heads: int
@@ -44,7 +44,7 @@ LATENT_ATTENTION = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertDispatch:
-    """What one device has to do for the routed experts of one layer: `rows` of its (token, expert) pairs are kept."""
+    """The routed experts of one layer on one device, with `rows` kept (token, expert) pairs."""
 
     tokens: int
     active: int
@@ -55,14 +55,14 @@ class ExpertDispatch:
 
 
 EXPERT_DISPATCH = {
-    # 160 experts over 8 devices, 3 devices a token, a budget of 4,096 tokens' pairs for each device
+    # 160 experts over 8 devices, 3 devices per token, a budget of 4,096 tokens' pairs for each device
     "v2": ExpertDispatch(tokens=12_288, active=6, rows=24_576, experts=20, hidden=5120, width=1536),
     "v2_lite": ExpertDispatch(tokens=32_768, active=6, rows=196_608, experts=64, hidden=2048, width=1408),
     "nano": ExpertDispatch(tokens=2048, active=4, rows=8192, experts=16, hidden=256, width=128),
 }
 
 EXPERT_DECODE = {
-    # one token of each of 64 sequences a device, and of some 430: 160 experts over 8 devices, 3 devices a token
+    # one token of each of 64 sequences per device, and of about 430; devices as above
     "v2_decode": ExpertDispatch(tokens=192, active=6, rows=384, experts=20, hidden=5120, width=1536),
     "v2_decode_full": ExpertDispatch(tokens=1280, active=6, rows=2560, experts=20, hidden=5120, width=1536),
 }

@@ -1,4 +1,4 @@
-"""What there is to price and to tune: each op with its shapes, its useful work, and how to call it."""
+"""The ops whose cost is estimated and tuned: the shapes, the useful work and the call of each."""
 
 import dataclasses
 import itertools
@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import shapes
 from pallas_kernels.chips import CHIPS
 from pallas_kernels.expert_dispatch import combine, kernels
 from pallas_kernels.expert_dispatch.tiles import Tiles
 from pallas_kernels.latent_attention import CachePages, Sequences, decode_kernel, decode_tuning, flash, packing
 from pallas_kernels.latent_attention.decode_jobs import DecodeBlocks
+from pallas_kernels.pricing import shapes
 from pallas_kernels.quantized import Quantized
 
 _BF16 = 2  # bytes
@@ -26,22 +26,22 @@ class Op:
 
     shapes: Mapping[str, Any]
     build: Callable[[Any, str, Any], tuple[Callable, tuple]]
-    flops: Callable[[Any], float]  # useful ones, of the whole chip
+    flops: Callable[[Any], float]  # useful FLOPs, of all cores
     bytes: Callable[[Any], float]  # that have to move between HBM and the chip, each once
-    key: Callable[[Any], Any]  # the shape as tuning.py's table lists it
-    blocks: Callable[[str, Any], Any]  # what tuning.py says, for a chip and a shape
-    candidates: Callable[[Any], Iterable[Any]]  # what there is to try, smaller blocks first
+    key: Callable[[Any], Any]  # the shape's key in the table of tuned blocks
+    blocks: Callable[[str, Any], Any]  # tuned blocks of a chip and a shape
+    candidates: Callable[[Any], Iterable[Any]]  # blocks to try, small ones first
 
 
 def _latent_decode(shape: shapes.LatentDecode, chip: str, blocks: Any, dtype: Any) -> tuple[Callable, tuple]:
-    """A token of each sequence, over a cache kept in `dtype`."""
+    """One token of each sequence, over a cache in `dtype`."""
     n, pages = shape.sequences, -(-shape.length // shape.page)
     packed = packing.is_packed(dtype)
 
-    def run(*args: jax.Array) -> jax.Array:
-        pages, sequences = CachePages(args[2], args[3], args[7] if packed else None), Sequences(*args[4:7])
+    def run(q_c: jax.Array, q_r: jax.Array, *args: jax.Array) -> jax.Array:
+        pages, sequences = CachePages(args[0], args[1], args[5] if packed else None), Sequences(*args[2:5])
         cores = CHIPS[chip].cores
-        return decode_kernel.decode(args[:2], pages, sequences, scale=1.0, blocks=blocks, cores=cores)
+        return decode_kernel.decode((q_c, q_r), pages, sequences, scale=1.0, blocks=blocks, cores=cores)
 
     args = (
         _bf16(n, shape.heads, shape.latent),
@@ -73,7 +73,7 @@ def _bf16(*dims: int) -> jax.ShapeDtypeStruct:
 
 
 def _latent_flash(shape: shapes.LatentAttention, chip: str, backward: bool) -> tuple[Callable, tuple]:
-    """One sequence, one document: forward alone, or forward and backward as in training."""
+    """One sequence of one document: the forward pass, or forward and backward as in training."""
     h, j, t = shape.heads, shape.kv_heads, shape.tokens
     how = flash.tuning(t, t, j, shape.rope > 0, jnp.dtype(jnp.bfloat16), chip)
     queries = [_bf16(1, h, t, shape.nope), _bf16(1, h, t, shape.rope) if shape.rope else None]
@@ -92,7 +92,7 @@ def _latent_flash(shape: shapes.LatentAttention, chip: str, backward: bool) -> t
 
 
 def _latent_products(shape: shapes.LatentAttention, keys: int, values: int) -> float:
-    """FLOPs of so many products over the keys' width and over the values', of the causal half."""
+    """FLOPs of so many products over the width of keys, and of values, for the causal half of the scores."""
     width = keys * (shape.nope + shape.rope) + values * shape.value
     return 2 * shape.heads * shape.tokens**2 / 2 * width
 
@@ -100,20 +100,21 @@ def _latent_products(shape: shapes.LatentAttention, keys: int, values: int) -> f
 def _latent_bytes(shape: shapes.LatentAttention, backward: bool) -> float:
     queries, key, value = shape.nope + shape.rope, shape.nope, shape.value
     operands = shape.heads * (queries + value) + shape.kv_heads * (key + value) + shape.rope
-    return _BF16 * shape.tokens * operands * (3 if backward else 1)  # again for the second pass, and the gradients
+    return _BF16 * shape.tokens * operands * (3 if backward else 1)  # backward reads them again and writes gradients
 
 
 def _sizes(shape: shapes.ExpertDispatch) -> np.ndarray:
-    """Uneven groups, as a balanced router draws them."""
+    """Group sizes of a balanced router."""
     return np.random.default_rng(0).multinomial(shape.rows, np.full(shape.experts, 1 / shape.experts)).astype(np.int32)
 
 
 def _experts(
     call: Callable[..., Any], rows: str, weights: int, transposed: bool = False, stored: Any = jnp.bfloat16
 ) -> Callable:
-    """`build` of a grouped kernel: call(rows, weights, sizes, tiles). rows: a letter each, D or F wide, or G gates.
+    """`build` of a grouped kernel: call(rows, weights, sizes, tiles).
 
-    stored: the weights' dtype; of 8 bits they are quantized.
+    rows: a letter for each operand, D or F for its width, G for gates. stored: the weights' dtype; weights in 8 bits
+    are quantized.
     """
 
     def build(s: shapes.ExpertDispatch, _: str, tiles: Any) -> tuple[Callable, tuple]:
@@ -133,7 +134,7 @@ def _experts(
 
 
 def _combine(s: shapes.ExpertDispatch, _: str, __: Any) -> tuple[Callable, tuple]:
-    """Rows of `tokens` tokens, in token order, added up; runs of tokens get uneven numbers of them."""
+    """The sum of each token's rows, in token order, with uneven groups."""
     runs = -(-s.tokens // combine.RUN)
     sizes = np.random.default_rng(0).multinomial(s.rows, np.full(runs, 1 / runs)).astype(np.int32)
     return combine.add_up, (_bf16(s.rows, combine.RUN), _bf16(s.rows, s.hidden), sizes)
@@ -147,9 +148,10 @@ def _expert_op(
     stored: Any = jnp.bfloat16,
     sizes: Mapping[str, shapes.ExpertDispatch] = shapes.EXPERT_DISPATCH,
 ) -> Op:
-    """An op of `products` grouped products that moves so many arrays of rows of both widths, and as many weights.
+    """An op of `products` grouped products, which moves that many weights.
 
-    Scales are left out of the bytes: they are less than a two-hundredth of their weights.
+    hidden, width: how many arrays of rows of these widths it moves. Scales do not count: they are below 1/200 of their
+    weights.
     """
     weight = products * jnp.dtype(stored).itemsize
     return Op(
@@ -160,7 +162,7 @@ def _expert_op(
             _BF16 * s.rows * (hidden * s.hidden + width * s.width) + weight * s.experts * s.hidden * s.width
         ),
         key=lambda s: (s.experts, s.hidden, s.width),
-        blocks=lambda *_: None,  # those that the kernels find for themselves
+        blocks=lambda *_: None,  # the kernels compute their own
         candidates=_expert_candidates,
     )
 
@@ -172,7 +174,7 @@ def _expert_candidates(_: shapes.ExpertDispatch) -> Iterable[Any]:
 
 
 def _generation_ops() -> dict[str, Op]:
-    """The two kernels of a forward pass: of a decode step too, and then on weights in 8 bits as well."""
+    """The two kernels of a forward pass, also for decode steps; those also with weights in 8 bits."""
     found = {}
     for suffix, stored in {"": jnp.bfloat16, "_int8": jnp.int8, "_float8": jnp.float8_e4m3fn}.items():
         gate_up = _experts(
@@ -232,7 +234,7 @@ _EXPERT_OPS = {
 _EXPERT_OPS["expert_combine"] = Op(
     shapes=shapes.EXPERT_DISPATCH,
     build=_combine,
-    flops=lambda s: 2 * s.rows * combine.RUN * s.hidden,  # nearly all with zeros: the HBM sets the pace
+    flops=lambda s: 2 * s.rows * combine.RUN * s.hidden,  # nearly all with zeros; HBM is the bound
     bytes=lambda s: _BF16 * (s.rows * (combine.RUN + s.hidden) + s.tokens * s.hidden),
     key=lambda s: (s.tokens, s.hidden),
     blocks=lambda *_: None,

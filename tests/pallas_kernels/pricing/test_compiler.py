@@ -1,4 +1,4 @@
-"""Which scalar operands of a kernel are known, given the values of some arguments."""
+"""The known scalar operands of a kernel, given the values of some arguments."""
 
 import jax
 import jax.numpy as jnp
@@ -7,13 +7,14 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import compiler, cost
+from pallas_kernels.chips import CHIPS
+from pallas_kernels.pricing import compiler
 
 X = jax.ShapeDtypeStruct((8, 128), jnp.float32)
 
 
 def _kernel(numbers: jax.Array, x: jax.Array, name: str | None = None) -> jax.Array:
-    """x times the prefetched number of its block."""
+    """x times its block's prefetched number."""
 
     def kernel(numbers, x, o):
         o[...] = x[...] * numbers[pl.program_id(0)]
@@ -35,7 +36,7 @@ def _known(fn, *args) -> list[tuple[str, dict[int, list[int]]]]:
 
 
 def test_known_operands() -> None:
-    """What follows from values alone is known, through jit, loops and custom gradients; the rest is not."""
+    """Operands that follow from values alone are known, through jit, loops and custom gradients; others are not."""
 
     @jax.custom_vjp
     def op(sizes, x):
@@ -50,13 +51,13 @@ def test_known_operands() -> None:
 
 
 @pytest.mark.tpu
-def test_calls_in_turn() -> None:
-    """Each call of a kernel gets its own values, whether it has a name or not."""
+def test_each_call_has_its_values() -> None:
+    """Each call of a kernel has its own values, with or without a name."""
 
     def fn(a, b, x):
         x = _kernel(a, _kernel(b, x, "scaled"), "scaled")
         return _kernel(b, x)
 
     numbers = [np.array([n], np.int32) for n in (5, 6)]
-    (one, two, three) = compiler.compile_kernels(fn, (*numbers, X), cost.CHIPS["v5e"])
+    (one, two, three) = compiler.compile_kernels(fn, (*numbers, X), CHIPS["v5e"])
     assert [kernel.operands[0].tolist() for kernel in (one, two, three)] == [[6], [5], [6]]

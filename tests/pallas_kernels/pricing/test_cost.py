@@ -1,4 +1,4 @@
-"""The cost of kernels whose work is known by hand, and the command line's manners."""
+"""The cost of kernels whose work is counted by hand, and the command line."""
 
 import dataclasses
 import functools
@@ -14,14 +14,15 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import chips, cost
+from pallas_kernels import chips
+from pallas_kernels.pricing import cost
 
 M, N, K = 1024, 2048, 4096
 BF16, F32 = 2, 4
 
 
 def _matmul(a: jax.Array, b: jax.Array, limit: jax.Array, *, m: int, n: int, k: int) -> jax.Array:
-    """a @ b in blocks, of which only the first limit[0] row blocks are computed."""
+    """a @ b in blocks; computes only the first limit[0] row blocks."""
 
     def kernel(limit, a, b, o, sum_):
         @pl.when(pl.program_id(2) == 0)
@@ -65,9 +66,9 @@ def _cost(chip: str, m: int, n: int, k: int, limit: int) -> cost.Cost:
 
 @pytest.mark.tpu
 @pytest.mark.parametrize("blocks", [(256, 256, 512), (512, 1024, 1024), (512, 256, 4096)], ids=str)
-@pytest.mark.parametrize("chip", chips.CHIPS)
+@pytest.mark.parametrize("chip", chips.KERNEL_CHIPS)
 def test_matmul(chip: str, blocks: tuple[int, int, int]) -> None:
-    """Trips, copies, matmuls and VMEM of a blocked matmul, computed by hand."""
+    """Trips, copies, matmuls and VMEM of a blocked matmul, counted by hand."""
     (m, n, k), facts = blocks, chips.CHIPS[chip]
     result = _cost(chip, *blocks, limit=M // m)
     (kernel,) = result.kernels
@@ -77,30 +78,32 @@ def test_matmul(chip: str, blocks: tuple[int, int, int]) -> None:
     assert kernel.copied["hbm_to_vmem"] == BF16 * (a_blocks * m * k + steps * k * n)
     assert kernel.copied["vmem_to_hbm"] == BF16 * rows * columns * m * n
     width = facts.mxu_width
-    matmuls = steps * (m // 16) * (k // width) * (n // width)  # 16 rows an instruction, a width x width tile of b
+    matmuls = (
+        steps * (m // 16) * (k // width) * (n // width)
+    )  # an instruction has 16 rows and a width x width tile of b
     assert kernel.matmuls == matmuls
     assert kernel.mxu * kernel.us * facts.clock == pytest.approx(matmuls * facts.matmul_cycles / facts.mxus * 1e6)
-    assert max(run["trips"] for run in kernel.hottest if run["matmuls"]) <= steps
+    assert max(run["trips"] for run in kernel.longest_runs if run["matmuls"]) <= steps
     assert kernel.vmem >= BF16 * 2 * (m * k + k * n + m * n) + F32 * m * n
     assert kernel.us >= kernel.hbm_us
-    assert kernel.doubts == ()
+    assert kernel.warnings == ()
     assert result.roofline_us == pytest.approx(2 * M * N * K / facts.peak / facts.cores * 1e6)
     assert 0.1 < result.efficiency < 1
 
 
 @pytest.mark.tpu
 def test_skipped_blocks() -> None:
-    """Blocks that a prefetched number skips cost their copies, but no matmul."""
-    whole, half = (_cost("v5e", 256, 512, 4096, limit) for limit in (4, 2))
-    assert half.kernels[0].matmuls * 2 == whole.kernels[0].matmuls
-    assert half.kernels[0].copied == whole.kernels[0].copied
-    assert half.us < whole.us
+    """Skipped blocks cost copies but no matmuls."""
+    full, half = (_cost("v5e", 256, 512, 4096, limit) for limit in (4, 2))
+    assert half.kernels[0].matmuls * 2 == full.kernels[0].matmuls
+    assert half.kernels[0].copied == full.kernels[0].copied
+    assert half.us < full.us
 
 
 def test_peaks() -> None:
-    """The MXUs at their clock give the published TFLOP/s of a chip (of one of a tpu7x's two devices)."""
+    """MXUs and clock give the published TFLOP/s of a chip (tpu7x: of one of its two devices)."""
     published = {"v4": 275, "v5e": 197, "v5p": 459, "v6e": 918, "tpu7x": 2307 / 2}
-    for name, chip in chips.PLANNED.items():
+    for name, chip in chips.CHIPS.items():
         assert chip.peak * chip.cores == pytest.approx(published[name] * 1e12, rel=2e-3), name
 
 
@@ -115,13 +118,13 @@ def test_unknown_chip() -> None:
         cost.cost(lambda x: x, (), "v5x", flops=1, bytes=1)
 
 
-def _run(*words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "pallas_kernels.cost", *words]
+def _run(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pallas_kernels.cost", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("arguments", "message"),
     [
         (["latent_decod", "--chip", "v5e", "--shape", "v2"], "unknown op 'latent_decod'; did you mean latent_decode?"),
         (["latent_decode", "--chip", "v4", "--shape", "v2"], "unknown chip 'v4'"),
@@ -130,17 +133,17 @@ def _run(*words: str) -> subprocess.CompletedProcess:
         (["latent_decode", "--chip", "v5e", "--shape", "v2", "--tunes"], "did you mean --tune?"),
     ],
 )
-def test_mistakes(words: list[str], told: str) -> None:
+def test_mistakes(arguments: list[str], message: str) -> None:
     """One line and exit code 2."""
-    done = _run(*words)
+    done = _run(*arguments)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert done.stderr.startswith("error: ")
-    assert told in done.stderr
+    assert message in done.stderr
 
 
 @pytest.mark.tpu
 def test_command(tmp_path: Path) -> None:
-    """The table says what the JSON says."""
+    """The table and the JSON file agree."""
     file = tmp_path / "cost.json"
     done = _run("latent_decode", "--chip", "v5e", "--shape", "nano", "--json", str(file))
     assert done.returncode == 0, done.stderr

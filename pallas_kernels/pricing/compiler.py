@@ -1,7 +1,7 @@
-"""Compiles a function for a TPU that is not here, and keeps what the compiler wrote down of every Pallas kernel in it.
+"""Compiles a function for a TPU that is not attached, and returns the compiler's dump of every Pallas kernel in it.
 
-The TPU's compiler reads its options once, when it is loaded, and may end the process over a kernel it cannot compile.
-So it works in a process of its own, `python -m pallas_kernels.compiler FOLDER TOPOLOGY`, on the exported program.
+The TPU compiler reads its options once, when it is loaded, and may end the process if it cannot compile a kernel. So it
+runs in its own process, `python -m pallas_kernels.pricing.compiler FOLDER TOPOLOGY`, on the exported program.
 """
 
 import collections
@@ -28,25 +28,25 @@ _VMEM = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Kernel:
+class CompiledKernel:
     """One Pallas kernel of a compiled program."""
 
     name: str
     bundles: str  # the final VLIW bundles, as the compiler prints them
-    operands: Mapping[int, np.ndarray]  # by position, those integer operands whose values are known
-    vmem: int  # bytes of VMEM that the kernel uses
+    operands: Mapping[int, np.ndarray]  # integer operands with known values, by position
+    vmem: int  # bytes of VMEM in use
 
 
-def compile_kernels(fn: Callable, args: Sequence[Any], chip: Chip) -> list[Kernel]:
+def compile_kernels(fn: Callable, args: Sequence[Any], chip: Chip) -> list[CompiledKernel]:
     """Every Pallas kernel that `fn(*args)` runs on the chip, in the order of the compiled program.
 
-    Leaves of args are shapes (`jax.ShapeDtypeStruct`), or numpy arrays where values steer a kernel (group sizes, page
-    tables): those, and what the function computes from them alone, become the kernels' known operands.
-    Raises ValueError without libtpu, for a program without a Pallas kernel, and with the compiler's own words for one
-    that it refuses.
+    Leaves of args are shapes (`jax.ShapeDtypeStruct`), or numpy arrays where a kernel depends on values (group sizes,
+    page tables). Those, and integers that the function computes from them alone, become the kernels' known operands.
+    Raises ValueError without libtpu, for a program without a Pallas kernel, and with the compiler's message for a
+    program that it rejects.
     """
     if importlib.util.find_spec("libtpu") is None:
-        raise ValueError("no libtpu to compile with: pip install libtpu (no TPU is needed)")
+        raise ValueError("libtpu is not installed: pip install libtpu (it compiles without a TPU)")
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tuple(args))
     device = jax.sharding.AbstractDevice(platform="tpu", device_kind=chip.kind, num_cores=chip.cores)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
@@ -57,16 +57,16 @@ def compile_kernels(fn: Callable, args: Sequence[Any], chip: Chip) -> list[Kerne
         calls[name].append(operands)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, _PROGRAM).write_bytes(exported.mlir_module_serialized)
-        _compile_there(Path(folder), chip)
+        _compile_in_process(Path(folder), chip)
         return list(_kernels(Path(folder), calls))
 
 
-def _compile_there(folder: Path, chip: Chip) -> None:
+def _compile_in_process(folder: Path, chip: Chip) -> None:
     flags = {
         "xla_jf_dump_to": folder,
         "xla_jf_dump_llo_text": "true",
         "xla_jf_dump_llo_pass_label_regex": ".*final_bundles.*",
-        # In a small program XLA puts operands into VMEM: bytes that a kernel in a large one has to fetch.
+        # In a small program XLA would put operands into VMEM; in a large one the kernel has to copy them from HBM.
         "xla_vf_vmem_memory_space_assignment": "false",
         "xla_gf_vmem_memory_space_assignment": "false",
         # The SparseCore would do gathers around the kernels in a form that jaxlib cannot read back.
@@ -81,10 +81,10 @@ def _compile_there(folder: Path, chip: Chip) -> None:
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "LIBTPU_INIT_ARGS": " ".join(f"--{flag}={value}" for flag, value in flags.items()),
     }
-    command = [sys.executable, "-m", "pallas_kernels.compiler", str(folder), chip.topology]
+    command = [sys.executable, "-m", "pallas_kernels.pricing.compiler", str(folder), chip.topology]
     done = subprocess.run(
         command,
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
         env=os.environ | environment,
         capture_output=True,
         text=True,
@@ -93,29 +93,29 @@ def _compile_there(folder: Path, chip: Chip) -> None:
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         errors = [n for n, line in enumerate(lines) if "Error: " in line or "Check failed" in line]
-        told = " ".join(lines[errors[-1] if errors else -1 :][:3])
-        raise ValueError(f"the compiler for {chip.topology} refuses: {told}")
+        message = " ".join(lines[errors[-1] if errors else -1 :][:3])
+        raise ValueError(f"the compiler for {chip.topology} rejects the program: {message}")
 
 
-def _kernels(folder: Path, calls: dict[str, list[dict[int, np.ndarray]]]) -> Iterator[Kernel]:
-    """Reads the dumps of a program whose calls are known by kernel name, in the order of the program."""
+def _kernels(folder: Path, calls: dict[str, list[dict[int, np.ndarray]]]) -> Iterator[CompiledKernel]:
+    """Reads the dumps, in the order of the program. calls: known operands of each call, by kernel name."""
     lines = list(_KERNEL.finditer((folder / _HLO).read_text()))
     found = [(line[1], int(size[1]) if (size := _VMEM.search(line[0])) else 0) for line in lines]
     if not found:
         raise ValueError("no Pallas kernel in the program")
-    turn: dict[str, int] = collections.Counter()
+    seen: dict[str, int] = collections.Counter()
     for name, vmem in found:
         (dump,) = folder.glob(f"*-{name}-*[0-9]-final_bundles.txt")
-        # XLA writes what a call was transformed by around its name, and finds names for calls that have none.
+        # XLA writes transformations around a call's name, and names calls that have none.
         call = max((known for known in calls if known and known in name), key=len, default="")
         known = calls.get(call, [{}])
-        operands = known[min(turn[call], len(known) - 1)]
-        turn[call] += 1
-        yield Kernel(name=name, bundles=dump.read_text(), operands=operands, vmem=vmem)
+        operands = known[min(seen[call], len(known) - 1)]
+        seen[call] += 1
+        yield CompiledKernel(name=name, bundles=dump.read_text(), operands=operands, vmem=vmem)
 
 
 def _calls(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[tuple[str, dict[int, np.ndarray]]]:
-    """The Pallas calls in a jaxpr: names, and those integer operands that follow from the arguments with values."""
+    """Names of the Pallas calls in a jaxpr, and their integer operands that follow from arguments with values."""
     calls = []
 
     def run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
@@ -130,10 +130,10 @@ def _calls(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[tuple
             outs: Sequence[Any] = [None] * len(eqn.outvars)
             inner = next((eqn.params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in eqn.params), None)
             if eqn.primitive.name == "pallas_call":
-                steering = {
+                integers = {
                     n: np.asarray(x) for n, x in enumerate(ins) if x is not None and np.asarray(x).dtype.kind in "iu"
                 }
-                calls.append((eqn.params["name"] or "", steering))
+                calls.append((eqn.params["name"] or "", integers))
             elif all(known):
                 result = eqn.primitive.bind(*ins, **eqn.params)
                 outs = result if eqn.primitive.multiple_results else [result]
@@ -147,7 +147,7 @@ def _calls(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[tuple
     return calls
 
 
-def _compile_here(folder: Path, topology: str) -> None:
+def _compile(folder: Path, topology: str) -> None:
     from jax.experimental import topologies
     from jaxlib import xla_client
     from jaxlib.mlir import ir
@@ -162,4 +162,4 @@ def _compile_here(folder: Path, topology: str) -> None:
 
 
 if __name__ == "__main__":
-    _compile_here(Path(sys.argv[1]), sys.argv[2])
+    _compile(Path(sys.argv[1]), sys.argv[2])

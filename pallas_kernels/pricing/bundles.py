@@ -1,4 +1,4 @@
-"""Reads the TPU compiler's final VLIW bundles of a kernel, and says how long a straight run of them takes."""
+"""Reads the TPU compiler's final VLIW bundles of a kernel, and estimates the time of a straight run of them."""
 
 import collections
 import dataclasses
@@ -15,14 +15,14 @@ _INSTRUCTION = re.compile(r"(?:(?P<target>%\S+) = )?(?P<op>[a-z_][\w.\[\]]*)\s*(
 _GUARD = re.compile(r"\((!?%\w+_p\d+)(?:, ([^)]*))?\),?\s*")
 _TAG = re.compile(r"\[(?:resolvable|thread):\$\w+\]\s*")
 
-CORE_ID = " @core"  # marks the instruction that reads which core this is
-_XLU_INTERVAL, _XLU_LATENCY = 4, 69  # cycles of the cross-lane unit, read off the compiler's schedules
-_MATMULS_QUEUED = 4  # that an MXU takes in before the core has to wait
+CORE_ID = " @core"  # marks the instruction that reads the core's number
+_XLU_INTERVAL, _XLU_LATENCY = 4, 69  # cycles of the cross-lane unit, from the compiler's schedules
+_MATMULS_QUEUED = 4  # matmuls that an MXU queues before the core has to wait
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Instruction:
-    """`target = op (guard, kept), operands`: where the guard fails nothing happens, or the target is `kept`."""
+class BundleInstruction:
+    """`target = op (guard, kept), operands`. If the guard is false, the target becomes `kept`, or nothing happens."""
 
     op: str
     target: str
@@ -33,10 +33,10 @@ class Instruction:
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """Bundles in the order of their addresses, and the bundle at which each region, a branch's target, begins."""
+class KernelProgram:
+    """Bundles by address, and the first bundle of each region, which is a branch's target."""
 
-    bundles: tuple[tuple[Instruction, ...], ...]
+    bundles: tuple[tuple[BundleInstruction, ...], ...]
     regions: dict[str, int]
 
 
@@ -47,12 +47,12 @@ class Schedule:
     starts: tuple[int, ...]  # cycle of each bundle
     cycles: int
     matmuls: int  # matmul instructions
-    mxu_cycles: float  # that the MXUs are busy, as a mean over them
-    spills: int  # vector registers written to memory for want of registers
+    mxu_cycles: float  # for which the MXUs are busy, on average
+    spills: int  # vector registers spilled to memory
     fills: int  # and read back
 
 
-def parse(text: str) -> Program:
+def parse(text: str) -> KernelProgram:
     """Reads a `final_bundles` dump."""
     heads = list(_BUNDLE.finditer(text))
     bundles, regions = [], {}
@@ -61,18 +61,18 @@ def parse(text: str) -> Program:
         regions |= dict.fromkeys(_REGION.findall(body), i)
         body = _COMMENT.sub(_note, body)
         bundles.append(tuple(filter(None, map(_instruction, body.split(";;")))))
-    return Program(tuple(bundles), regions)
+    return KernelProgram(tuple(bundles), regions)
 
 
 def _note(comment: re.Match) -> str:
-    """What of a comment matters: which instruction reads the core's number, and where a general copy goes."""
+    """A comment's mark for the parser: of an instruction that reads the core's number, or a copy's direction."""
     if "megacore core id" in comment[0]:
         return CORE_ID
     direction = _DIRECTION.fullmatch(comment[0])
     return f" @{direction[1]}_to_{direction[2]}" if direction else " "
 
 
-def _instruction(text: str) -> Instruction | None:
+def _instruction(text: str) -> BundleInstruction | None:
     text = " ".join(text.split()).rstrip("} ")
     match = _INSTRUCTION.match(text)
     if not match:
@@ -85,13 +85,13 @@ def _instruction(text: str) -> Instruction | None:
     op = f"dma.{direction}" if match["op"] == "dma.general" and direction else match["op"]
     operands = tuple(x.strip() for x in rest.split(",") if x.strip())
     held, kept = (guard[1], guard[2] or "") if guard else ("", "")
-    return Instruction(op, match["target"] or "", held, kept, operands, text)
+    return BundleInstruction(op, match["target"] or "", held, kept, operands, text)
 
 
-def schedule(bundles: Sequence[Sequence[Instruction]], chip: Chip) -> Schedule:
-    """Times a straight run: a cycle a bundle, the delays it asks for, and the waits for matrix and cross-lane units.
+def schedule(bundles: Sequence[Sequence[BundleInstruction]], chip: Chip) -> Schedule:
+    """Times a straight run: a cycle for each bundle, explicit delays, and waits for matrix and cross-lane units.
 
-    What is not in it: bank conflicts, and whatever else stalls a core that its compiler did not expect to stall.
+    Does not include bank conflicts, or other stalls that the compiler did not expect.
     """
     now, starts, count = 0.0, [], collections.Counter()
     mxus: dict[str, _Unit] = collections.defaultdict(_Unit)
@@ -125,7 +125,7 @@ def schedule(bundles: Sequence[Sequence[Instruction]], chip: Chip) -> Schedule:
 
 
 class _Unit:
-    """A unit that works through a queue: when it is free again, and when each result is ready."""
+    """A unit with a queue: the cycle at which it is free again, and at which each result is ready."""
 
     def __init__(self) -> None:
         self.free = self.worked = 0.0
@@ -133,20 +133,20 @@ class _Unit:
         self.slots: dict[int, float] = {}
 
     def start(self, now: float, cycles: float) -> float:
-        """Takes in work of that many cycles; returns when it begins."""
+        """Queues work of so many cycles; returns the cycle at which it begins."""
         begin = max(now, self.free)
         self.free = begin + cycles
         self.worked += cycles
         return begin
 
     def pop(self, now: float, slot: int | None) -> float:
-        """When the next result, or the one in that slot of the result buffer, has been popped."""
+        """The cycle at which the next result is popped, or that in a slot of the result buffer."""
         if slot is not None:
             return max(now, self.slots.get(slot, now))
         return max(now, self.queue.popleft()) if self.queue else now
 
 
-def _matmul(i: Instruction, mxu: _Unit, now: float, chip: Chip) -> float:
+def _matmul(i: BundleInstruction, mxu: _Unit, now: float, chip: Chip) -> float:
     cycles = chip.matmul_cycles
     if not re.search(r"bf16|u8|s8|f8|s4|u4|e4m3|e5m2", i.op):
         cycles //= 2  # 8 rows of 32 bits, not 16 of 16
@@ -161,10 +161,10 @@ def _matmul(i: Instruction, mxu: _Unit, now: float, chip: Chip) -> float:
     return now
 
 
-def _across_lanes(i: Instruction, xlu: _Unit, now: float) -> None:
+def _across_lanes(i: BundleInstruction, xlu: _Unit, now: float) -> None:
     ready = xlu.start(now, _XLU_INTERVAL) + _XLU_LATENCY
     if "xpose" not in i.op:
         xlu.queue.append(ready)
-    elif ".end" in i.op:  # the last step "[8/8]" of a transpose of 8 registers lets 8 results out, one an interval
+    elif ".end" in i.op:  # the last step "[8/8]" of a transpose of 8 registers gives 8 results, one each interval
         steps = re.search(r"\[\d+/(\d+)\]", i.text)
         xlu.queue.extend(ready + n * _XLU_INTERVAL for n in range(int(steps[1]) if steps else 8))
