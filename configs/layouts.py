@@ -8,7 +8,7 @@ from dsv2_jax.presets import PRESETS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Layout:
+class TrainingLayout:
     """What a slice asks for; everything else is the preset's."""
 
     mesh: Mesh
@@ -18,17 +18,17 @@ class Layout:
 
 
 LAYOUTS = {
-    ("v2_lite", "v5p:2x2x4"): Layout(mesh=Mesh(fsdp=4, expert=4), sequences=64, remat="attention"),
-    ("v2", "v5p:4x8x8"): Layout(mesh=Mesh(fsdp=32, expert=8), sequences=1024, remat="full"),
-    ("v2_long", "v5p:8x8x8"): Layout(
+    ("v2_lite", "v5p:2x2x4"): TrainingLayout(mesh=Mesh(fsdp=4, expert=4), sequences=64, remat="attention"),
+    ("v2", "v5p:4x8x8"): TrainingLayout(mesh=Mesh(fsdp=32, expert=8), sequences=1024, remat="full"),
+    ("v2_long", "v5p:8x8x8"): TrainingLayout(
         mesh=Mesh(fsdp=8, expert=8, context=8), sequences=576, remat="full", micro_size=192
     ),
-    ("dense_67b", "v5p:4x8x8"): Layout(mesh=Mesh(fsdp=256), sequences=1024, remat="attention"),
+    ("dense_67b", "v5p:4x8x8"): TrainingLayout(mesh=Mesh(fsdp=256), sequences=1024, remat="attention"),
     # The sampler keeps whole what the expert axis does not split, and 5 of the 160 experts of a layer.
-    ("v2_grpo_reasoning", "v5p:4x8x8"): Layout(
+    ("v2_grpo_reasoning", "v5p:4x8x8"): TrainingLayout(
         mesh=Mesh(fsdp=8, expert=32), sequences=1024, remat="full", micro_size=256
     ),
-    ("v2_grpo_preference", "v5p:4x8x8"): Layout(
+    ("v2_grpo_preference", "v5p:4x8x8"): TrainingLayout(
         mesh=Mesh(fsdp=8, expert=32), sequences=1024, remat="full", micro_size=256
     ),
 }

@@ -45,7 +45,7 @@ class Sampler:
             config.model,
             compute=config.compute,
             capacity=capacity(config, kernels(config.compute)),
-            words=words,
+            tokenizer=words,
             mesh=mesh,
             routes=config.model.moe_layers > 0,
         )

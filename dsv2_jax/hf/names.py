@@ -17,7 +17,7 @@ Shape = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class TensorLayout:
     """How slices of our parameters lie in one tensor on disk, and the way back.
 
     Several slices are joined along their last axis: first, per head, what comes first on disk.
@@ -54,15 +54,15 @@ class Layout:
         return np.split(joined, np.cumsum(widths)[:-1], axis=-1)
 
 
-SAME = Layout(0)
-LINEAR = Layout(1)
-FROM_HEADS = Layout(2)
-TURNED = Layout(1, halves=True)
+SAME = TensorLayout(0)
+LINEAR = TensorLayout(1)
+FROM_HEADS = TensorLayout(2)
+TURNED = TensorLayout(1, halves=True)
 
 _ATTENTION = "model.layers.{layer}.self_attn."
 _MLP = "model.layers.{layer}.mlp."
 
-TABLE: tuple[tuple[str, tuple[str, ...], Layout], ...] = (
+TABLE: tuple[tuple[str, tuple[str, ...], TensorLayout], ...] = (
     ("model.embed_tokens.weight", ("w_embed_WD",), SAME),
     ("model.layers.{layer}.input_layernorm.weight", ("norm_attention_D",), SAME),
     (_ATTENTION + "q_proj.weight", ("w_uq_DHN", "w_qr_DHR"), LINEAR),
@@ -102,7 +102,7 @@ class Tensor:
     names: tuple[str, ...]
     index: tuple[int, ...]  # (), (layer of its kind,) or (layer of its kind, expert)
     slices: tuple[Shape, ...]
-    layout: Layout
+    layout: TensorLayout
 
     @property
     def shape(self) -> Shape:

@@ -39,14 +39,14 @@ _numbers = itertools.count(os.getpid())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Outcome:
+class RunResult:
     """How a program ended. code: its exit code, negative the signal that ended it, None when its time was up."""
 
     code: int | None
     output: str  # what it printed, errors included, the beginning of it
 
 
-def run(program: str, *, seconds: float = 5.0, memory: int = 1 << 29, text_in: str = "") -> Outcome:
+def run(program: str, *, seconds: float = 5.0, memory: int = 1 << 29, text_in: str = "") -> RunResult:
     """Runs Python source in a process of its own: no files but a scratch folder, no network, no other process.
 
     It has `seconds` of time and about as much of CPU time, and `memory` bytes. It can create 256 files and folders of
@@ -57,7 +57,7 @@ def run(program: str, *, seconds: float = 5.0, memory: int = 1 << 29, text_in: s
     return _run(program, seconds, memory, text_in)
 
 
-def judge(program: str, tests: str, *, seconds: float = 5.0, memory: int = 1 << 29) -> Outcome:
+def judge(program: str, tests: str, *, seconds: float = 5.0, memory: int = 1 << 29) -> RunResult:
     """Runs Python source, then its tests, in two locked-up processes. The code is 0 if the tests pass.
 
     The tests, source that fails by raising, use the program's names as if they were behind it. What they call is
@@ -91,12 +91,12 @@ def check_system() -> None:
     raise RuntimeError(f"programs cannot be locked up on this system (Linux 5.13 with Landlock is needed): {why}")
 
 
-def _run(program: str, seconds: float, memory: int, text_in: str) -> Outcome:
+def _run(program: str, seconds: float, memory: int, text_in: str) -> RunResult:
     with _Child("program", program, seconds, memory, text_in=text_in) as child:
         return _supervise([child], seconds)
 
 
-def _supervise(children: Sequence["_Child"], seconds: float) -> Outcome:
+def _supervise(children: Sequence["_Child"], seconds: float) -> RunResult:
     """Serves all of them until the first one ends or the time is up; its outcome."""
     first, deadline = children[0], time.monotonic() + seconds
     while (left := deadline - time.monotonic()) > 0:
@@ -204,12 +204,12 @@ class _Child:
         found = {self._output: self._read, self._control.fileno(): self._receive, self._listener: self._answer}
         return {descriptor: handler for descriptor, handler in found.items() if descriptor not in (None, -1)}
 
-    def outcome(self) -> Outcome:
+    def outcome(self) -> RunResult:
         """Ends it, if it has not ended."""
         self._kill()
         while self._output is not None:
             self._read(select.POLLIN)
-        return Outcome(code=self._process.returncode, output=self._said.decode(errors="replace"))
+        return RunResult(code=self._process.returncode, output=self._said.decode(errors="replace"))
 
     def _kill(self) -> None:
         """It cannot start processes, so nothing of it is left."""

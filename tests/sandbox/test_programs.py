@@ -87,12 +87,12 @@ assert os.getpid() != os.getppid() and os.getgroups() is not None
 @pytest.mark.parametrize("program", ORDINARY, ids=["modules", "files", "threads", "sizes", "facts"])
 def test_ordinary_programs_run(program):
     outcome = sandbox.run(program, seconds=30)
-    assert outcome == sandbox.Outcome(code=0, output="")
+    assert outcome == sandbox.RunResult(code=0, output="")
 
 
 def test_what_a_program_prints_and_how_it_ends():
     program = "import math; print(input(), math.factorial(10))"
-    assert sandbox.run(program, text_in="hello\n") == sandbox.Outcome(code=0, output="hello 3628800\n")
+    assert sandbox.run(program, text_in="hello\n") == sandbox.RunResult(code=0, output="hello 3628800\n")
     assert sandbox.run("import sys; sys.exit(7)").code == 7
     assert sandbox.run("import os; os.abort()").code == -signal.SIGABRT
     failed = sandbox.run("assert 1 == 2")
@@ -259,7 +259,7 @@ code = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXE
 code.write(bytes.fromhex("b814000000cd80c3"))  # getpid, number 20, by int 0x80
 print(ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(code)))())
 """
-    assert sandbox.run(program) == sandbox.Outcome(code=-signal.SIGSYS, output="")
+    assert sandbox.run(program) == sandbox.RunResult(code=-signal.SIGSYS, output="")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can change users")

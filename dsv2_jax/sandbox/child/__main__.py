@@ -42,7 +42,7 @@ def main() -> None:
     sys.set_int_max_str_digits(0)  # integers of any length pass between tests and program
     lines = remote.Lines(settings["incoming"], settings["outgoing"])
     if settings["kind"] == "tests":
-        _test(text, remote.Program(lines))
+        _test(text, remote.RemoteProgram(lines))
     else:
         remote.serve(lines, _run(text, "program"))
 
@@ -73,7 +73,7 @@ def _run(text: str, name: str) -> dict[str, Any]:
     return module.__dict__
 
 
-def _test(text: str, program: remote.Program) -> None:
+def _test(text: str, program: remote.RemoteProgram) -> None:
     tests = compile(text, "tests.py", "exec", dont_inherit=True)
     exec(tests, {"__name__": "tests", "__builtins__": builtins} | program.names(sorted(_names(tests))))
 

@@ -89,7 +89,7 @@ def _from_json(message: Any, held: Callable[[str, Any], Any]) -> Any:
     return _BUILD[kind](_from_json(inside, held))
 
 
-class Program:
+class RemoteProgram:
     """The tests' side."""
 
     def __init__(self, lines: Lines):
@@ -145,7 +145,7 @@ class Held:
 
     __slots__ = ("_number", "_program")
 
-    def __init__(self, program: Program, number: int):
+    def __init__(self, program: RemoteProgram, number: int):
         object.__setattr__(self, "_program", program)
         object.__setattr__(self, "_number", number)
 
