@@ -378,5 +378,5 @@ def test_a_folder_of_any_depth_and_mode_is_removed(tmp_path, mode):
 )
 def test_a_system_without_a_sandbox_is_told_so(module, name, value, monkeypatch):
     monkeypatch.setattr(module, name, value)
-    with pytest.raises(RuntimeError, match=r"programs cannot be locked up on this system .*: there is no sandbox for"):
+    with pytest.raises(RuntimeError, match=r"this system cannot sandbox programs .*: no sandbox for"):
         supervisor.check_system.__wrapped__()
