@@ -24,7 +24,7 @@ LAYOUTS = {
         mesh=Mesh(fsdp=8, expert=8, context=8), sequences=576, remat="full", micro_size=192
     ),
     ("dense_67b", "v5p:4x8x8"): TrainingLayout(mesh=Mesh(fsdp=256), sequences=1024, remat="attention"),
-    # Each device of the sampler holds 5 of a layer's 160 experts, and all parameters that the expert axis does not split.
+    # Each sampler device holds 5 of the 160 experts of a layer, and all parameters that the expert axis does not split.
     ("v2_grpo_reasoning", "v5p:4x8x8"): TrainingLayout(
         mesh=Mesh(fsdp=8, expert=32), sequences=1024, remat="full", micro_size=256
     ),
