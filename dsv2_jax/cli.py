@@ -234,6 +234,6 @@ def _plain_messages() -> tyro.constructors.ConstructorRegistry:
                 str_from_instance=lambda value: [str(value)],
             )
 
-    number(int, "a whole number")
+    number(int, "an integer")
     number(float, "a number")
     return registry

@@ -100,13 +100,13 @@ class Moe:
         e, g = self.n_routed_experts, self.n_group
         for name in ("num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group"):
             check(getattr(self, name) > 0, f"moe.{name} must be positive, not {getattr(self, name)}")
-        check(e % g == 0, f"moe.n_routed_experts ({e}) must divide into moe.n_group ({g}) equal groups")
+        check(e % g == 0, f"moe.n_routed_experts ({e}) must be a multiple of moe.n_group ({g})")
         check(self.topk_group <= g, f"moe.topk_group ({self.topk_group}) cannot exceed moe.n_group ({g})")
         reachable = self.topk_group * (e // g)
         check(
             self.num_experts_per_tok <= reachable,
-            f"moe.num_experts_per_tok ({self.num_experts_per_tok}) does not fit in the {reachable} experts of the "
-            f"{self.topk_group} groups kept",
+            f"moe.num_experts_per_tok ({self.num_experts_per_tok}) exceeds the {reachable} experts of "
+            f"moe.topk_group ({self.topk_group}) groups",
         )
         check(0 <= self.exempt_fraction <= 1, f"moe.exempt_fraction must be from 0 to 1, not {self.exempt_fraction}")
         check(self.capacity_factor >= 0, f"moe.capacity_factor must not be negative, not {self.capacity_factor}")
@@ -150,7 +150,7 @@ class Model:
         longest = self.rope.original_max_position_embeddings * self.rope.factor
         check(
             self.max_position_embeddings <= longest,
-            f"model.max_position_embeddings ({self.max_position_embeddings}) exceeds what RoPE reaches: rope.factor x "
+            f"model.max_position_embeddings ({self.max_position_embeddings}) exceeds the range of RoPE: rope.factor x "
             f"rope.original_max_position_embeddings = {longest:g}",
         )
 

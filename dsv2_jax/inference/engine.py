@@ -33,7 +33,7 @@ from dsv2_jax.model.layers import Kernels, kernels
 from dsv2_jax.parallel import processes
 from pallas_kernels.latent_attention.decode_kernel import most_sequences
 
-_FEW_SCORED = 64  # if a chunk has at most so many scored tokens, only these are multiplied by the head
+_FEW_SCORED = 64  # up to this number of scored tokens in a chunk, the head is computed for these alone
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

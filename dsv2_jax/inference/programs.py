@@ -27,9 +27,8 @@ from dsv2_jax.model.matmul import dot
 from dsv2_jax.parallel import collectives, mesh, sharding
 from pallas_kernels.quantized import Quantized
 
-Read = Callable[
-    [str, str, tuple[slice, ...]], np.ndarray
-]  # (part, name, slices) -> float32 values of `parameters.tree`
+# (part, name, slices) -> float32 values of the tree of `parameters.tree`
+Read = Callable[[str, str, tuple[slice, ...]], np.ndarray]
 BY_REPLICA = PartitionSpec(mesh.BATCH)  # arrays with a leading axis of replicas
 
 
@@ -56,7 +55,7 @@ class Setup:
 
 
 def check_mesh(sizes: config.Mesh) -> None:
-    """Raises ValueError for a mesh that generation does not run on."""
+    """Raises ValueError for a mesh on which generation does not run."""
     config.check(
         sizes.size("pipeline", "context") == 1,
         "generation runs on the axes data, fsdp, expert and tensor; mesh.pipeline and mesh.context must be 1",

@@ -20,7 +20,7 @@ class Sampling:
     """How a token is drawn: repetition penalty and bias, temperature, then top_k, top_p and min_p in this order."""
 
     temperature: float = 0.0  # 0: greedy
-    top_k: int = 0  # keep so many of the most probable tokens; 0: all
+    top_k: int = 0  # number of most probable tokens to keep; 0: all
     top_p: float = 1.0  # keep the fewest most probable tokens whose sum reaches this; 1: all
     min_p: float = 0.0  # keep tokens of at least this fraction of the highest probability
     repetition_penalty: float = 1.0  # divides positive logits of tokens seen before, multiplies others

@@ -131,13 +131,13 @@ def _encode(prompt: Any, tokenizer: Tokenizer) -> list[int]:
     if isinstance(prompt, str):
         return [tokenizer.bos_id, *tokenizer.encode(_text("prompt", prompt))]
     fine = isinstance(prompt, list) and prompt and all(isinstance(i, int) and not isinstance(i, bool) for i in prompt)
-    check(bool(fine), "prompt must be a text, a list of texts, a list of token ids, or a list of such lists")
+    check(bool(fine), "prompt must be a string, a list of strings, a list of token ids, or a list of such lists")
     return prompt
 
 
 def _text(where: str, value: Any) -> str:
     fine = isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
-    check(fine, f"{where} must be a text without unpaired surrogates")
+    check(fine, f"{where} must be a string without unpaired surrogates")
     return value
 
 
@@ -175,13 +175,13 @@ def _stop(body: dict) -> tuple[str, ...]:
     stop = body.get("stop", [])
     stop = [stop] if isinstance(stop, str) else stop
     fine = isinstance(stop, list) and len(stop) <= 16 and all(isinstance(s, str) and 0 < len(s) <= 256 for s in stop)
-    check(bool(fine), "stop must be a text or a list of at most 16 texts of 1 to 256 characters")
+    check(bool(fine), "stop must be a string or a list of at most 16 strings of 1 to 256 characters")
     return tuple(stop)
 
 
 def _get(body: dict, name: str, kind: Any, default: Any) -> Any:
     value = body.get(name, default)
-    expected = {int: "a whole number", str: "a text", bool: "true or false"}.get(kind, "a number")
+    expected = {int: "an integer", str: "a string", bool: "true or false"}.get(kind, "a number")
     fine = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
     fine = fine and (not isinstance(value, float) or math.isfinite(value))  # 1e999 is JSON
     check(fine, f"{name} must be {expected}, not {value!r}")

@@ -128,7 +128,7 @@ class RemoteProgram:
 def _known(value: Any) -> Any:
     if isinstance(value, Held):
         return {"held": value._number}
-    raise TypeError(f"a {type(value).__name__} of the tests cannot be passed to the program")
+    raise TypeError(f"cannot pass a {type(value).__name__} of the tests to the program")
 
 
 def _update(argument: Any, now: Any) -> None:

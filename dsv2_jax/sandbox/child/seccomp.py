@@ -56,7 +56,7 @@ CREATING = ("mkdir", "mkdirat", "symlink", "symlinkat", "link", "linkat")  # and
 _SECCOMP = (317, 277)
 _MODE_FILTER, _NEW_LISTENER = 1, 1 << 3
 
-ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, name in seccomp's data
+ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column of the tables, id in seccomp's data
 _LOAD, _AND, _EQUAL, _ANY_BIT, _END = 0x20, 0x54, 0x15, 0x45, 0x06  # classic BPF
 _ALLOW, _ASK, _KILL = 0x7FFF0000, 0x7FC00000, 0x80000000
 _REFUSE, _MISSING = 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS
@@ -66,7 +66,7 @@ _DUPLICATE_AND_FLAGS, _LOCKS, _PIPE_SIZE = (0, 1, 2, 3, 4, 1030), (5, 6, 7, 36, 
 _TERMINAL, _DESCRIPTOR = (0x5401, 0x802C542A, 0x5413), (0x5450, 0x5451, 0x541B, 0x5421)  # requests of ioctl
 _THREAD, _OF_THREADS = 0x10000, 0x7D0F00  # CLONE_THREAD, and all flags that C libraries start threads with
 
-Instruction = tuple[int, int, int, int]  # operation, how far to jump if true, if false, operand
+Instruction = tuple[int, int, int, int]  # operation, jump offset if true, jump offset if false, operand
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -101,7 +101,9 @@ def allowed_calls(pid: int, *, create: bool) -> list[Instruction]:
         "tgkill": [_low(0), *_one_of((pid,))],
         "prlimit64": [*reading_limits, _end(_REFUSE), _end(_ALLOW)],
         "clone": [*thread, _end(_REFUSE)] if create else [_end(_REFUSE)],
-        "clone3": [_end(_MISSING)],  # its flags are in memory; C libraries then use clone
+        "clone3": [
+            _end(_MISSING)
+        ],  # its flags are in memory, out of reach of the filter; C libraries fall back to clone
     }
     blocks += [_call(CHECKED[name], body) for name, body in rules.items()]
     return _filter(blocks, _REFUSE)
