@@ -82,7 +82,7 @@ def test_presets_come_back(preset):
 @pytest.mark.parametrize(
     ("raw", "change", "told"),
     [
-        (RELEASED_V2, {"model_type": "deepseek_v3"}, "model_type is 'deepseek_v3'; deepseek_v2 and llama"),
+        (RELEASED_V2, {"model_type": "deepseek_v3"}, "model_type is 'deepseek_v3'; supported: deepseek_v2, llama"),
         (RELEASED_V2, {"norm_topk_prob": True}, "norm_topk_prob is True, which is not supported"),
         (RELEASED_V2, {"scoring_func": "sigmoid"}, "scoring_func is 'sigmoid'.* must be 'softmax'"),
         (RELEASED_V2, {"moe_layer_freq": 2}, "moe_layer_freq is 2.* must be 1"),

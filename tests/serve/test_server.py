@@ -188,7 +188,7 @@ def refusal(address: str, path: str, body: bytes, key: str = "") -> tuple[int, s
         ("/v1/completions", b'{"prompt": "x", "max_tokens": 999}', 400, "exceed the model's 256 positions"),
         ("/v1/completions", b'{"prompt": "x", "model": "other"}', 404, "'other' does not exist"),
         ("/v1/completions", b'{"prompt": "' + b"x" * 30_000 + b'"}', 413, "the body is too large"),
-        ("/v1/nothing", b"{}", 404, "there is nothing at /v1/nothing"),
+        ("/v1/nothing", b"{}", 404, "unknown path /v1/nothing"),
         ("/v1/models", b"{}", 405, "Method Not Allowed"),
     ],
 )
