@@ -19,7 +19,7 @@ import numpy as np
 from dsv2_jax.config import Compute, Model, check
 from dsv2_jax.data.tokenizer import Tokenizer
 from dsv2_jax.inference import programs, sampling
-from dsv2_jax.inference.inputs import InputBuilder
+from dsv2_jax.inference.inputs import InputBuilder, Plans
 from dsv2_jax.inference.quantize import Weights
 from dsv2_jax.inference.request import TOP, Reason, Request, RequestEvent, Result
 from dsv2_jax.inference.routes import Routes
@@ -179,9 +179,8 @@ class Engine:
     def check(self, request: Request) -> None:
         """Raises ValueError for a request that cannot be served."""
         request.check(self.model, self.capacity.length)
-        check(
-            self.tokenizer is not None or not (request.stop or request.text), "stop strings and text need a tokenizer"
-        )
+        needs_tokenizer = bool(request.stop or request.text)
+        check(self.tokenizer is not None or not needs_tokenizer, "stop strings and text need a tokenizer")
 
     def cancel(self, id: int) -> None:
         """Ends a request without an event. Does nothing if it has ended already."""
@@ -218,10 +217,8 @@ class Engine:
         request = Request(prompt=tuple(tokens), max_new=0, score_from=1)
         self.check(request)
         check(not self._replica_of, "logits cannot be computed while requests run")
-        sequence, (replica, *others) = (
-            Running(-1, request, None, [*tokens, 0]),
-            self._replicas,
-        )  # the last token, 0, is not computed
+        sequence = Running(-1, request, None, [*tokens, 0])  # the last token, 0, is not computed
+        replica, *others = self._replicas
         replica.waiting.append(sequence)
         parts = []
         while sequence.computed < len(tokens):
@@ -278,7 +275,7 @@ class Engine:
             self._routes.write(inputs, processes.everywhere(experts_ZTLK))
         return rows_ZND, chunk_ZCD
 
-    def _draw(self, plans: list[list[Part]], rows_ZND: jax.Array) -> programs.Drawn | None:
+    def _draw(self, plans: Plans, rows_ZND: jax.Array) -> programs.Drawn | None:
         """Draws the next token of the sequences whose last token this step computed; None if there are none."""
         n = rows_ZND.shape[1]
         complete = [[p.stop == p.sequence.goal and p.sequence.request.max_new > 0 for p in plan] for plan in plans]
