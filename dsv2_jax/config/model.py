@@ -84,9 +84,8 @@ class Moe:
     n_group: int = 8  # D: groups of device-limited routing
     topk_group: int = 3  # M: groups per token
     routed_scaling_factor: float = 16.0
-    router: Literal["deepseek", "gshard"] = (
-        "deepseek"  # gshard: gates normalised over the top k, balance loss on first choices
-    )
+    # gshard: gates are normalised over the top k, and the balance loss counts first choices
+    router: Literal["deepseek", "gshard"] = "deepseek"
     expert_balance: float = 0.003  # alpha_1
     device_balance: float = 0.05  # alpha_2
     communication_balance: float = 0.02  # alpha_3

@@ -97,9 +97,8 @@ def sample(logits_NW: Array, rows: RowSettings, adjust: Adjust | None = None) ->
     greedy_N = _argmax(logits_NW)
 
     def draw() -> Array:
-        hot_NW = (
-            logits_NW / jnp.where(rows.temperature_N > 0, jnp.maximum(rows.temperature_N, _MIN_TEMPERATURE), 1)[:, None]
-        )
+        temperature_N = jnp.where(rows.temperature_N > 0, jnp.maximum(rows.temperature_N, _MIN_TEMPERATURE), 1)
+        hot_NW = logits_NW / temperature_N[:, None]
         filters = (rows.top_k_N > 0) | (rows.top_p_N < 1) | (rows.min_p_N > 0)
         hot_NW = lax.cond(jnp.any(filters & (rows.temperature_N > 0)), lambda: filtered(hot_NW, rows), lambda: hot_NW)
         keys_N = jax.vmap(lambda seed, time: jax.random.fold_in(jax.random.key(seed), time))(rows.seed_N, rows.time_N)
