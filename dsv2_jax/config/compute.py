@@ -10,9 +10,7 @@ from dsv2_jax.config.checks import check
 class Compute:
     """Precision, rematerialization and kernels. None of these changes the model."""
 
-    dtype: Literal["auto", "float32", "bfloat16"] = (
-        "auto"  # of activations and matmuls; auto: float32 on CPU, else bf16
-    )
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmuls; auto: float32 on CPU, else bfloat16
     remat: Literal["none", "full", "attention"] = "full"  # what the backward pass recomputes; see model/transformer.py
     loss_chunk: int = 1024  # tokens per chunk of logits
     kernels: Literal["auto", "pallas", "xla"] = "auto"  # of attention and experts; auto: pallas on TPU v5e and newer

@@ -20,7 +20,7 @@ class Config:
     resume: bool = True  # --no-resume: fail if workdir has a run already
     seed: int = 0
     init: Path | None = None  # start from a run, its checkpoints/STEP or a Hugging Face folder: also model, tokenizer
-    tokens: int = 8_100_000_000_000  # of the run; 0 with --init: only evaluates and saves the start
+    tokens: int = 8_100_000_000_000  # to train on; 0 with --init: only evaluates and saves the start
     epochs: int = 0  # passes over the data, which then set the tokens; 0: use `tokens`
     model: Model = Model()
     data: Data = Data()
