@@ -185,7 +185,7 @@ def refusal(address: str, path: str, body: bytes, key: str = "") -> tuple[int, s
         ("/v1/completions", b'{"prompt": [9999]}', 400, "prompt ids must be from 0 to 511"),
         ("/v1/completions", b'{"prompt": "x", "temperature": NaN}', 400, "the body is not JSON"),
         ("/v1/completions", b'{"prompt": "x", "temperature": 1e999}', 400, "temperature must be a number, not inf"),
-        ("/v1/completions", b'{"prompt": "x", "max_tokens": 999}', 400, "exceed the model's 256 positions"),
+        ("/v1/completions", b'{"prompt": "x", "max_tokens": 999}', 400, "exceed the limit of 256"),
         ("/v1/completions", b'{"prompt": "x", "model": "other"}', 404, "'other' does not exist"),
         ("/v1/completions", b'{"prompt": "' + b"x" * 30_000 + b'"}', 413, "the body is too large"),
         ("/v1/nothing", b"{}", 404, "unknown path /v1/nothing"),
@@ -285,7 +285,7 @@ def test_clients_that_keep_the_server_waiting_are_closed(engine, words, served):
         bodiless = opened(address, head, b'{"prompt":')
         assert until_closed(silent) == until_closed(half) == b""
         assert until_closed(answered).endswith(b'{"status": "ok"}')  # and then nothing: kept alive, and idle
-        assert b" 408 " in (said := until_closed(bodiless)) and b"the body did not come within 0.5 seconds" in said
+        assert b" 408 " in (said := until_closed(bodiless)) and b"the body did not arrive within 0.5 seconds" in said
         with urllib.request.urlopen(address + "/health") as answer:
             assert answer.status == 200
         assert server.worker.open == 0
