@@ -1,4 +1,4 @@
-"""Presets by name: each a function that returns a whole config."""
+"""Presets by name. A preset is a function that returns a complete config."""
 
 from dsv2_jax.presets import align, extend, pretrain
 from dsv2_jax.start import ModelField
@@ -13,7 +13,7 @@ PRESETS = {
     )
 }
 
-# What a preset's stage is about: the fields of the model section that it sets over the model of --init.
+# The model fields that a preset sets even if --init gives the model.
 SETS: dict[str, tuple[ModelField, ...]] = {
     **{preset.__name__: extend.SETS for preset in (extend.nano_long, extend.v2_lite_long, extend.v2_long)},
     align.nano_reward.__name__: ("head",),

@@ -1,4 +1,4 @@
-"""Fine-tuning presets (section 4): the paper's recipe, and the same shrunk to a laptop. Give --init a base model."""
+"""Alignment presets (section 4): the paper's recipe and its small version for laptops. --init gives the base model."""
 
 import dataclasses
 from pathlib import Path
@@ -8,7 +8,7 @@ from dsv2_jax.presets import models
 
 
 def v2_sft() -> Config:
-    """Supervised fine-tuning of DeepSeek-V2: two epochs (section 4.1). Give --init and --data.source."""
+    """Supervised fine-tuning of DeepSeek-V2: two epochs (section 4.1). Needs --init and --data.source."""
     model = models.v2()
     return Config(
         workdir=Path("runs/v2_sft"),
@@ -16,20 +16,20 @@ def v2_sft() -> Config:
         epochs=2,
         model=dataclasses.replace(model, moe=dataclasses.replace(model.moe, budget_sequences=8)),
         data=Data(form="conversations"),
-        batch=Batch(size=256),  # the paper gives none
+        batch=Batch(size=256),  # not in the paper
         optimizer=Optimizer(peak_lr=5e-6, warmup_steps=100, decay_at=()),
     )
 
 
 def v2_grpo_reasoning() -> Config:
-    """GRPO's first stage, maths (section 4.2). Give --init and --data.source; for programs --grpo.rewards code."""
+    """GRPO's first stage, maths (section 4.2). Needs --init and --data.source; for code, --grpo.rewards code."""
     model = models.v2()
     return Config(
         workdir=Path("runs/v2_grpo_reasoning"),
         tokens=0,
         model=dataclasses.replace(model, moe=dataclasses.replace(model.moe, budget_sequences=8)),
         data=Data(form="prompts"),
-        batch=Batch(size=1024, micro_size=256),  # this and what follows the paper does not give
+        batch=Batch(size=1024, micro_size=256),  # from here on not in the paper
         optimizer=Optimizer(peak_lr=1e-6, warmup_steps=10, decay_at=(), weight_decay=0.0),
         cadence=Cadence(log=1, evaluate=50, save=50),
         grpo=Grpo(group=64, prompts=16, steps=1000, max_new=2048, rewards=("maths",), replay=True, offload=True),
@@ -48,7 +48,7 @@ def v2_grpo_preference() -> Config:
 
 
 def nano_sft() -> Config:
-    """Fine-tuning of nano on questions with verifiable answers, short enough to leave room. Give --init runs/nano."""
+    """Supervised fine-tuning of nano on short questions with verifiable answers. Needs --init runs/nano."""
     return Config(
         workdir=Path("runs/nano_sft"),
         tokens=0,
@@ -63,7 +63,7 @@ def nano_sft() -> Config:
 
 
 def nano_grpo() -> Config:
-    """GRPO of nano on counting relatives and on equations. Give --init runs/nano_sft."""
+    """GRPO of nano on counting relatives and on equations. Needs --init runs/nano_sft."""
     return Config(
         workdir=Path("runs/nano_grpo"),
         tokens=0,
@@ -78,7 +78,7 @@ def nano_grpo() -> Config:
 
 
 def nano_reward() -> Config:
-    """A reward model of nano that tells right answers from wrong ones. Give --init runs/nano_sft."""
+    """A reward model of nano that separates right from wrong answers. Needs --init runs/nano_sft."""
     return Config(
         workdir=Path("runs/nano_reward"),
         tokens=0,

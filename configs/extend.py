@@ -1,8 +1,7 @@
-"""The long-context stage (section 3.1.4): YaRN over a trained checkpoint, and some more steps on long rows.
+"""The long-context stage (section 3.1.4): a trained checkpoint with YaRN, trained further on long rows.
 
-Parameters do not depend on positions, so `--init DIR` takes any checkpoint. What YaRN sets stands in place of the
-checkpoint's own; its sizes, its theta and the length that it was first trained at stay. All of it is kept with the run
-and goes into its export.
+Parameters do not depend on positions, so `--init DIR` takes any checkpoint. The fields of YaRN replace those of the
+checkpoint; its sizes, theta and original length stay. The config and the export of the run have all of them.
 """
 
 import dataclasses
@@ -23,28 +22,28 @@ SETS: tuple[ModelField, ...] = (
 )
 
 _STEPS, _SEQUENCES, _LENGTH = 1000, 576, 32_768
-_FACTOR = 40.0  # s; alpha 1 and beta 32 are the defaults of the settings
+_FACTOR = 40.0  # s; alpha 1 and beta 32 are the defaults of the config
 
 
 def extended(model: Model, factor: float, positions: int) -> Model:
-    """The model with YaRN: its original length stays, `positions` is what it is used up to."""
+    """The model with YaRN, for up to `positions` tokens; its original length stays."""
     original = model.max_position_embeddings
     rope = dataclasses.replace(model.rope, factor=factor, original_max_position_embeddings=original)
     return dataclasses.replace(model, rope=rope, max_position_embeddings=positions)
 
 
 def v2_long() -> Config:
-    """DeepSeek-V2 to 128K: 1000 steps of 576 rows of 32K (section 3.1.4). Give --init and --data.source."""
+    """DeepSeek-V2 to 128K: 1000 steps of 576 rows of 32K (section 3.1.4). Needs --init and --data.source."""
     return _paper(pretrain.v2(), Path("runs/v2_long"), 163_840)
 
 
 def v2_lite_long() -> Config:
-    """DeepSeek-V2-Lite to 32K by the same recipe (App. B). Give --init and --data.source."""
+    """DeepSeek-V2-Lite to 32K by the same recipe (App. B). Needs --init and --data.source."""
     return _paper(pretrain.v2_lite(), Path("runs/v2_lite_long"), _LENGTH)
 
 
 def _paper(base: Config, workdir: Path, positions: int) -> Config:
-    lr = base.optimizer.peak_lr * base.optimizer.decay_factor**2  # where pretraining ended; the paper gives none
+    lr = base.optimizer.peak_lr * base.optimizer.decay_factor**2  # the last rate of pretraining; not in the paper
     return dataclasses.replace(
         base,
         workdir=workdir,
@@ -56,10 +55,10 @@ def _paper(base: Config, workdir: Path, positions: int) -> Config:
 
 
 def nano_long() -> Config:
-    """Nano from 512 to 8K positions, on rows of 4K. Give --init runs/nano.
+    """Nano from 512 to 8K positions, on rows of 4K. Needs --init runs/nano.
 
-    The built-in corpus has few long documents, so its rows are packed, and most of them ask for facts that stand far
-    above: see data/retrieval.py.
+    The built-in corpus has few long documents, so rows are packed, and most of them ask for facts from earlier in the
+    row (data/retrieval.py).
     """
     return Config(
         workdir=Path("runs/nano_long"),

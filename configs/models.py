@@ -1,4 +1,4 @@
-"""The sizes of the models: the paper's own, its dense baseline, and two that learn on a laptop."""
+"""The sizes of the models: those of the paper, its dense baseline, and two small ones for laptops and tests."""
 
 from dsv2_jax.config import Attention, Model, Moe, Rope
 
@@ -30,7 +30,7 @@ def v2_lite() -> Model:
 
 
 def dense_67b() -> Model:
-    """DeepSeek 67B, the dense baseline with grouped-query attention that the paper measures itself against."""
+    """DeepSeek 67B, the paper's dense baseline with grouped-query attention."""
     return Model(
         hidden_size=8192,
         num_hidden_layers=95,
@@ -50,7 +50,7 @@ def dense_67b() -> Model:
 
 
 def nano() -> Model:
-    """A whole DeepSeek-V2 that a laptop trains in minutes: every mechanism of the large one is on."""
+    """A small DeepSeek-V2 with every mechanism, which a laptop trains in minutes."""
     return Model(
         vocab_size=4096,
         hidden_size=256,

@@ -1,4 +1,4 @@
-"""Pretraining presets: the paper's recipe for its own models, and the same recipe shrunk to a laptop and to a test."""
+"""Pretraining presets: the paper's recipe for its models, and small versions for laptops and tests."""
 
 import dataclasses
 from pathlib import Path
@@ -29,12 +29,12 @@ def v2_lite() -> Config:
 
 
 def dense_67b() -> Config:
-    """DeepSeek 67B, the dense baseline, under V2's recipe so that their costs compare."""
+    """DeepSeek 67B, the dense baseline, with V2's recipe for a comparison of costs."""
     return Config(workdir=Path("runs/dense_67b"), model=models.dense_67b(), batch=Batch(size=4608))
 
 
 def nano() -> Config:
-    """Eight million parameters on the built-in corpus: a laptop's CPU trains it in minutes."""
+    """8M parameters on the built-in corpus; trains on a laptop's CPU in minutes."""
     return Config(
         workdir=Path("runs/nano"),
         tokens=1_000_000,
@@ -47,7 +47,7 @@ def nano() -> Config:
 
 
 def tiny() -> Config:
-    """Tests: seconds."""
+    """For tests; trains in seconds."""
     return Config(
         workdir=Path("runs/tiny"),
         tokens=20 * 4 * 32,

@@ -1,6 +1,6 @@
-"""The manners of every command: flags from dataclasses, mistakes told in one line, exit codes that scripts can trust.
+"""Shared behaviour of all commands: flags from dataclasses, one-line error messages, exit codes.
 
-Exit codes: 0 done, 1 a failure (with its traceback), 2 a user's mistake, 130 interrupted by the keyboard.
+Exit codes: 0 success, 1 failure with a traceback, 2 a user's mistake, 130 keyboard interrupt.
 """
 
 import contextlib
@@ -27,36 +27,36 @@ _OURS = {"dsv2_jax", "pallas_kernels", "configs", "__main__"}
 
 
 def main(function: Callable[[], int | None]) -> NoReturn:
-    """Runs a command and ends the process with its exit code (None: 0).
+    """Runs a command and exits with its exit code (None: 0).
 
-    A missing file, or a ValueError that the project's own code raised, is a user's mistake: one line on stderr and
-    exit code 2. A ValueError from inside a library is a failure like any other and keeps its traceback.
+    A missing file, or a ValueError that this project raised, is a user's mistake: it prints one line on stderr and
+    exits with 2. A ValueError of a library is a failure like any other and keeps its traceback.
     """
     import jax
 
-    jax.config.update("jax_traceback_filtering", "off")  # else an error from inside JAX seems to come from our lines
+    jax.config.update("jax_traceback_filtering", "off")  # else errors inside JAX look like ours
     try:
         code = function()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
     except (ValueError, FileNotFoundError) as error:
-        sentence = mistake(error)
-        if sentence is None:
+        message = mistake(error)
+        if message is None:
             raise
-        fail(sentence)
+        fail(message)
     sys.exit(code or 0)
 
 
 def mistake(error: BaseException) -> str | None:
-    """What to tell the user of a mistake that is the user's, as `main` sees it; None of any other error."""
+    """The message for an error that is a user's mistake, as defined by `main`; None for other errors."""
     if isinstance(error, FileNotFoundError) or (isinstance(error, ValueError) and _is_ours(error)):
         return _sentence(error)
     return None
 
 
 def fail(message: str) -> NoReturn:
-    """Tells a user's mistake in one line on stderr and ends the process with exit code 2."""
+    """Prints a user's mistake in one line on stderr and exits with 2."""
     print("error: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(2)
 
@@ -64,9 +64,9 @@ def fail(message: str) -> NoReturn:
 def parse(default: type[T] | T, argv: Sequence[str] | None = None, prog: str | None = None) -> T:
     """Reads flags `--section.field VALUE` (or `--section.field=VALUE`) into a frozen dataclass.
 
-    `default` is a dataclass, or an instance of one whose values stand where no flag is given. Underscores and hyphens
-    in a flag are the same. `--help` prints every flag with its comment and exits with 0; any mistake, and any config
-    that its own checks refuse, is one line on stderr and exit code 2.
+    `default` is a dataclass, or an instance that gives the defaults. Underscores and hyphens in a flag are equivalent.
+    `--help` prints every flag with its comment and exits with 0. A mistake, or a config that fails its own checks, is
+    printed in one line on stderr, with exit code 2.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     kind = typing.cast(type[T], default if isinstance(default, type) else type(default))
@@ -80,12 +80,12 @@ def parse(default: type[T] | T, argv: Sequence[str] | None = None, prog: str | N
 
 
 def known(default: T, argv: Sequence[str], prog: str | None = None) -> T:
-    """As `parse`, of the flags that this dataclass has; all others are left to who knows them."""
+    """As `parse`, but ignores flags that are not of this dataclass."""
     return _read(type(default), argv, prog, {"default": default})[0]
 
 
 def read_ids(path: Path) -> np.ndarray:
-    """Token ids int [B, T] from a .npy file. Raises FileNotFoundError, or ValueError for anything else in it."""
+    """Token ids int [B, T] from a .npy file. Raises FileNotFoundError, or ValueError for other contents."""
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     try:
@@ -93,20 +93,20 @@ def read_ids(path: Path) -> np.ndarray:
     except (ValueError, EOFError, OSError) as error:
         raise ValueError(f"{path} is not a .npy file of numbers") from error
     if ids_BT.ndim != 2 or not np.issubdtype(ids_BT.dtype, np.integer) or not ids_BT.size:
-        raise ValueError(f"{path} must hold whole numbers [B, T], not {ids_BT.dtype} {list(ids_BT.shape)}")
+        raise ValueError(f"{path} must contain integers [B, T], not {ids_BT.dtype} {list(ids_BT.shape)}")
     return ids_BT
 
 
 def called(otherwise: str) -> str:
-    """What this command is called in its usage: a console command by its name, else as the argument says."""
+    """The name of this command in its usage: that of the console script, else `otherwise`."""
     name = Path(sys.argv[0]).name
     return name if name.startswith("dsv2-") else otherwise
 
 
 def keep_compiled_programs() -> None:
-    """Keeps compiled programs on disk, so that a command that runs again starts fast: the same bytes, so the same bits.
+    """Caches compiled programs on disk, so that later runs of a command start faster. Results do not change.
 
-    They lie where JAX_COMPILATION_CACHE_DIR says, else in ~/.cache/dsv2_jax.
+    The folder is JAX_COMPILATION_CACHE_DIR, by default ~/.cache/dsv2_jax.
     """
     import jax
 
@@ -115,19 +115,22 @@ def keep_compiled_programs() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Lets malloc keep what it is given back, for programs on CPU that run many times.
+    """Makes malloc keep freed memory, for programs on CPU that run many times. Does nothing without glibc.
 
-    XLA asks for all temporaries of a program at every call: gigabytes in training. glibc maps and unmaps as many, and
-    the kernel clears every page again: a tenth of a step. Elsewhere than on glibc this does nothing.
+    XLA allocates all temporaries of a program at every call, gigabytes in training. By default glibc maps and unmaps
+    them, and the kernel clears every page again, which takes a tenth of a step.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):  # from the heap alone; never trim it
+        for option, value in (
+            (_M_MMAP_MAX, 0),
+            (_M_TRIM_THRESHOLD, -1),
+        ):  # allocate from the heap only, and never trim it
             mallopt(option, value)
 
 
 def flags(kind: Any, prefix: str = "") -> Iterator[str]:
-    """Every flag of a dataclass, those of its sections included: `--batch.micro_size`."""
+    """All flags of a dataclass and its sections, such as `--batch.micro_size`."""
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         if dataclasses.is_dataclass(hints[field.name]):
@@ -138,17 +141,17 @@ def flags(kind: Any, prefix: str = "") -> Iterator[str]:
                 yield f"--{prefix}no_{field.name}"
 
 
-def nearest(word: str, words: Iterable[str]) -> str:
-    """The most similar of the words as `; did you mean X?`, or nothing when none is similar."""
-    found = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+def nearest(name: str, names: Iterable[str]) -> str:
+    """`; did you mean X?` with the most similar of the names, or an empty string if none is similar."""
+    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f"; did you mean {found[0]}?" if found else ""
 
 
 def _read(kind: type[T], argv: Sequence[str], prog: str | None, options: dict[str, Any]) -> tuple[T, list[str]]:
-    """What the flags say, and those that belong to nothing; a mistake is one line and exit code 2."""
+    """The value of the flags, and the unknown arguments. Exits with 2 after a mistake."""
     stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(stderr), _endless_lines(), _plain_words():
+        with contextlib.redirect_stderr(stderr), _unwrapped(), _plain_messages():
             return tyro.cli(kind, args=argv, prog=prog, return_unknown_args=True, **options)
     except SystemExit:
         fail(_first_statement(stderr.getvalue()))
@@ -156,7 +159,7 @@ def _read(kind: type[T], argv: Sequence[str], prog: str | None, options: dict[st
 
 def _unknown(token: str, names: list[str]) -> str:
     if not token.startswith("--"):
-        return f"'{token}' belongs to no flag; a flag reads --section.field VALUE, and --help lists them all"
+        return f"unexpected argument '{token}'; flags have the form --section.field VALUE, and --help lists them all"
     name = token.split("=")[0].replace("-", "_").replace("__", "--", 1)
     sections = [n for n in names if n.rsplit(".", 1)[-1] == name.lstrip("-")]
     hint = f"; did you mean {sections[0]}?" if sections else nearest(name, names)
@@ -164,7 +167,7 @@ def _unknown(token: str, names: list[str]) -> str:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether our code raised it: told by the module's name, since an installed copy lies among the libraries."""
+    """Whether our code raised it. Decides by module name, since an installed copy is in the folder of the libraries."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return frame.f_globals.get("__name__", "").partition(".")[0] in _OURS
 
@@ -176,24 +179,24 @@ def _sentence(error: BaseException) -> str:
 
 
 def _first_statement(box: str) -> str:
-    """What a box of tyro's says above its first rule, without the frame."""
+    """The text of a tyro message box above its first rule, without the frame."""
     rows = [re.sub(r"\x1b\[[0-9;]*m", "", row).strip("│| ") for row in box.splitlines()]
     rows = [row for row in rows if row and row[0] not in "╭╰"]
-    rows = rows if "╭" in box else rows[2:]  # an output without UTF-8 has the title and a rule in the frame's place
+    rows = rows if "╭" in box else rows[2:]  # without UTF-8 the title and a rule replace the frame
     rule = next((i for i, row in enumerate(rows) if set(row) <= {"─", "-"}), len(rows))
     text = " ".join(rows[:rule])
-    checked = re.match(r"Error parsing (?!-)\S+: (.*)", text)  # a dataclass's own check: its sentence says it all
+    checked = re.match(r"Error parsing (?!-)\S+: (.*)", text)  # a check of the dataclass: its message is complete
     if checked:
         return checked[1]
     bad_value = re.match(r"Error parsing (\S+): (.*?)(?: Got errors.*)?$", text)
-    if bad_value and len(rows) > rule + 2:  # next: "Argument helptext:", then the flag with what it takes
+    if bad_value and len(rows) > rule + 2:  # the next row is "Argument helptext:", then the flag and its type
         return f"{bad_value[1]} takes {rows[rule + 2].removeprefix(bad_value[1]).strip()}: {bad_value[2]}"
     return text
 
 
 @contextlib.contextmanager
-def _endless_lines() -> Iterator[None]:
-    """Lets tyro believe in a very wide terminal, so that it breaks no sentence."""
+def _unwrapped() -> Iterator[None]:
+    """Makes tyro assume a very wide terminal, so that it does not wrap messages."""
     before = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "100000"
     try:
@@ -205,16 +208,16 @@ def _endless_lines() -> Iterator[None]:
             os.environ["COLUMNS"] = before
 
 
-def _plain_words() -> tyro.constructors.ConstructorRegistry:
-    """Numbers whose refusal says what was expected, in place of Python's words for it."""
+def _plain_messages() -> tyro.constructors.ConstructorRegistry:
+    """Constructors of numbers with plain error messages in place of Python's."""
     registry = tyro.constructors.ConstructorRegistry()
 
-    def number(kind: type, words: str) -> None:
+    def number(kind: type, description: str) -> None:
         def read(texts: list[str]) -> Any:
             try:
                 value = kind(texts[0])
             except ValueError:
-                raise ValueError(f"'{texts[0]}' is not {words}") from None
+                raise ValueError(f"'{texts[0]}' is not {description}") from None
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"'{texts[0]}' is not finite")
             return value
@@ -231,6 +234,6 @@ def _plain_words() -> tyro.constructors.ConstructorRegistry:
                 str_from_instance=lambda value: [str(value)],
             )
 
-    number(int, "a whole number")
+    number(int, "an integer")
     number(float, "a number")
     return registry

@@ -61,7 +61,7 @@ def engine(loaded: Any, requests: Sequence[Request]) -> Engine:
     capacity = Capacity(
         rows=min(len(requests), 16), length=min(longest, loaded.model.max_position_embeddings), chunk=64
     )
-    return Engine(loaded.params, loaded.model, capacity=capacity, words=loaded.tokenizer)
+    return Engine(loaded.params, loaded.model, capacity=capacity, tokenizer=loaded.tokenizer)
 
 
 def stream(loaded: Any, args: Generate, sampling: Sampling) -> None:

@@ -1,6 +1,6 @@
-"""What the parameters are called and how large they are: one table that modules, counts, sharding and files share.
+"""Names and shapes of the parameters: the one table that modules, counts, sharding and files share.
 
-A parameter's name ends in the letters of its dimensions, so `w_uk_CHN` is latent by heads by nope width. The letters:
+A name ends in the letters of its dimensions: `w_uk_CHN` has the dimensions latent, heads and nope width. The letters:
 
     B batch       T time (query)   S source (key)   L layers
     D model       H heads          J KV heads (gqa) W vocabulary
@@ -37,17 +37,17 @@ LOGICAL = {
 
 
 def letters(name: str) -> str:
-    """The dimension letters at the end of a name: `CHN` of `w_uk_CHN`."""
+    """The dimension letters at the end of a name: `CHN` for `w_uk_CHN`."""
     return name.rsplit("_", 1)[-1]
 
 
 def dims(name: str) -> tuple[str, ...]:
-    """The logical dimension names of a parameter or activation. Raises KeyError for a letter outside the legend."""
+    """The logical dimension names of a parameter or activation. Raises KeyError for an unknown letter."""
     return tuple(LOGICAL[letter] for letter in letters(name))
 
 
 def shape(name: str, model: Model) -> tuple[int, ...]:
-    """The shape of one layer's parameter, from the letters of its name."""
+    """The shape of a parameter of one layer, from the letters of its name."""
     a, m = model.attention, model.moe
     sizes = {
         "D": model.hidden_size,
@@ -68,7 +68,7 @@ def shape(name: str, model: Model) -> tuple[int, ...]:
 
 
 def attention_names(model: Model) -> list[str]:
-    """Attention's parameters, in the paper's symbols (section 2.1, App. C)."""
+    """The parameters of attention, in the paper's symbols (section 2.1, App. C)."""
     a = model.attention
     if a.kind == "gqa":
         return ["w_q_DHR", "w_k_DJR", "w_v_DJV", "w_o_HVD"]
@@ -77,7 +77,7 @@ def attention_names(model: Model) -> list[str]:
 
 
 def ffn_names(model: Model, sparse: bool) -> list[str]:
-    """The FFN's parameters: of an MoE layer when `sparse`, else of a dense layer."""
+    """The parameters of the FFN: of an MoE layer if `sparse`, else of a dense layer."""
     if not sparse:
         return ["w_gate_DI", "w_up_DI", "w_down_ID"]
     shared = ["w_gate_DX", "w_up_DX", "w_down_XD"] if model.moe.n_shared_experts else []
@@ -90,14 +90,14 @@ def layer_names(model: Model, sparse: bool) -> list[str]:
 
 
 def head_names(model: Model) -> list[str]:
-    """What stands behind the last layer: a norm, and logits of the next token or one score."""
+    """The parameters after the last layer: a norm, then the output head (logits, or one score)."""
     return ["norm_D", "w_head_DW" if model.head == "tokens" else "w_score_D"]
 
 
 def tree(model: Model) -> dict:
-    """Shapes of the whole parameter tree: {"embed": ..., "dense": {name: (L, ...)}, "moe": {...}, "head": ...}.
+    """Shapes of the parameter tree: {"embed": ..., "dense": {name: (L, ...)}, "moe": {...}, "head": ...}.
 
-    Layers of one kind are stacked along a leading axis L; a kind without layers has no entry.
+    The layers of one kind are stacked along a leading axis L. A kind without layers has no entry.
     """
     shapes: dict = {"embed": {"w_embed_WD": shape("w_embed_WD", model)}}
     for kind, count in (("dense", model.dense_layers), ("moe", model.moe_layers)):
@@ -113,10 +113,10 @@ def count(model: Model) -> int:
 
 
 def count_activated(model: Model) -> int:
-    """Exact number of parameters that one token's forward pass multiplies by.
+    """Exact number of parameters activated per token.
 
-    All but the routed experts that it did not choose and the embedding, of which it reads a row (the convention under
-    which the released models are 21B and 2.4B).
+    Leaves out the routed experts that the token does not use, and the embedding, of which it reads only one row. By
+    this convention the released models have 21B and 2.4B.
     """
     m = model.moe
     total = count(model) - model.vocab_size * model.hidden_size

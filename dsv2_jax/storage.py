@@ -1,4 +1,4 @@
-"""Paths on disk: folders that appear under their name when everything is in them, or not at all."""
+"""Atomic folders: a folder gets its name when it is complete, or not at all."""
 
 import contextlib
 import os
@@ -12,16 +12,16 @@ from dsv2_jax.config import check
 
 @contextlib.contextmanager
 def published(folder: Path, *, first_wins: bool = False) -> Iterator[Path]:
-    """Gives an empty folder beside `folder` to write into, which gets that name at the end.
+    """Yields an empty temporary folder, which is renamed to `folder` at the end.
 
-    Its own name is new, so of two processes neither touches the other's; a killed one leaves `.incoming-NAME-...`.
-    `folder` may exist if it is empty. If another process has filled it meanwhile, raises ValueError, or, where
-    `first_wins` because both write the same, lets that one stand.
+    Every call has a temporary folder of its own, next to `folder`; a killed process leaves it as `.incoming-NAME-...`.
+    `folder` may exist if it is empty. If another process fills it in the meantime, raises ValueError. With
+    `first_wins`, for processes that write the same contents, the folder of the first is kept instead.
     """
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".incoming-{folder.name}-", dir=folder.parent))
-    scratch.chmod(0o755)  # mkdtemp's own mode would shut others out
+    scratch.chmod(0o755)  # mkdtemp makes folders that only this user can read
     try:
         yield scratch
         try:
@@ -29,6 +29,6 @@ def published(folder: Path, *, first_wins: bool = False) -> Iterator[Path]:
         except OSError:
             if not folder.exists():
                 raise
-            check(first_wins, f"{folder} was written by another process meanwhile; nothing of it was changed")
+            check(first_wins, f"{folder} was written by another process in the meantime; it is left as it is")
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

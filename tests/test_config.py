@@ -105,9 +105,9 @@ def test_a_field_that_did_not_exist_yet_takes_its_default(names):
 @pytest.mark.parametrize(
     ("build", "words"),
     [
-        (lambda: Moe(n_group=7), "moe.n_routed_experts (160) must divide into moe.n_group (7)"),
+        (lambda: Moe(n_group=7), "moe.n_routed_experts (160) must be a multiple of moe.n_group (7)"),
         (lambda: Moe(topk_group=9), "moe.topk_group (9) cannot exceed moe.n_group (8)"),
-        (lambda: Moe(num_experts_per_tok=61), "does not fit in the 60 experts of the 3 groups kept"),
+        (lambda: Moe(num_experts_per_tok=61), "exceeds the 60 experts of moe.topk_group (3) groups"),
         (lambda: Moe(exempt_fraction=1.5), "moe.exempt_fraction"),
         (lambda: Attention(qk_rope_head_dim=63), "attention.qk_rope_head_dim must be even"),
         (lambda: Attention(num_key_value_heads=8), "attention.num_key_value_heads belongs to kind gqa"),
@@ -117,7 +117,7 @@ def test_a_field_that_did_not_exist_yet_takes_its_default(names):
         ),
         (lambda: Rope(factor=0.5), "rope.factor must be at least 1"),
         (lambda: Model(first_k_dense_replace=61), "model.first_k_dense_replace (61)"),
-        (lambda: Model(max_position_embeddings=8192), "exceeds what RoPE reaches"),
+        (lambda: Model(max_position_embeddings=8192), "exceeds the range of RoPE"),
         (lambda: Data(held_out_fraction=0.0), "data.held_out_fraction"),
         (lambda: Batch(size=10, micro_size=4), "batch.size (10) must be a multiple of batch.micro_size (4)"),
         (lambda: Batch(size=8, micro_size=4, ramp_from=6, ramp_tokens=9), "batch.ramp_from (6)"),

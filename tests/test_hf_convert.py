@@ -66,7 +66,7 @@ def test_of_two_imports_the_second_to_end_is_refused(exported, tmp_path):
         if done == total and not (tmp_path / "run").exists():
             import_(hf, tmp_path / "run")
 
-    with pytest.raises(ValueError, match="was written by another process meanwhile"):
+    with pytest.raises(ValueError, match="was written by another process in the meantime"):
         import_(hf, tmp_path / "run", progress=meanwhile)
     jax.tree.map(np.testing.assert_array_equal, checkpoint.restore_params(tmp_path / "run")[1], params)
     assert {p.name for p in tmp_path.iterdir()} == {"run"}

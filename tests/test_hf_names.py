@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from configs import models
 from dsv2_jax.hf import convert, load_params, to_hf_config
-from dsv2_jax.hf.names import TURNED, tensors
+from dsv2_jax.hf.names import ROTATED_HALVES, tensors
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -88,7 +88,7 @@ def test_each_wrong_tensor_is_named(tmp_path):
     shapes["model.layers.2.self_attn.q_proj.bias"] = [3072]
     del shapes["model.layers.26.mlp.gate.weight"], shapes["lm_head.weight"]
     write_headers(tmp_path, shapes, files=2)
-    with pytest.raises(ValueError, match="does not hold the model") as error:
+    with pytest.raises(ValueError, match=r"does not match its config\.json") as error:
         convert.open_checked(tmp_path)
     message = str(error.value)
     assert "2 tensors (model.layers.26.mlp.gate.weight, lm_head.weight) missing" in message
@@ -150,6 +150,6 @@ def test_where_every_number_of_a_golden_checkpoint_goes():
 
 def test_llamas_queries_turn_halves_where_ours_turn_pairs():
     w_dhr = np.arange(8.0).reshape(1, 2, 4)
-    hf = TURNED.to_hf([w_dhr])
+    hf = ROTATED_HALVES.to_hf([w_dhr])
     assert hf.tolist() == [[0], [2], [1], [3], [4], [6], [5], [7]]
-    np.testing.assert_array_equal(TURNED.from_hf(hf, [w_dhr.shape])[0], w_dhr)
+    np.testing.assert_array_equal(ROTATED_HALVES.from_hf(hf, [w_dhr.shape])[0], w_dhr)

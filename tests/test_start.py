@@ -101,7 +101,7 @@ def test_a_flag_wins_by_name(released):
         (["--model.moe.n_shared_experts", "1", "--model.rope.theta", "9"], "model.moe.n_shared_experts 1 in place of"),
         (["--model.attention.q_lora_rank", "0"], "model.attention.q_lora_rank 0 in place of 1536"),
         (["--batch.length", "200000"], "batch.length (200000) exceeds model.max_position_embeddings (163840)"),
-        (["--model.rope.factor", "4"], "model.max_position_embeddings (163840) exceeds what RoPE reaches"),
+        (["--model.rope.factor", "4"], "model.max_position_embeddings (163840) exceeds the range of RoPE"),
         (["--model.rope.facto", "4"], "did you mean --model.rope.factor?"),
         (["--init", "/nowhere"], "no checkpoint in /nowhere"),
         (["--init"], "--init"),

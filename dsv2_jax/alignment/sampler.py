@@ -48,7 +48,7 @@ class Sampler:
             config.model,
             compute=config.compute,
             capacity=capacity(config, switch.implementation(config.compute)),
-            words=words,
+            tokenizer=words,
             mesh=mesh,
             routes=config.model.moe_layers > 0,
         )

@@ -1,8 +1,8 @@
-"""Every setting of the project: frozen dataclasses whose fields are checked against each other when built.
+"""All settings of the project, as frozen dataclasses that check themselves when they are built.
 
-A run keeps its config, and newer code reads it: a field that did not exist yet takes its default. So the default of a
-new field is what the code did before the field, and a default never changes afterwards. Another recommendation goes
-into the presets; another behaviour gets another field or another value.
+Newer code reads the config files of older runs, and a field that is missing there takes its default. So the default of
+a new field is the behaviour before that field, and no default ever changes. A new recommendation goes into the presets;
+a new behaviour gets a new field or a new value.
 """
 
 from dsv2_jax.config.alignment import Grpo

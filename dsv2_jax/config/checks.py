@@ -1,4 +1,4 @@
-"""Checks that every section of the settings shares."""
+"""Checks that all sections of the config share."""
 
 import dataclasses
 import math
@@ -6,13 +6,13 @@ from typing import Any
 
 
 def check(condition: bool, message: str) -> None:
-    """Raises ValueError(message) unless the condition holds: a user's mistake, told in plain words."""
+    """Raises ValueError(message), which reports a user's mistake, unless the condition holds."""
     if not condition:
         raise ValueError(message)
 
 
 def check_finite(value: Any, name: str = "") -> None:
-    """Raises ValueError naming a setting, however deep, that is NaN or infinite: most comparisons let these through."""
+    """Raises ValueError for a setting at any depth that is NaN or infinite, which most comparisons do not catch."""
     if dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
             check_finite(getattr(value, field.name), f"{name}.{field.name}".lstrip("."))

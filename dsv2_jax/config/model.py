@@ -12,15 +12,15 @@ from dsv2_jax.config.checks import check
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Attention:
-    """Which attention, and its sizes. `gqa` with as many KV heads as heads is MHA; with one KV head it is MQA."""
+    """The kind of attention and its sizes. `gqa` with as many KV heads as heads is MHA; with one KV head it is MQA."""
 
     kind: Literal["mla", "gqa"] = "mla"
     num_attention_heads: int = 128  # n_h
-    num_key_value_heads: int = 0  # n_g, of gqa only
-    q_lora_rank: int = 1536  # d_c', query compression; 0: queries are not compressed
-    kv_lora_rank: int = 512  # d_c, key-value compression: what the cache keeps
-    qk_nope_head_dim: int = 128  # part of a head's query and key without position; 0 with gqa
-    qk_rope_head_dim: int = 64  # d_h^R, the part that RoPE turns; the whole head with gqa
+    num_key_value_heads: int = 0  # n_g, gqa only
+    q_lora_rank: int = 1536  # d_c', width of the compressed query; 0: no query compression
+    kv_lora_rank: int = 512  # d_c, width of the compressed keys and values, which the cache stores
+    qk_nope_head_dim: int = 128  # width without RoPE of a head's query and key; 0 with gqa
+    qk_rope_head_dim: int = 64  # d_h^R, width that RoPE rotates; the full head with gqa
     v_head_dim: int = 128
 
     def __post_init__(self) -> None:
@@ -42,8 +42,8 @@ class Attention:
             )
             check(
                 self.qk_nope_head_dim == self.kv_lora_rank == self.q_lora_rank == 0,
-                "attention: with kind gqa the whole head is turned and nothing is compressed; "
-                "qk_nope_head_dim, kv_lora_rank and q_lora_rank must be 0",
+                "attention: kind gqa rotates the full head, without compression: qk_nope_head_dim, kv_lora_rank and "
+                "q_lora_rank must be 0",
             )
 
     @property
@@ -54,14 +54,14 @@ class Attention:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
-    """RoPE with YaRN (section 3.1.4). A factor of 1 is plain RoPE: the same formula, nothing is stretched."""
+    """RoPE with YaRN (section 3.1.4). With a factor of 1 the formula gives plain RoPE."""
 
     theta: float = 10_000.0
-    kind: Literal["yarn", "linear"] = "yarn"  # linear: all positions divided by the factor, for comparison
+    kind: Literal["yarn", "linear"] = "yarn"  # linear: divides all positions by the factor (baseline)
     factor: float = 1.0  # s
     original_max_position_embeddings: int = 4096
-    beta_slow: float = 1.0  # alpha: dimensions turning less often than this over the original length are stretched
-    beta_fast: float = 32.0  # beta: those turning more often are left alone
+    beta_slow: float = 1.0  # alpha: dimensions with fewer rotations over the original length are interpolated
+    beta_fast: float = 32.0  # beta: dimensions with more rotations are not changed
     mscale: float = 0.707
     mscale_all_dim: float = 0.707
 
@@ -75,22 +75,23 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Moe:
-    """DeepSeekMoE (section 2.2). No routed experts: every layer has a dense FFN."""
+    """DeepSeekMoE (section 2.2). With 0 routed experts every layer has a dense FFN."""
 
     n_routed_experts: int = 160  # N_r
     num_experts_per_tok: int = 6  # K
     n_shared_experts: int = 2
     moe_intermediate_size: int = 1536
     n_group: int = 8  # D: groups of device-limited routing
-    topk_group: int = 3  # M: groups a token may go to
+    topk_group: int = 3  # M: groups per token
     routed_scaling_factor: float = 16.0
-    router: Literal["deepseek", "gshard"] = "deepseek"  # gshard: gates normalised over the top-k, loss on first choices
+    # gshard: gates are normalised over the top k, and the balance loss counts first choices
+    router: Literal["deepseek", "gshard"] = "deepseek"
     expert_balance: float = 0.003  # alpha_1
     device_balance: float = 0.05  # alpha_2
     communication_balance: float = 0.02  # alpha_3
-    capacity_factor: float = 1.0  # a group's budget in training over the average; 0: nothing is dropped
-    exempt_fraction: float = 0.1  # share of sequences that are never dropped
-    budget_sequences: int = 0  # sequences that share a group's budget; 0: all of a micro-batch
+    capacity_factor: float = 1.0  # capacity of a group in training, relative to the average load; 0: no token dropping
+    exempt_fraction: float = 0.1  # fraction of sequences whose tokens are never dropped
+    budget_sequences: int = 0  # sequences that share the capacity of a group; 0: all of a micro-batch
 
     def __post_init__(self) -> None:
         if self.n_routed_experts == 0:
@@ -98,15 +99,15 @@ class Moe:
         e, g = self.n_routed_experts, self.n_group
         for name in ("num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group"):
             check(getattr(self, name) > 0, f"moe.{name} must be positive, not {getattr(self, name)}")
-        check(e % g == 0, f"moe.n_routed_experts ({e}) must divide into moe.n_group ({g}) equal groups")
+        check(e % g == 0, f"moe.n_routed_experts ({e}) must be a multiple of moe.n_group ({g})")
         check(self.topk_group <= g, f"moe.topk_group ({self.topk_group}) cannot exceed moe.n_group ({g})")
         reachable = self.topk_group * (e // g)
         check(
             self.num_experts_per_tok <= reachable,
-            f"moe.num_experts_per_tok ({self.num_experts_per_tok}) does not fit in the {reachable} experts of the "
-            f"{self.topk_group} groups kept",
+            f"moe.num_experts_per_tok ({self.num_experts_per_tok}) exceeds the {reachable} experts of "
+            f"moe.topk_group ({self.topk_group}) groups",
         )
-        check(0 <= self.exempt_fraction <= 1, f"moe.exempt_fraction must lie in 0 to 1, not {self.exempt_fraction}")
+        check(0 <= self.exempt_fraction <= 1, f"moe.exempt_fraction must be from 0 to 1, not {self.exempt_fraction}")
         check(self.capacity_factor >= 0, f"moe.capacity_factor must not be negative, not {self.capacity_factor}")
         check(self.budget_sequences >= 0, f"moe.budget_sequences must not be negative, not {self.budget_sequences}")
         check(
@@ -115,23 +116,23 @@ class Moe:
         )
 
     def budget(self, tokens: int) -> int:
-        """Token-expert pairs that a group may compute of so many tokens in training: the average times the factor."""
+        """Most token-expert pairs per group in training: the average load of `tokens` tokens times capacity_factor."""
         return int(self.capacity_factor * tokens * self.num_experts_per_tok / self.n_group)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """The network's sizes."""
+    """The sizes of the network."""
 
     vocab_size: int = 102_400
     hidden_size: int = 5120  # d
     num_hidden_layers: int = 60
-    first_k_dense_replace: int = 1  # layers before the first MoE layer
-    intermediate_size: int = 12_288  # of the dense layers' FFN
+    first_k_dense_replace: int = 1  # dense layers before the first MoE layer
+    intermediate_size: int = 12_288  # of the FFN in dense layers
     max_position_embeddings: int = 4096
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.006
-    head: Literal["tokens", "score"] = "tokens"  # score: one number for a text, of a reward model
+    head: Literal["tokens", "score"] = "tokens"  # score: a reward model, with one number per text
     attention: Attention = Attention()
     rope: Rope = Rope()
     moe: Moe = Moe()
@@ -141,30 +142,30 @@ class Model:
             check(getattr(self, name) > 0, f"model.{name} must be positive, not {getattr(self, name)}")
         check(
             0 <= self.first_k_dense_replace <= self.num_hidden_layers,
-            f"model.first_k_dense_replace ({self.first_k_dense_replace}) must lie in 0 to "
+            f"model.first_k_dense_replace ({self.first_k_dense_replace}) must be from 0 to "
             f"model.num_hidden_layers ({self.num_hidden_layers})",
         )
         check(self.dense_layers == 0 or self.intermediate_size > 0, "model.intermediate_size must be positive")
         longest = self.rope.original_max_position_embeddings * self.rope.factor
         check(
             self.max_position_embeddings <= longest,
-            f"model.max_position_embeddings ({self.max_position_embeddings}) exceeds what RoPE reaches: rope.factor x "
+            f"model.max_position_embeddings ({self.max_position_embeddings}) exceeds the range of RoPE: rope.factor x "
             f"rope.original_max_position_embeddings = {longest:g}",
         )
 
     @property
     def dense_layers(self) -> int:
-        """Number of layers with a dense FFN: the first ones, or all without routed experts."""
+        """Number of layers with a dense FFN: the first ones, or all layers if there are no routed experts."""
         return self.first_k_dense_replace if self.moe.n_routed_experts else self.num_hidden_layers
 
     @property
     def moe_layers(self) -> int:
-        """Number of layers with experts; they follow the dense ones."""
+        """Number of layers with experts, which follow the dense layers."""
         return self.num_hidden_layers - self.dense_layers
 
     @property
     def cache_elements(self) -> int:
-        """Numbers that the cache keeps for one token over all layers (Table 1)."""
+        """Number of cached elements per token, over all layers (Table 1)."""
         a = self.attention
         if a.kind == "mla":
             return self.num_hidden_layers * (a.kv_lora_rank + a.qk_rope_head_dim)

@@ -14,14 +14,14 @@ from dsv2_jax.config.training import Batch, Cadence, Optimizer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """One training run, whole."""
+    """The config of one training run."""
 
-    workdir: Path  # checkpoints, metrics and plots; a run found there is resumed
-    resume: bool = True  # --no-resume: refuse a folder that holds a run, rather than go on with it
+    workdir: Path  # folder for checkpoints, metrics and plots; resumes the run in it
+    resume: bool = True  # --no-resume: fail if workdir has a run already
     seed: int = 0
-    init: Path | None = None  # start from this run, its checkpoints/STEP or Hugging Face folder: also model, tokenizer
-    tokens: int = 8_100_000_000_000  # of the whole run; 0 with --init: no step, the start is evaluated and saved
-    epochs: int = 0  # or passes over the data, from which the tokens follow; 0: as `tokens` says
+    init: Path | None = None  # start from a run, its checkpoints/STEP or a Hugging Face folder: also model, tokenizer
+    tokens: int = 8_100_000_000_000  # to train on; 0 with --init: only evaluates and saves the start
+    epochs: int = 0  # passes over the data, which then set the tokens; 0: use `tokens`
     model: Model = Model()
     data: Data = Data()
     batch: Batch = Batch()
@@ -43,7 +43,7 @@ class Config:
         sampled = self.grpo.prompts * self.grpo.group
         check(
             sampled % self.batch.size == 0,
-            f"batch.size ({self.batch.size}) must divide the grpo.prompts x grpo.group = {sampled} responses",
+            f"batch.size ({self.batch.size}) must divide the {sampled} responses, grpo.prompts x grpo.group",
         )
         no_step = self.tokens == 0 and self.init is not None
         check(
@@ -52,7 +52,7 @@ class Config:
         )
         check(
             not self.grpo.replay or self.model.moe_layers > 0,
-            "grpo.replay is of a model's experts, and this one has none",
+            "grpo.replay needs a model with routed experts",
         )
         check(self.seed >= 0, f"seed must not be negative, not {self.seed}")
         micro, shared = self.batch.micro_size or self.batch.size, self.model.moe.budget_sequences

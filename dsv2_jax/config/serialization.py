@@ -1,4 +1,4 @@
-"""Settings as JSON and back."""
+"""Config dataclasses to JSON and back."""
 
 import dataclasses
 import json

@@ -7,13 +7,13 @@ from dsv2_jax.config.checks import check
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
-    """How many tokens a step sees (section 3.1.2)."""
+    """Batch size and its ramp (section 3.1.2)."""
 
-    size: int = 9216  # sequences
-    length: int = 4096  # tokens of a sequence
-    micro_size: int = 0  # sequences of one forward and backward pass; 0: the whole batch
+    size: int = 9216  # sequences per step
+    length: int = 4096  # tokens per sequence
+    micro_size: int = 0  # sequences per forward and backward pass; 0: the full batch
     ramp_from: int = 0  # sequences of the first step; 0: no ramp
-    ramp_tokens: int = 0  # tokens over which the batch grows to its size
+    ramp_tokens: int = 0  # tokens over which the batch grows to `size`
 
     def __post_init__(self) -> None:
         check(self.size > 0 and self.length > 0, "batch.size and batch.length must be positive")
@@ -22,28 +22,32 @@ class Batch:
         if self.ramp_from:
             check(
                 0 < self.ramp_from <= self.size and self.ramp_from % micro == 0,
-                f"batch.ramp_from ({self.ramp_from}) must be a multiple of batch.micro_size ({micro}), at most size",
+                f"batch.ramp_from ({self.ramp_from}) must be a multiple of batch.micro_size ({micro}) and "
+                f"at most batch.size ({self.size})",
             )
-            check(self.ramp_tokens > 0, "batch.ramp_tokens must be positive when batch.ramp_from is given")
+            check(self.ramp_tokens > 0, "batch.ramp_tokens must be positive if batch.ramp_from is set")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """AdamW and its learning rate: linear warm-up, constant, then a step down at each fraction of the tokens."""
+    """AdamW and its learning rate schedule: linear warm-up, constant, then a step down at each of `decay_at`."""
 
     peak_lr: float = 2.4e-4
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8
-    weight_decay: float = 0.1  # on matrices; not on norms
+    weight_decay: float = 0.1  # of matrices; norms are not decayed
     clip_norm: float = 1.0
     warmup_steps: int = 2000
-    decay_at: tuple[float, ...] = (0.6, 0.9)  # fractions of the tokens
+    decay_at: tuple[float, ...] = (0.6, 0.9)  # fractions of all tokens
     decay_factor: float = 0.316
 
     def __post_init__(self) -> None:
         check(self.peak_lr > 0, f"optimizer.peak_lr must be positive, not {self.peak_lr}")
-        check(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "optimizer.beta1 and optimizer.beta2 must lie in 0 to 1")
+        check(
+            0 <= self.beta1 < 1 and 0 <= self.beta2 < 1,
+            "optimizer.beta1 and optimizer.beta2 must be at least 0 and below 1",
+        )
         check(self.clip_norm > 0, f"optimizer.clip_norm must be positive, not {self.clip_norm}")
         check(self.warmup_steps >= 0, "optimizer.warmup_steps must not be negative")
         check(
@@ -54,13 +58,13 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cadence:
-    """Every how many steps the loop does what."""
+    """Step intervals for logging, evaluation and checkpoints."""
 
     log: int = 10
     evaluate: int = 1000
-    evaluate_batches: int = 16  # of the held-out split, each time; the evaluation at the end reads all of it
+    evaluate_batches: int = 16  # held-out batches per evaluation; the last evaluation reads all of them
     save: int = 1000
-    keep: int = 2  # newest checkpoints that stay
+    keep: int = 2  # number of newest checkpoints to keep
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -217,7 +217,7 @@ def _decode(raw: bytes, path: Path, offset: int) -> str:
         raise ValueError(f"{path} is not UTF-8 text: byte {offset + error.start} ({error.reason})") from None
 
 
-class _Plan(NamedTuple):
+class _CorpusPlan(NamedTuple):
     """What the first pass over the documents decides."""
 
     digest: str
@@ -229,7 +229,7 @@ def _hash(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
-def _plan(documents: Callable[[], Iterable[Document]], data: Data) -> _Plan:
+def _plan(documents: Callable[[], Iterable[Document]], data: Data) -> _CorpusPlan:
     sizes: dict[str, dict[bytes, int]] = collections.defaultdict(dict)  # by the first part of the name, then by hash
     longest, decided = "", set()
     for name, text, kept in documents():
@@ -258,7 +258,7 @@ def _plan(documents: Callable[[], Iterable[Document]], data: Data) -> _Plan:
         )
         held_out = {min(every, key=lambda k: (every[k], k))}
     digest = hashlib.blake2b(split + b"".join(sorted(every)), digest_size=8).hexdigest()
-    return _Plan(digest, frozenset(held_out), cut)
+    return _CorpusPlan(digest, frozenset(held_out), cut)
 
 
 def _end(text: str, data: Data) -> int:
@@ -277,7 +277,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
 
-    def __init__(self, documents: Callable[[], Iterable[Document]], plan: _Plan, **keywords: Any) -> None:
+    def __init__(self, documents: Callable[[], Iterable[Document]], plan: _CorpusPlan, **keywords: Any) -> None:
         self._documents, self._plan = documents, plan
         super().__init__(**keywords)
 
@@ -318,7 +318,7 @@ def _build(
     kind: type[_Builder],
     folder: Path,
     documents: Callable[[], Iterable[Document]],
-    plan: _Plan,
+    plan: _CorpusPlan,
     notices: dict[str, str],
 ) -> None:
     with published(folder, first_wins=True) as scratch:

@@ -72,7 +72,7 @@ def write_segment(
     batch["weights_BT"][here] = weights
 
 
-class Rows(abc.ABC):
+class PackedRows(abc.ABC):
     """Rows of documents, any of them in any order; a row may end in padding.
 
     too_long: documents that were longer than a row, and were dropped or cut for it.
@@ -111,10 +111,10 @@ class Rows(abc.ABC):
         return blank_batch(rows, self._length)
 
 
-class Mixed(Rows):
+class Mixed(PackedRows):
     """The rows of both, which are of one length, one behind the other."""
 
-    def __init__(self, first: Rows, second: Rows) -> None:
+    def __init__(self, first: PackedRows, second: PackedRows) -> None:
         super().__init__(first._length)
         self._first, self._second = first, second
         self.too_long = first.too_long + second.too_long
@@ -127,7 +127,7 @@ class Mixed(Rows):
         (self._first if behind < 0 else self._second).fill(batch, row, index if behind < 0 else behind)
 
 
-class DocumentRows(Rows):
+class DocumentRows(PackedRows):
     """Rows of documents that are there already."""
 
     def __init__(self, documents: Documents, length: int, bytes_per_token: np.ndarray) -> None:

@@ -20,7 +20,7 @@ import rich.progress
 from dsv2_jax.config import Config, check
 from dsv2_jax.data import chat, preferences, retrieval
 from dsv2_jax.data.corpora import Corpus, Source, published
-from dsv2_jax.data.packing import Batch, CutRows, Documents, Mixed, Rows, WholeRows, document_ids, join
+from dsv2_jax.data.packing import Batch, CutRows, Documents, Mixed, PackedRows, WholeRows, document_ids, join
 from dsv2_jax.data.tokenizer import Tokenizer
 
 
@@ -42,7 +42,7 @@ def train_batches(
     return TrainBatches(batches, order, epoch_tokens=len(packed) * config.batch.length, left_out=left_out)
 
 
-def packed_rows(config: Config, corpus: Corpus, split: str, tokenizer: Tokenizer, length: int) -> Rows:
+def packed_rows(config: Config, corpus: Corpus, split: str, tokenizer: Tokenizer, length: int) -> PackedRows:
     """The rows of a split, `train` or `held_out`: text without gaps, conversations whole.
 
     Those to train on may be mixed with rows that ask for facts (`data.retrieval_share`). Raises ValueError if no

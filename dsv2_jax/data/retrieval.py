@@ -10,11 +10,11 @@ import numpy as np
 
 from dsv2_jax.config import check
 from dsv2_jax.data.facts import LANGUAGES
-from dsv2_jax.data.packing import Batch, Rows, write_segment
+from dsv2_jax.data.packing import Batch, PackedRows, write_segment
 from dsv2_jax.data.tokenizer import Tokenizer
 
 
-class RetrievalRows(Rows):
+class RetrievalRows(PackedRows):
     """Rows of whole documents, of any length that fits, short ones more often than long.
 
     A fact stands somewhere in a document, and is asked for and answered at its end. A single fact, and often little

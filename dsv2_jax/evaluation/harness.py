@@ -51,7 +51,7 @@ class Harness(TemplateLM):
         """capacity: of the engine; its length is the longest context. Raises ValueError without a tokenizer."""
         super().__init__()
         self._words = loaded.need_tokenizer()
-        self._engine = Engine(loaded.params, loaded.model, capacity=capacity, words=self._words, mesh=devices)
+        self._engine = Engine(loaded.params, loaded.model, capacity=capacity, tokenizer=self._words, mesh=devices)
         # Names of special ids in a text are read as these ids: a chat template writes them so.
         self._reader = tokenizers.Tokenizer.from_str(self._words.backend.to_str())
         self._reader.encode_special_tokens = False

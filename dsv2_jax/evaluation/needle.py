@@ -123,7 +123,7 @@ def evaluate(loaded: "Loaded", wanted: Needle, capacity: "Capacity", devices: An
         loaded.params,
         loaded.model,
         capacity=dataclasses.replace(capacity, length=capacity.length or longest),
-        words=words,
+        tokenizer=words,
         mesh=devices,
     )
     stop = (words.eos_id,)

@@ -1,4 +1,4 @@
-"""Hugging Face folders in and out: one table of names (names.py), their config.json, safetensors, and whole folders."""
+"""Import and export of Hugging Face folders: table of names, config.json, safetensors, conversion of folders."""
 
 from dsv2_jax.hf.configuration import from_hf_config, to_hf_config
 from dsv2_jax.hf.convert import Progress, export, import_, is_hf, load_params, read_model, reader

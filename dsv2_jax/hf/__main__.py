@@ -16,19 +16,19 @@ from dsv2_jax import cli, hf
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Export:
-    """Writes a run's newest checkpoint as a Hugging Face folder."""
+    """Converts the newest checkpoint of a run to a Hugging Face folder."""
 
-    checkpoint: Path  # a run's folder
-    out: Path  # the folder to make
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
+    checkpoint: Path  # folder of a run
+    out: Path  # folder to create
+    dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Import:
-    """Makes a run's folder of a Hugging Face folder."""
+    """Converts a Hugging Face folder to the folder of a run."""
 
-    hf: Path  # a folder with config.json and safetensors
-    out: Path  # the folder to make
+    hf: Path  # folder with config.json and safetensors
+    out: Path  # folder to create
 
 
 def main() -> None:
@@ -49,12 +49,12 @@ def main() -> None:
         print(f"usage: {called} export --checkpoint DIR --out HF_DIR [--dtype bfloat16]")
         print(f"       {called} import --hf HF_DIR --out DIR")
     else:
-        cli.fail(f"unknown command {verb}{cli.nearest(verb, ('export', 'import'))}; there are export and import")
+        cli.fail(f"unknown command {verb}{cli.nearest(verb, ('export', 'import'))}; the commands are export and import")
 
 
 @contextlib.contextmanager
 def _bar(title: str) -> Iterator[hf.Progress]:
-    """Bytes done, on stderr: a progress bar on a terminal, a plain line for every tenth elsewhere."""
+    """Progress on stderr: a bar on a terminal, else a line for every tenth."""
     console = rich.console.Console(stderr=True)
     if not console.is_terminal:
         yield _lines(title)
@@ -70,7 +70,7 @@ def _bar(title: str) -> Iterator[hf.Progress]:
     task = bar.add_task(title, total=None)
 
     def update(done: int, total: int) -> None:
-        bar.start()  # not before the first bytes: a mistake is then told in one line
+        bar.start()  # after the checks, so that an error message is the only output
         bar.update(task, completed=done, total=total)
 
     try:
@@ -81,13 +81,13 @@ def _bar(title: str) -> Iterator[hf.Progress]:
 
 
 def _lines(title: str) -> hf.Progress:
-    told = 0
+    printed = 0
 
     def update(done: int, total: int) -> None:
-        nonlocal told
+        nonlocal printed
         tenths = 10 * done // total
-        if tenths > told:
-            told = tenths
+        if tenths > printed:
+            printed = tenths
             print(f"{title}  {10 * tenths}%  {done / 1e9:.2f} of {total / 1e9:.2f} GB", file=sys.stderr, flush=True)
 
     return update

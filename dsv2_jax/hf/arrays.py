@@ -1,7 +1,7 @@
-"""A run's Orbax parameters read and written slice by slice, so that a stacked leaf is never whole in memory.
+"""Reads and writes the Orbax parameters of a run slice by slice, so that no stacked leaf is in memory in full.
 
-Orbax keeps each leaf as one zarr array named `part.leaf`. Reading goes by what `_METADATA` says (OCDBT or plain files,
-zarr 2 or 3); writing makes plain zarr files, a chunk per layer and expert, with the metadata that Orbax itself writes.
+Orbax stores each leaf as a zarr array named `part.leaf`. The reader supports the formats of `_METADATA` (OCDBT or plain
+files, zarr 2 or 3). The writer makes plain zarr files, one chunk per layer and expert, with Orbax's own metadata.
 """
 
 import collections
@@ -31,7 +31,7 @@ Index = tuple[int | slice, ...]
 
 
 class _Slices:
-    """What reader and writer share: the checksums of the slices that went through them."""
+    """The base of reader and writer: checksums of the slices."""
 
     def __init__(self, tree: Tree) -> None:
         self._tree = tree
@@ -40,14 +40,14 @@ class _Slices:
         self._counted: set[tuple[str, tuple[range, ...]]] = set()
 
     def sums(self) -> dict[str, int]:
-        """The checksums, as a checkpoint holds them, of the parameters whose slices have all come by."""
+        """The checksums, as in a checkpoint, of the parameters whose slices have all been read or written."""
         sizes = {
             f"params.{part}.{name}": math.prod(s) for part, names in self._tree.items() for name, s in names.items()
         }
         return {name: total % 2**32 for name, total in self._sums.items() if self._elements[name] == sizes[name]}
 
     def _count(self, part: str, name: str, index: Index, values: np.ndarray) -> None:
-        """Devices that hold the same slice ask for it once each; it is counted once."""
+        """Adds a slice to the checksum. Devices with the same slice read it once each, but it counts once."""
         shape, key = self._tree[part][name], f"params.{part}.{name}"
         ranges = integrity.ranges_of(shape, index)
         if (key, ranges) not in self._counted:
@@ -60,7 +60,7 @@ class Reader(_Slices):
     """The parameters in a folder `RUN/checkpoints/<step>/params`."""
 
     def __init__(self, folder: Path, tree: Tree) -> None:
-        """Raises ValueError unless the folder holds exactly this tree of shapes, and if it is damaged."""
+        """Raises ValueError if the folder is damaged or has another tree of shapes."""
         super().__init__(tree)
         self._run, self._step = folder.parents[2], int(folder.parent.name)
         path = folder / "_METADATA"
@@ -71,11 +71,11 @@ class Reader(_Slices):
         wanted = {f"{part}.{name}" for part, names in tree.items() for name in names}
         check(
             found == wanted,
-            f"{folder} does not hold the model that the run's config.json describes: "
+            f"{folder} does not match the run's config.json: "
             f"missing {sorted(wanted - found)}, unknown {sorted(found - wanted)}",
         )
 
-        # Of the last two, for a tensor of the Hugging Face side may have slices of two: their chunks stay in memory.
+        # Two, because a Hugging Face tensor may have slices of two leaves. Their chunks stay in memory.
         @functools.lru_cache(maxsize=2)
         def leaf(part: str, name: str) -> ts.TensorStore:
             return _open(folder, metadata, part, name, tree[part][name])
@@ -84,15 +84,15 @@ class Reader(_Slices):
         for part, names in tree.items():
             for name, shape in names.items():
                 with checkpoint.reading(self._run, self._step):
-                    there = leaf(part, name).shape
+                    stored = leaf(part, name).shape
                 check(
-                    there == shape,
-                    f"{folder}: {part}.{name} has the shape {list(there)}; the run's config.json describes "
+                    stored == shape,
+                    f"{folder}: {part}.{name} has the shape {list(stored)}; the run's config.json describes "
                     f"{list(shape)}",
                 )
 
     def read(self, part: str, name: str, index: Index) -> np.ndarray:
-        """`params[part][name][index]`, float32. Leaf by leaf, a chunk that slices share is decoded once.
+        """`params[part][name][index]`, float32. Read leaf by leaf, a chunk that slices share is decoded once.
 
         Raises ValueError if the checkpoint is damaged.
         """
@@ -102,17 +102,17 @@ class Reader(_Slices):
         return values
 
     def check_intact(self) -> None:
-        """Raises ValueError if a parameter that was read whole, slice by slice, is not what was saved.
+        """Raises ValueError if a parameter whose slices were all read differs from what was saved.
 
-        Of several processes each reads a part of what is split over them, and does not check that.
+        A parameter that is split over processes is not checked, since each reads only a part of it.
         """
         checkpoint.check_intact(self._run, self._step, self.sums)
 
 
 class Writer(_Slices):
-    """Makes the folder `checkpoints/<step>`, whose item `params` is this tree in float32.
+    """Creates the folder `checkpoints/<step>` with this tree in float32 as its item `params`.
 
-    It is whole when `write` has got every slice and `finish` was called.
+    The folder is complete after `write` of every slice and `finish`.
     """
 
     def __init__(self, folder: Path, tree: Tree) -> None:
@@ -176,8 +176,8 @@ def _open(folder: Path, metadata: dict[str, Any], part: str, name: str, shape: t
     chunks = [c or n for c, n in zip(array.chunk_layout.read_chunk.shape or shape, shape, strict=True)]
     if all(c == 1 for c in chunks[:lead]):
         return array
-    # A chunk that neighbouring slices share is to be decoded once: the cache holds all chunks of one slice and little
-    # more. Without the little, the last chunk falls out and is decoded for every slice again.
+    # The cache holds all chunks of one slice, so that a chunk shared by neighbouring slices is decoded once. The extra
+    # MiB keeps the last chunk from being evicted and decoded again for every slice.
     covered = [c if i < lead else math.ceil(n / c) * c for i, (n, c) in enumerate(zip(shape, chunks, strict=True))]
     limit = math.prod(covered) * array.dtype.numpy_dtype.itemsize + 2**20
     context = ts.Context({"cache_pool": {"total_bytes_limit": limit}})
@@ -193,18 +193,18 @@ def _create(folder: Path, shape: tuple[int, ...], chunk: tuple[int, ...]) -> ts.
         "dimension_separator": ".",
     }
     spec = {"driver": "zarr", "kvstore": f"file://{folder.absolute()}/", "metadata": metadata}
-    # Not every chunk needs to be on the disk before the next is written: who makes the folder waits for all at its end.
+    # No sync after each chunk: the caller syncs once at the end.
     return ts.open(spec, create=True, open=True, context=ts.Context({"file_io_sync": False})).result()
 
 
 def _leading(name: str, shape: tuple[int, ...]) -> int:
-    """How many leading axes of a leaf are layers and experts, which files on the Hugging Face side keep apart."""
+    """Number of leading axes for layers and experts, which are separate tensors in Hugging Face files."""
     dims = letters(name)
     return len(shape) - len(dims) + dims.startswith("E")
 
 
 def _chunk(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """One layer and expert, its longest axis halved until a float32 chunk is of a size that zstd and disks like."""
+    """One layer and expert, its longest axis halved until a float32 chunk has at most `_CHUNK_BYTES`."""
     lead = _leading(name, shape)
     chunk = [1] * lead + list(shape[lead:])
     while math.prod(chunk) * 4 > _CHUNK_BYTES:

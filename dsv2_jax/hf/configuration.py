@@ -1,8 +1,8 @@
-"""`config.json` of a released checkpoint in both directions: DeepSeek-V2's own, and Llama's for grouped-query models.
+"""Converts `config.json` to our model config and back: DeepSeek-V2's, and Llama's for grouped-query models.
 
-What we write is the released style (`rope_theta` beside `rope_scaling`), which every reader knows; what we read may
-also be that of transformers 5 (`rope_parameters`). A released config says nothing of token dropping and of two of the
-three balance losses: there our defaults hold.
+Writes the released style (`rope_theta` and `rope_scaling`), which all readers support. Also reads the style of
+transformers 5 (`rope_parameters`). Released configs do not give token dropping and two of the three balance losses;
+these take our defaults.
 """
 
 import math
@@ -10,7 +10,7 @@ from typing import Any
 
 from dsv2_jax.config import Attention, Model, Moe, Rope, check
 
-# What our model does and a config may contradict.
+# Settings that our model supports with one value only.
 _FIXED = {
     "norm_topk_prob": False,
     "scoring_func": "softmax",
@@ -29,15 +29,14 @@ _MOE = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
 def to_hf_config(
     model: Model, dtype: str = "float32", bos: int | None = None, eos: int | None = None, pad: int | None = None
 ) -> dict[str, Any]:
-    """The `config.json` of this model with weights of `dtype`, and the ids of the tokenizer's marks (None: has none).
+    """The `config.json` of this model, for weights of `dtype`. bos, eos, pad: token ids (None: no such token).
 
-    pad: of a model of one score, which transformers reads at the last token that is another.
-
-    Raises ValueError for a model that no Hugging Face architecture describes.
+    pad is for reward models: transformers takes the score at the last token that is not padding. Raises ValueError for
+    a model without a Hugging Face architecture.
     """
     check(
         not model.moe_layers or model.moe.router == "deepseek",
-        "moe.router gshard normalises its gates, which no Hugging Face model does; router deepseek can be exported",
+        "moe.router gshard has no Hugging Face architecture; only router deepseek can be exported",
     )
     common = {
         "attention_bias": False,
@@ -50,7 +49,7 @@ def to_hf_config(
         "num_attention_heads": model.attention.num_attention_heads,
         "pretraining_tp": 1,
         "rms_norm_eps": model.rms_norm_eps,
-        "rope_theta": _whole(model.rope.theta),
+        "rope_theta": _as_integer(model.rope.theta),
         "tie_word_embeddings": False,
         "torch_dtype": dtype,
         "use_cache": True,
@@ -60,19 +59,19 @@ def to_hf_config(
 
 
 def from_hf_config(raw: dict[str, Any]) -> Model:
-    """The model that a `config.json` describes.
+    """The model config of a `config.json`.
 
-    Raises ValueError for an unknown architecture, a missing field, or a setting that our model cannot honour.
+    Raises ValueError for an unknown architecture, a missing field, or a setting that our model does not support.
     """
     kind = raw.get("model_type")
     check(
         kind in ("deepseek_v2", "llama"),
-        f"config.json: model_type is {kind!r}; deepseek_v2 and llama can be imported",
+        f"config.json: model_type is {kind!r}; supported: deepseek_v2, llama",
     )
     for name, only in _FIXED.items():
         check(
             raw.get(name) in (only, None),
-            f"config.json: {name} is {raw.get(name)!r}, which this model cannot honour; it must be {only!r}",
+            f"config.json: {name} is {raw.get(name)!r}, which is not supported; it must be {only!r}",
         )
     _require(raw, (*_SIZES, "num_attention_heads", "rms_norm_eps"), "config.json")
     attention, moe = (
@@ -90,7 +89,7 @@ def from_hf_config(raw: dict[str, Any]) -> Model:
     )
 
 
-_SCORE = "ForSequenceClassification"  # transformers' class for a model of one score
+_SCORE = "ForSequenceClassification"  # class name of reward models in transformers
 
 
 def _deepseek(model: Model) -> dict[str, Any]:
@@ -116,7 +115,7 @@ def _deepseek(model: Model) -> dict[str, Any]:
         **{name: getattr(a, name) for name in _MLA},
         "num_key_value_heads": a.num_attention_heads,
         "q_lora_rank": a.q_lora_rank or None,
-        # Also where nothing is stretched: some readers need the entry, and YaRN by a factor of 1 is plain RoPE.
+        # Also with a factor of 1, which is plain RoPE: some readers need the entry.
         "rope_scaling": _yarn(model.rope, model.rope.mscale, model.rope.mscale_all_dim),
         **(experts if model.moe_layers else {"n_routed_experts": 0}),
     }
@@ -132,11 +131,11 @@ def _llama(model: Model) -> dict[str, Any]:
     a, rope = model.attention, model.rope
     check(
         model.moe_layers == 0,
-        "a model of kind gqa with experts has no Hugging Face architecture; it cannot be exported",
+        "attention.kind gqa with experts has no Hugging Face architecture and cannot be exported",
     )
     check(
         a.v_head_dim == a.qk_rope_head_dim,
-        f"Llama's values are as wide as its keys: attention.v_head_dim ({a.v_head_dim}) must equal "
+        f"Llama has values of the width of its keys: attention.v_head_dim ({a.v_head_dim}) must equal "
         f"attention.qk_rope_head_dim ({a.qk_rope_head_dim}) for an export",
     )
     return {
@@ -145,29 +144,29 @@ def _llama(model: Model) -> dict[str, Any]:
         "head_dim": a.qk_rope_head_dim,
         "mlp_bias": False,
         "num_key_value_heads": a.num_key_value_heads,
-        # Llama scales queries and keys, never the softmax: all of our mscale squared must come from them.
+        # Llama does not scale the softmax, so queries and keys must contribute all of mscale squared.
         "rope_scaling": _yarn(rope, rope.mscale, 0.0) if rope.factor > 1 else None,
     }
 
 
 def _yarn(rope: Rope, mscale: float, mscale_all_dim: float) -> dict[str, Any]:
-    check(rope.kind == "yarn", "rope.kind linear has no export: the released architecture knows YaRN only")
+    check(rope.kind == "yarn", "rope.kind linear cannot be exported: the released architecture has YaRN only")
     scaling = {
-        "beta_fast": _whole(rope.beta_fast),
-        "beta_slow": _whole(rope.beta_slow),
-        "factor": _whole(rope.factor),
+        "beta_fast": _as_integer(rope.beta_fast),
+        "beta_slow": _as_integer(rope.beta_slow),
+        "factor": _as_integer(rope.factor),
         "mscale": mscale,
         "mscale_all_dim": mscale_all_dim,
         "original_max_position_embeddings": rope.original_max_position_embeddings,
         "type": "yarn",
     }
-    if not (mscale and mscale_all_dim):  # there transformers departs from the released formula, unless told the result
+    if not (mscale and mscale_all_dim):  # here transformers differs from the released formula unless given the result
         scaling["attention_factor"] = _attention_factor(rope.factor, mscale, mscale_all_dim)
     return scaling
 
 
 def _attention_factor(factor: float, mscale: float, mscale_all_dim: float) -> float:
-    """What the released code multiplies RoPE's cosines and sines by."""
+    """The factor of RoPE's cosines and sines in the released code."""
     return (0.1 * mscale * math.log(factor) + 1.0) / (0.1 * mscale_all_dim * math.log(factor) + 1.0)
 
 
@@ -204,7 +203,7 @@ def _read_moe(raw: dict[str, Any]) -> Moe:
     method = raw.get("topk_method", "greedy")
     check(
         method in ("greedy", "group_limited_greedy"),
-        f"config.json: topk_method is {method!r}; greedy and group_limited_greedy can be imported",
+        f"config.json: topk_method is {method!r}; supported: greedy, group_limited_greedy",
     )
     limited = method == "group_limited_greedy"
     _require(raw, ("n_group", "topk_group") if limited else (), "config.json")
@@ -225,7 +224,7 @@ def _read_rope(raw: dict[str, Any]) -> Rope:
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return Rope(theta=theta, original_max_position_embeddings=raw["max_position_embeddings"])
-    check(kind == "yarn", f"{where} has the type {kind!r}; yarn and default can be imported")
+    check(kind == "yarn", f"{where} has the type {kind!r}; supported: yarn, default")
     _require(scaling, ("factor", "original_max_position_embeddings"), where)
     rope = Rope(
         theta=theta,
@@ -233,13 +232,13 @@ def _read_rope(raw: dict[str, Any]) -> Rope:
         original_max_position_embeddings=scaling["original_max_position_embeddings"],
         beta_slow=float(scaling.get("beta_slow", 1)),
         beta_fast=float(scaling.get("beta_fast", 32)),
-        mscale=float(scaling.get("mscale", 1.0)),  # absent: as in the released code
+        mscale=float(scaling.get("mscale", 1.0)),  # defaults of the released code
         mscale_all_dim=float(scaling.get("mscale_all_dim", 0.0)),
     )
     check(
         raw["model_type"] == "deepseek_v2" or not rope.mscale_all_dim,
-        f"{where}.mscale_all_dim is {rope.mscale_all_dim}; our model would apply it to the softmax and Llama does not, "
-        "so it must be 0 or absent",
+        f"{where}.mscale_all_dim is {rope.mscale_all_dim}; it must be 0 or absent, "
+        "because Llama does not scale the softmax",
     )
     expected = _attention_factor(rope.factor, rope.mscale, rope.mscale_all_dim)
     given = scaling.get("attention_factor")
@@ -247,12 +246,12 @@ def _read_rope(raw: dict[str, Any]) -> Rope:
         given is None or math.isclose(given, expected, rel_tol=1e-6),
         f"{where}.attention_factor is {given}, but its mscale and mscale_all_dim give {expected}",
     )
-    check(scaling.get("truncate", True), f"{where}.truncate is false, which this model cannot honour; it must be true")
+    check(scaling.get("truncate", True), f"{where}.truncate is false, which is not supported; it must be true")
     return rope
 
 
 def _require(raw: dict[str, Any], names: tuple[str, ...], where: str) -> None:
-    """Raises ValueError unless all of these are there and numbers."""
+    """Raises ValueError unless all these fields are present and numbers."""
     missing = [name for name in names if raw.get(name) is None]
     check(not missing, f"{where} lacks {', '.join(missing)}")
     for name in names:
@@ -260,6 +259,6 @@ def _require(raw: dict[str, Any], names: tuple[str, ...], where: str) -> None:
         check(number, f"{where}: {name} must be a number, not {raw[name]!r}")
 
 
-def _whole(value: float) -> int | float:
-    """As an integer where it is one, as released configs have it."""
+def _as_integer(value: float) -> int | float:
+    """An integral value as int, as released configs write it."""
     return int(value) if value == int(value) else value

@@ -1,4 +1,4 @@
-"""Runs to Hugging Face folders and back, tensor by tensor; a folder appears whole under its name or not at all."""
+"""Converts runs to Hugging Face folders and back, tensor by tensor. Output folders are atomic: complete or absent."""
 
 import itertools
 import json
@@ -23,7 +23,7 @@ from dsv2_jax.parallel.mesh import sizes
 from dsv2_jax.storage import published
 from dsv2_jax.training import checkpoint
 
-Progress = Callable[[int, int], None]  # bytes done, bytes in all, of the Hugging Face side
+Progress = Callable[[int, int], None]  # (bytes done, bytes in total) of the Hugging Face folder
 
 
 def _silent(_done: int, _total: int) -> None:
@@ -37,12 +37,11 @@ def export(
     shard_bytes: int = 5 * 10**9,
     progress: Progress = _silent,
 ) -> None:
-    """Writes a run's newest parameters as a folder of safetensors, config.json and, if the run has one, its tokenizer.
+    """Writes the newest parameters of a run as safetensors, with config.json and the tokenizer if the run has one.
 
-    `dtype` is float32 or bfloat16 (rounded to nearest). No file holds more than `shard_bytes` unless one tensor does.
-    In memory is one tensor at a time, and the chunks of the checkpoint that it shares. Raises ValueError if `out` is
-    not empty, the model has no Hugging Face architecture or the checkpoint is damaged, FileNotFoundError if there is
-    no checkpoint.
+    `dtype` is float32 or bfloat16 (round to nearest). A file has at most `shard_bytes`, or one larger tensor. Memory
+    holds one tensor at a time and the checkpoint chunks that contain it. Raises ValueError if `out` is not empty, the
+    model has no Hugging Face architecture or the checkpoint is damaged, FileNotFoundError if there is no checkpoint.
     """
     model = checkpoint.read_config(run).model
     folder = run / "checkpoints" / str(checkpoint.latest_step(run)) / "params"
@@ -59,7 +58,7 @@ def export(
         _write_json(partial / "generation_config.json", {"bos_token_id": bos, "eos_token_id": eos})
         if vocabulary:
             vocabulary.save_hf(partial)
-        # Files follow the order of the layers, as readers use them; the work follows ours, leaf by leaf.
+        # Files are in the order of the layers, as readers expect; the conversion goes leaf by leaf.
         shapes = {t.hf: t.shape for t in sorted(todo, key=_layer)}
         stored = files.create(partial, shapes, np.dtype(jnp.dtype(dtype)), shard_bytes)
         total, done = sum(s.size for s in stored.values()), 0
@@ -73,11 +72,11 @@ def export(
 
 
 def import_(hf: Path, out: Path, progress: Progress = _silent) -> None:
-    """Makes a run's folder of a Hugging Face folder: config.json, tokenizer, float32 parameters as step 0.
+    """Converts a Hugging Face folder to a run: config.json, tokenizer, and float32 parameters as step 0.
 
-    All headers are checked before any data is read. In memory is one tensor at a time. Raises ValueError naming what
-    is missing, extra, misshaped or truncated, what the config asks for that we cannot honour, a tokenizer that does not
-    fit, or if `out` is not empty.
+    Checks all headers before it reads data. Memory holds one tensor at a time. Raises ValueError for tensors that are
+    missing, extra, truncated or of the wrong shape, for unsupported settings, a tokenizer with too many ids, or an
+    `out` that is not empty.
     """
     model, found = open_checked(hf)
     vocabulary = _tokenizer(hf, model)
@@ -102,7 +101,7 @@ def read_model(hf: Path) -> Model:
 
 
 def open_checked(hf: Path) -> tuple[Model, dict[str, files.Stored]]:
-    """The model of a Hugging Face folder and where its tensors are, every name, shape and size of them checked.
+    """The model of a Hugging Face folder and the places of its tensors, after checking their names and shapes.
 
     Raises ValueError as `import_` does.
     """
@@ -117,8 +116,8 @@ def load_params(
 ) -> tuple[Model, dict[str, dict[str, jax.Array]]]:
     """The model of a Hugging Face folder and its parameters: the tree of `parameters.tree`, matrices in `dtype`.
 
-    What `KEPT_FLOAT32` names is float32. With a mesh they are laid over it by `sharding.param_specs`, and a host reads
-    what its own devices hold; in memory is, beside that, one shard at a time. Raises ValueError as `import_` does.
+    Parameters of `KEPT_FLOAT32` are float32. With a mesh, they are sharded by `sharding.param_specs`, and a host reads
+    only the shards of its devices; memory holds one more shard at a time. Raises ValueError as `import_` does.
     """
     model, found = open_checked(hf)
     sharding.check_model(model, sizes(mesh))
@@ -138,18 +137,18 @@ def load_params(
 def reader(hf: Path) -> tuple[Model, Callable[[str, str, tuple[slice, ...]], np.ndarray]]:
     """The model of a Hugging Face folder, and a function for `params[part][name][slices]`, float32: `programs.Read`.
 
-    In memory are what is asked for and one tensor of the folder. Raises ValueError as `import_` does.
+    Memory holds the requested slice and one tensor of the folder. Raises ValueError as `import_` does.
     """
     model, found = open_checked(hf)
     sources, tree = _sources(model), parameters.tree(model)
     return model, lambda part, name, slices: _read(found, sources[part, name], tree[part][name], slices, np.float32)
 
 
-_Source = dict[tuple[int, ...], tuple[Tensor, int]]  # by leading indices: the tensor, and which of its parts
+_Source = dict[tuple[int, ...], tuple[Tensor, int]]  # leading indices -> (tensor, which of its slices)
 
 
 def _sources(model: Model) -> dict[tuple[str, str], _Source]:
-    """Where each parameter's values come from."""
+    """The tensors of each parameter: {(part, name): ...}."""
     sources: dict[tuple[str, str], _Source] = {}
     for tensor in tensors(model):
         for place, name in enumerate(tensor.names):
@@ -160,7 +159,7 @@ def _sources(model: Model) -> dict[tuple[str, str], _Source]:
 def _read(
     found: dict[str, files.Stored], source: _Source, shape: tuple[int, ...], index: Any, dtype: Any
 ) -> np.ndarray:
-    """The values at `index`, slices of all dims, of a parameter of this shape."""
+    """The values at `index` (a slice for every axis) of a parameter of this shape."""
     lead = len(next(iter(source)))
     ranges = [range(*at.indices(size)) for at, size in zip(index, shape, strict=True)]
     values = np.empty([len(r) for r in ranges], dtype)
@@ -172,7 +171,7 @@ def _read(
 
 
 def is_hf(folder: Path) -> bool:
-    """Whether this is a Hugging Face folder: it has safetensors, or a config.json with a model_type."""
+    """Whether this is a Hugging Face folder, with safetensors or a config.json that has a model_type."""
     path = folder / "config.json"
     if (folder / files.INDEX).is_file() or (folder / "model.safetensors").is_file():
         return True
@@ -185,7 +184,7 @@ def _tokenizer(hf: Path, model: Model) -> tokenizer.Tokenizer | None:
     vocabulary = tokenizer.load(hf)
     check(
         vocabulary.vocab_size <= model.vocab_size,
-        f"{hf}: the tokenizer has {vocabulary.vocab_size} ids and the model only {model.vocab_size}",
+        f"{hf}: the tokenizer has {vocabulary.vocab_size} ids, more than the model's {model.vocab_size}",
     )
     return vocabulary
 
@@ -210,7 +209,7 @@ def _check_free(out: Path) -> None:
 
 
 def _layer(tensor: Tensor) -> tuple[int, int]:
-    """Sorts by layer: the embedding first, the final norm and the head last."""
+    """Sort key: embedding, layers in order, then the final norm and the head."""
     if tensor.part in ("embed", "head"):
         return (0 if tensor.part == "embed" else 2), 0
     return 1, int(tensor.hf.split(".")[2])

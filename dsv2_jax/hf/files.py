@@ -1,7 +1,7 @@
-"""safetensors files, written and read one tensor at a time; a folder of them is checked whole before data is read.
+"""Reads and writes safetensors one tensor at a time. All headers of a folder are checked before data is read.
 
 The format: 8 bytes of header length, little-endian; a JSON header of names, dtypes, shapes and byte ranges; the bytes.
-The safetensors library saves whole dictionaries and maps whole files, which is why neither is done with it here.
+The safetensors library is not used, since it saves entire dictionaries and maps entire files.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """Where a tensor's bytes are."""
+    """The place of a tensor's bytes."""
 
     path: Path
     offset: int
@@ -33,20 +33,20 @@ class Stored:
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def read(tensor: Stored) -> np.ndarray:
-    """The tensor, of its stored dtype."""
+    """Reads the tensor in its stored dtype."""
     count = math.prod(tensor.shape)
     return np.fromfile(tensor.path, tensor.dtype, count, offset=tensor.offset).reshape(tensor.shape)
 
 
 def write(tensor: Stored, values: np.ndarray) -> None:
-    """Puts the values, cast to the tensor's dtype, at its place in a file that `create` made."""
+    """Casts the values to the tensor's dtype and writes them to its place in a file of `create`."""
     assert values.shape == tensor.shape, f"{values.shape} into {tensor}"
-    # A few rows at a time: a cast of the whole, and a transposed view made contiguous, would be further tensors.
+    # A few rows at a time, to avoid copies of the full tensor for the cast and for a transposed view.
     rows = max(1, _BLOCK_BYTES * len(values) // max(1, values.nbytes))
     with tensor.path.open("r+b") as file:
         file.seek(tensor.offset)
@@ -55,19 +55,19 @@ def write(tensor: Stored, values: np.ndarray) -> None:
 
 
 def create(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype, shard_bytes: int) -> dict[str, Stored]:
-    """Makes the files of a checkpoint and their index, all zeros; `write` then fills tensors in any order.
+    """Creates the files of a checkpoint, filled with zeros, and their index. `write` fills tensors in any order.
 
-    A file holds at most `shard_bytes` of data, or a single tensor that is larger.
+    A file has at most `shard_bytes` of data, or one larger tensor.
     """
     groups: list[list[str]] = [[]]
-    room = shard_bytes
+    left = shard_bytes
     for name, shape in shapes.items():
         size = math.prod(shape) * dtype.itemsize
-        if groups[-1] and size > room:
+        if groups[-1] and size > left:
             groups.append([])
-            room = shard_bytes
+            left = shard_bytes
         groups[-1].append(name)
-        room -= size
+        left -= size
     stored: dict[str, Stored] = {}
     for i, names in enumerate(groups, 1):
         path = folder / f"model-{i:05d}-of-{len(groups):05d}.safetensors"
@@ -81,9 +81,9 @@ def create(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype,
 
 
 def open_folder(folder: Path) -> dict[str, Stored]:
-    """All tensors of a checkpoint: by its index, or of its only file `model.safetensors`.
+    """All tensors of a checkpoint, from its index or from its single file `model.safetensors`.
 
-    Raises ValueError if a file is missing, truncated or not safetensors, or differs from what the index says.
+    Raises ValueError if a file is missing, truncated or not safetensors, or does not match the index.
     """
     index = folder / INDEX
     if not index.is_file():
@@ -114,18 +114,18 @@ def check_tensors(folder: Path, found: Mapping[str, Stored], expected: Mapping[s
         if name in found and found[name].shape != shape
     ]
     problems = (("missing", missing), ("not of this model", extra), ("of the wrong shape", wrong))
-    told = "; ".join(f"{listed(names, 'tensor')} {what}" for what, names in problems if names)
-    check(not told, f"{folder} does not hold the model that its config.json describes: {told}")
+    found_problems = "; ".join(f"{listed(names, 'tensor')} {what}" for what, names in problems if names)
+    check(not found_problems, f"{folder} does not match its config.json: {found_problems}")
 
 
 def listed(names: Iterable[str], what: str) -> str:
-    """`2 tensors (a, b)`: how many, and the first three."""
+    """`2 tensors (a, b)`: the number, and the first three."""
     names = list(names)
     return f"{len(names)} {what}{'s' * (len(names) > 1)} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object in a file. Raises ValueError if it is something else."""
+    """The JSON object in a file. Raises ValueError for anything else."""
     return _json(path.read_bytes(), path)
 
 
@@ -150,9 +150,9 @@ def _open_one(path: Path) -> dict[str, Stored]:
     actual = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
-        check(len(start) == 8, f"{path} is truncated: it has {actual} bytes and no whole header")
+        check(len(start) == 8, f"{path} is truncated: it has {actual} bytes, fewer than a header")
         length = struct.unpack("<Q", start)[0]
-        check(length <= 2**30, f"{path} is not a safetensors file: its header would have {length} bytes")
+        check(length <= 2**30, f"{path} is not a safetensors file: it gives a header length of {length} bytes")
         check(8 + length <= actual, f"{path} is truncated: its header ends at byte {8 + length}, the file at {actual}")
         header = _json(file.read(length), path)
     header.pop("__metadata__", None)
@@ -171,7 +171,7 @@ def _entry(path: Path, name: str, entry: dict, data: int) -> Stored:
         f"{path} is not a safetensors file: the header's entry of {name} lacks dtype, shape or data_offsets",
     )
     dtype = entry["dtype"]
-    check(dtype in DTYPES, f"{path}: {name} is of dtype {dtype}; {', '.join(DTYPES)} can be read")
+    check(dtype in DTYPES, f"{path}: {name} has the dtype {dtype}; supported: {', '.join(DTYPES)}")
     numbers = (*entry["shape"], *entry["data_offsets"])
     check(
         all(type(n) is int and n >= 0 for n in numbers) and len(entry["data_offsets"]) == 2,
@@ -190,6 +190,6 @@ def _json(text: bytes, path: Path) -> dict:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{path} is not what its name says: no JSON where JSON should be ({error})") from error
-    check(isinstance(value, dict), f"{path} is not what its name says: no JSON object where one should be")
+        raise ValueError(f"{path} is damaged: invalid JSON ({error})") from error
+    check(isinstance(value, dict), f"{path} is damaged: expected a JSON object")
     return value

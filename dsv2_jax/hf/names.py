@@ -1,7 +1,7 @@
-"""The one table between our parameters and the tensors of a released checkpoint, read in both directions.
+"""The table that maps our parameters to the tensors of released checkpoints, used in both directions.
 
-For the letters at the end of our names see dsv2_jax/parameters.py. On disk a weight is `[out, in]`, heads lie
-side by side, and in each head the part without position comes before the one that RoPE turns, the key before the value.
+For the letters at the end of our names see dsv2_jax/parameters.py. On disk a weight is `[out, in]` and its heads are
+concatenated. Within a head, the part without RoPE comes before the part with RoPE, and the key before the value.
 """
 
 import dataclasses
@@ -17,24 +17,24 @@ Shape = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """How slices of our parameters lie in one tensor on disk, and the way back.
+class TensorLayout:
+    """How slices of our parameters are stored in one tensor on disk.
 
-    Several slices are joined along their last axis: first, per head, what comes first on disk.
+    Several slices are concatenated along their last axis (within each head), in the order of the tensor on disk.
     """
 
-    inputs: int  # leading axes that the weight multiplies and sums over; 0: the slice is stored as it is
-    halves: bool = False  # Llama turns pairs (i, i + R/2) where we turn (2i, 2i + 1)
+    inputs: int  # number of leading axes that the matmul contracts; 0: the slice is stored unchanged
+    halves: bool = False  # Llama rotates pairs (i, i + R/2); we rotate (2i, 2i + 1)
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
-        """The shape on disk of slices of these shapes."""
+        """The shape on disk for slices of these shapes."""
         if not self.inputs:
             return shapes[0]
         outputs = sum(math.prod(shape[self.inputs :]) for shape in shapes)
         return outputs, math.prod(shapes[0][: self.inputs])
 
     def to_hf(self, slices: Sequence[np.ndarray]) -> np.ndarray:
-        """The tensor on disk, of the slices' dtype."""
+        """The tensor on disk, in the dtype of the slices."""
         if not self.inputs:
             return slices[0]
         joined = np.concatenate(slices, axis=-1) if len(slices) > 1 else slices[0]
@@ -43,7 +43,7 @@ class Layout:
         return joined.reshape(math.prod(joined.shape[: self.inputs]), -1).T
 
     def from_hf(self, tensor: np.ndarray, shapes: Sequence[Shape]) -> list[np.ndarray]:
-        """The slices, of the given shapes, that `to_hf` made the tensor of."""
+        """The slices, of the given shapes, of a tensor on disk: the inverse of `to_hf`."""
         if not self.inputs:
             return [tensor]
         widths = [shape[-1] for shape in shapes]
@@ -54,15 +54,15 @@ class Layout:
         return np.split(joined, np.cumsum(widths)[:-1], axis=-1)
 
 
-SAME = Layout(0)
-LINEAR = Layout(1)
-FROM_HEADS = Layout(2)
-TURNED = Layout(1, halves=True)
+SAME = TensorLayout(0)
+LINEAR = TensorLayout(1)
+FROM_HEADS = TensorLayout(2)
+ROTATED_HALVES = TensorLayout(1, halves=True)
 
 _ATTENTION = "model.layers.{layer}.self_attn."
 _MLP = "model.layers.{layer}.mlp."
 
-TABLE: tuple[tuple[str, tuple[str, ...], Layout], ...] = (
+TABLE: tuple[tuple[str, tuple[str, ...], TensorLayout], ...] = (
     ("model.embed_tokens.weight", ("w_embed_WD",), SAME),
     ("model.layers.{layer}.input_layernorm.weight", ("norm_attention_D",), SAME),
     (_ATTENTION + "q_proj.weight", ("w_uq_DHN", "w_qr_DHR"), LINEAR),
@@ -72,8 +72,8 @@ TABLE: tuple[tuple[str, tuple[str, ...], Layout], ...] = (
     (_ATTENTION + "kv_a_proj_with_mqa.weight", ("w_dkv_DC", "w_kr_DR"), LINEAR),
     (_ATTENTION + "kv_a_layernorm.weight", ("norm_kv_C",), SAME),
     (_ATTENTION + "kv_b_proj.weight", ("w_uk_CHN", "w_uv_CHV"), LINEAR),
-    (_ATTENTION + "q_proj.weight", ("w_q_DHR",), TURNED),
-    (_ATTENTION + "k_proj.weight", ("w_k_DJR",), TURNED),
+    (_ATTENTION + "q_proj.weight", ("w_q_DHR",), ROTATED_HALVES),
+    (_ATTENTION + "k_proj.weight", ("w_k_DJR",), ROTATED_HALVES),
     (_ATTENTION + "v_proj.weight", ("w_v_DJV",), LINEAR),
     (_ATTENTION + "o_proj.weight", ("w_o_HVD",), FROM_HEADS),
     ("model.layers.{layer}.post_attention_layernorm.weight", ("norm_ffn_D",), SAME),
@@ -95,14 +95,14 @@ TABLE: tuple[tuple[str, tuple[str, ...], Layout], ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One tensor on disk and the slices of our parameters that it is made of: `params[part][name][index]`."""
+    """A tensor on disk and the slices of our parameters that it contains: `params[part][name][index]`."""
 
     hf: str
     part: str
     names: tuple[str, ...]
-    index: tuple[int, ...]  # (), (layer of its kind,) or (layer of its kind, expert)
+    index: tuple[int, ...]  # (), (layer,) or (layer, expert); layers of a kind count from 0
     slices: tuple[Shape, ...]
-    layout: Layout
+    layout: TensorLayout
 
     @property
     def shape(self) -> Shape:
@@ -111,7 +111,7 @@ class Tensor:
 
 
 def tensors(model: Model) -> Iterator[Tensor]:
-    """Every tensor of the model's checkpoint, in the order of the parameter tree: all layers of one entry together."""
+    """All tensors of a checkpoint of the model, in the order of our parameter tree, so grouped by parameter."""
     first = {"dense": 0, "moe": model.dense_layers}
     for part, shapes in parameters.tree(model).items():
         for template, names, layout in TABLE:

@@ -1,4 +1,4 @@
-"""Who holds which page of the cache: free ones, shared ones, and full ones kept for the next prompt of these tokens."""
+"""Page allocation of the cache: free pages, shared pages, and full pages kept for later prompts (prefix caching)."""
 
 import collections
 import hashlib
@@ -10,7 +10,7 @@ Digest = bytes
 
 
 def digests(tokens: Sequence[int], slots: int, known: Sequence[Digest]) -> list[Digest]:
-    """A digest of each full page of the tokens, of all tokens up to its end; the first are `known` already."""
+    """The digest of each full page: a hash of all tokens up to the end of the page. `known`: those computed before."""
     found = list(known)
     for i in range(len(found), len(tokens) // slots):
         page = np.asarray(tokens[i * slots : (i + 1) * slots], np.int32).tobytes()
@@ -19,10 +19,10 @@ def digests(tokens: Sequence[int], slots: int, known: Sequence[Digest]) -> list[
 
 
 class Pages:
-    """The pages 1 to `count` - 1 of a cache; page 0 takes what padding writes.
+    """The pages 1 to `count` - 1 of a cache. Padding writes to page 0.
 
-    A page is free, or held by so many sequences, or kept: nobody holds it, but its digest finds it until its room is
-    needed. Kept pages are given up in the order in which they were let go.
+    A page is free, held by one or more sequences, or kept: no sequence holds it, but its digest still finds it. `take`
+    evicts kept pages when no page is free, in the order of their release.
     """
 
     def __init__(self, count: int):
@@ -35,16 +35,16 @@ class Pages:
 
     @property
     def available(self) -> int:
-        """Pages that `take` can give."""
+        """Number of pages that `take` can return."""
         return len(self._free) + len(self._kept)
 
     @property
     def held(self) -> int:
-        """Pages that sequences hold."""
+        """Number of pages that sequences hold."""
         return len(self._held)
 
     def take(self, n: int) -> list[int]:
-        """n pages for one holder, whatever they kept forgotten. The caller knows that so many are available."""
+        """Takes n pages for one holder, evicting kept pages if needed. At least n must be available."""
         assert n <= self.available, "more pages taken than are available"
         taken = []
         for _ in range(n):
@@ -58,7 +58,7 @@ class Pages:
         return taken
 
     def find(self, wanted: Sequence[Digest]) -> list[int]:
-        """The pages of the longest known run of these digests."""
+        """The pages of the longest prefix of these digests that is cached."""
         found = []
         for digest in wanted:
             if digest not in self._by_digest:
@@ -67,22 +67,22 @@ class Pages:
         return found
 
     def hold(self, pages: Sequence[int]) -> None:
-        """One more holder for each of these, which `find` named."""
+        """Adds a holder to each of these pages, which `find` returned."""
         for page in pages:
             self._kept.pop(page, None)
             self._held[page] = self._held.get(page, 0) + 1
 
     def kept(self, pages: Sequence[int]) -> int:
-        """How many of these nobody holds: holding them takes so many from what is available."""
+        """How many of these pages have no holder. Holding them reduces `available` by that number."""
         return sum(page in self._kept for page in pages)
 
     def publish(self, page: int, digest: Digest) -> None:
-        """Makes a full page known. If another one of the same contents is, that one stays known."""
+        """Makes a full page findable by its digest, unless a page of the same contents already is."""
         if digest not in self._by_digest and page not in self._digest_of:
             self._by_digest[digest], self._digest_of[page] = page, digest
 
     def release(self, pages: Sequence[int]) -> None:
-        """One holder less for each; the last pages of a sequence are the first to be given up."""
+        """Removes a holder from each page. Later pages of a sequence are evicted before earlier ones."""
         for page in reversed(pages):
             self._held[page] -= 1
             if not self._held[page]:
@@ -93,7 +93,7 @@ class Pages:
                     self._free.append(page)
 
     def forget(self) -> None:
-        """Makes all pages unknown, as when weights change: what is held stays held."""
+        """Forgets the contents of all pages, as when weights change. Held pages stay held."""
         self._free.extend(self._kept)
         self._kept.clear()
         self._by_digest.clear()

@@ -1,7 +1,7 @@
-"""What the engine runs on devices: a forward pass over mixed tokens, and the draws and scores that follow it.
+"""The device programs of the engine: the forward pass over prompt and new tokens, then sampling and scoring.
 
-Every array has a leading axis of lanes. A lane is a device, or a group of them that shares its tokens over the tensor
-axis: it has sequences and pages of its own, and meets the others only where tokens go to their experts.
+Every array has a leading axis Z of replicas. A replica is one device, or the devices of one tensor axis. It has its own
+sequences and pages, and exchanges data with other replicas only in expert dispatch.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from dsv2_jax import config, parameters
 from dsv2_jax.config import Compute, Model
 from dsv2_jax.inference import quantize
 from dsv2_jax.inference.quantize import Weights
-from dsv2_jax.inference.sampling import Adjust, Rows, sample
+from dsv2_jax.inference.sampling import Adjust, RowSettings, sample
 from dsv2_jax.model import attention, transformer
 from dsv2_jax.model.layers import cast
 from dsv2_jax.ops import pages as page_arrays
@@ -30,44 +30,46 @@ from dsv2_jax.ops.switch import compute_dtype
 from dsv2_jax.parallel import collectives, mesh, sharding
 from pallas_kernels.quantized import Quantized
 
-Read = Callable[[str, str, tuple[slice, ...]], np.ndarray]  # (part, name, slices): float32 of `parameters.tree`
-LANES = PartitionSpec(mesh.BATCH)  # of arrays with a leading axis of lanes
+# (part, name, slices) -> float32 values of the tree of `parameters.tree`
+Read = Callable[[str, str, tuple[slice, ...]], np.ndarray]
+BY_REPLICA = PartitionSpec(mesh.BATCH)  # arrays with a leading axis of replicas
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What programs are compiled for, besides their shapes."""
+    """The static settings of the programs."""
 
     model: Model
     compute: Compute
     form: Format
     weights: Weights
     devices: jax.sharding.Mesh | None
-    routes: bool = False  # tell which experts tokens go to
+    routes: bool = False  # also return the expert choices of tokens
 
     @property
     def mesh(self) -> config.Mesh:
-        """Sizes of the mesh; parameters are split only where the computation is, for a step gathers nothing."""
+        """Sizes of the mesh. Parameters are split only as the computation is, so a step gathers none of them."""
         return dataclasses.replace(mesh.sizes(self.devices), shard="optimizer")
 
     @property
-    def lanes(self) -> int:
-        """Groups of devices with sequences of their own."""
+    def replicas(self) -> int:
+        """Number of replicas."""
         return self.mesh.size(*mesh.BATCH)
 
 
 def check_mesh(sizes: config.Mesh) -> None:
-    """Raises ValueError for a mesh that generation does not run on."""
+    """Raises ValueError for a mesh on which generation does not run."""
     config.check(
         sizes.size("pipeline", "context") == 1,
         "generation runs on the axes data, fsdp, expert and tensor; mesh.pipeline and mesh.context must be 1",
     )
 
 
-class Call(NamedTuple):
-    """One forward pass, int32, Z lanes. The first N of T tokens are one of each sequence, the rest a chunk: Plan.
+class StepInputs(NamedTuple):
+    """The int32 inputs of one forward pass. Of its T tokens the first N are one per row; the rest form the chunk.
 
-    real_T: whether a token is no padding. last_N: the token whose hidden state is each sequence's newest.
+    real_ZT: 1 for a token, 0 for padding. last_ZN: the index of each row's last token. For the page table and the
+    blocks of the chunk see `paged.Plan`.
     """
 
     tokens_ZT: np.ndarray
@@ -80,13 +82,13 @@ class Call(NamedTuple):
     last_ZN: np.ndarray
 
 
-def blank(lanes: int, rows: int, chunk: int, blocks: int, pages: int) -> Call:
-    """A call that is all padding: `rows` sequences of up to `pages` pages, and `chunk` tokens in `blocks` blocks."""
+def blank(replicas: int, rows: int, chunk: int, blocks: int, pages: int) -> StepInputs:
+    """Inputs of padding alone: `rows` rows of up to `pages` pages, and `chunk` tokens in `blocks` blocks."""
 
     def zeros(*shape: int) -> np.ndarray:
-        return np.zeros((lanes, *shape), np.int32)
+        return np.zeros((replicas, *shape), np.int32)
 
-    return Call(
+    return StepInputs(
         tokens_ZT=zeros(rows + chunk),
         real_ZT=zeros(rows + chunk),
         times_ZT=zeros(rows + chunk),
@@ -99,7 +101,7 @@ def blank(lanes: int, rows: int, chunk: int, blocks: int, pages: int) -> Call:
 
 
 class Drawn(NamedTuple):
-    """New tokens [Z, N], their log-probabilities, and the TOP most probable tokens with theirs (or none: [Z, N, 0])."""
+    """New tokens [Z, N], their log-probabilities, and the TOP most probable tokens with theirs ([Z, N, 0]: none)."""
 
     token_ZN: Array
     logprob_ZN: Array
@@ -108,17 +110,17 @@ class Drawn(NamedTuple):
 
 
 def prepare(params: Any, setup: Setup) -> Any:
-    """Parameters as programs read them: unstacked, matrices in the compute dtype, or quantized.
+    """The parameters as the programs take them: unstacked, matrices in the compute dtype or quantized.
 
-    What `read` returned is that already.
+    Returns the result of `read` unchanged.
     """
     return preparation(setup)(params) if {"dense", "moe"} & params.keys() else params
 
 
 def read(values: Read, setup: Setup) -> Any:
-    """What `prepare` makes of the same parameters, matrix by matrix: a process asks for what its own devices hold.
+    """As `prepare`, one matrix at a time. Each process reads only the slices of its own devices.
 
-    In memory is, beside what is returned, one matrix at a time in float32 (of experts, those of one layer).
+    Besides the result, memory holds one float32 matrix at a time (for experts, those of one layer).
     """
     prepared: dict[str, dict[str, Any]] = {}
     for part, names in parameters.tree(setup.model).items():
@@ -138,7 +140,7 @@ def _of_layer(values: Read, part: str, name: str, layer: int, slices: tuple[slic
 
 
 def _read_one(name: str, values: Callable[[Any], np.ndarray], setup: Setup) -> dict[str, Any]:
-    """One layer's parameter as programs read it, under the name that they know it by."""
+    """One layer's parameter as the programs take it, by its name there."""
     where = sharding.on(setup.devices, sharding.spec("", name, setup.model, setup.mesh, stored=False))
     w = jax.make_array_from_callback(parameters.shape(name, setup.model), where, values)
     return jax.block_until_ready(_prepare_one(name, setup)({"": {name: w}})[""])
@@ -146,9 +148,9 @@ def _read_one(name: str, values: Callable[[Any], np.ndarray], setup: Setup) -> d
 
 @functools.cache
 def preparation(setup: Setup) -> Any:
-    """The program that takes parameters from the layout of training to that of generation.
+    """The program that moves parameters from the layout of training to the layout of generation.
 
-    An array at a time, two processes may begin the transfers in unlike orders, and wait for each other for ever.
+    It is one program because processes that moved arrays one by one could start in different orders and deadlock.
     """
     specs = _param_specs(_prepared_shapes(setup), setup)
 
@@ -160,7 +162,7 @@ def preparation(setup: Setup) -> Any:
 
 @functools.cache
 def _prepare_one(name: str, setup: Setup) -> Any:
-    """The same for one parameter of one layer, which lies where the result will."""
+    """The same for one parameter of one layer, whose sharding does not change."""
     one = functools.partial(_in_formats, setup=setup)
     shapes = {"": {name: jax.ShapeDtypeStruct(parameters.shape(name, setup.model), jnp.float32)}}
     specs = _param_specs(jax.eval_shape(one, shapes), setup)
@@ -172,9 +174,10 @@ def _prepared(params: Any, setup: Setup) -> Any:
 
 
 def _in_formats(unstacked: Any, setup: Setup) -> Any:
-    """Float32 parameters in the formats and the orders that programs read."""
+    """Converts float32 parameters to the formats and axis orders of the programs."""
     dtype = compute_dtype(setup.compute)
-    # The embedding's rows are cast when they are read: cast before, they are the same, and take half the memory.
+    # The forward pass casts the rows of the embedding that it reads. Casting them here gives the same values in half
+    # the memory.
     unstacked = {
         part: {name: w.astype(dtype) if name == "w_embed_WD" else w for name, w in named.items()}
         for part, named in unstacked.items()
@@ -193,9 +196,9 @@ def _prepared_shapes(setup: Setup) -> Any:
 
 
 def empty(setup: Setup, pages: int, slots: int) -> tuple[LayerPages, ...]:
-    """Every lane's cache, on its devices."""
+    """The cache of every replica, zeros, on its devices."""
     specs = _cache_specs(setup)
-    # Said to be where they are: programs would be compiled anew for arrays of which that is not known.
+    # The explicit sharding is needed: programs would be compiled again for arrays whose sharding is unspecified.
     return jax.jit(_empty(setup, pages, slots), out_shardings=sharding.on(setup.devices, specs))()
 
 
@@ -208,7 +211,7 @@ def _empty(setup: Setup, pages: int, slots: int) -> Any:
 
 
 def described(setup: Setup, pages: int, slots: int) -> tuple[Any, tuple[LayerPages, ...]]:
-    """What `prepare` and `empty` return, as shapes with their shardings: devices that are not there do."""
+    """The shapes and shardings of what `prepare` and `empty` return. Works for devices that are only described."""
 
     def placed(shapes: Any, specs: Any) -> Any:
         on = sharding.on(setup.devices, specs)
@@ -223,7 +226,7 @@ def _cache_specs(setup: Setup) -> Any:
         lambda: page_arrays.empty(setup.model, config.SINGLE, 2, 16, setup.form, jnp.dtype(jnp.float32))
     )
     by_head = setup.model.attention.kind != "mla"
-    return jax.tree.map(lambda _: PartitionSpec(mesh.BATCH, None, None, *mesh.TENSOR) if by_head else LANES, one)
+    return jax.tree.map(lambda _: PartitionSpec(mesh.BATCH, None, None, *mesh.TENSOR) if by_head else BY_REPLICA, one)
 
 
 def _param_specs(prepared: Any, setup: Setup) -> Any:
@@ -236,7 +239,7 @@ def _param_specs(prepared: Any, setup: Setup) -> Any:
 
 
 def _spread(function: Any, setup: Setup, in_specs: Any, out_specs: Any) -> Any:
-    """The function of one lane, whose arrays keep a leading axis of 1, on all lanes of the mesh."""
+    """Maps the function of one replica, whose arrays keep a leading axis of 1, over the mesh."""
     if setup.devices is None:
         return function
     return jax.shard_map(function, mesh=setup.devices, in_specs=in_specs, out_specs=out_specs, check_vma=False)
@@ -244,15 +247,15 @@ def _spread(function: Any, setup: Setup, in_specs: Any, out_specs: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnames="setup", donate_argnames="layers")
 def forward(
-    prepared: Any, layers: tuple[LayerPages, ...], call: Call, *, setup: Setup
+    prepared: Any, layers: tuple[LayerPages, ...], inputs: StepInputs, *, setup: Setup
 ) -> tuple[Array, Array, tuple[LayerPages, ...], Array | None]:
-    """(hidden states [Z, N, D] of `last`, those [Z, T - N, D] of the chunk, the cache with the call's tokens, experts).
+    """Returns (hidden states [Z, N, D] of `last_ZN`, those [Z, T - N, D] of the chunk, the updated cache, experts).
 
-    Experts: int16 [Z, T, L, K] of the call's tokens in the MoE layers; None unless `setup.routes`.
+    experts: int16 [Z, T, L, K], the choices of all tokens in the MoE layers; None unless `setup.routes`.
     """
 
-    def lane(prepared: Any, layers: tuple[LayerPages, ...], call: Call) -> Any:
-        layers, one = jax.tree.map(lambda x: x[0], (layers, call))
+    def replica(prepared: Any, layers: tuple[LayerPages, ...], inputs: StepInputs) -> Any:
+        layers, one = jax.tree.map(lambda x: x[0], (layers, inputs))
         placement = page_arrays.Placement(one.table_ZNP, one.page_ZT, one.times_ZT, one.blocks_ZM, one.used_Z)
         net = transformer.Transformer(setup.model, setup.compute, setup.mesh, unrolled=True)
         rows = one.tokens_ZT[None], one.times_ZT[None], one.real_ZT[None]
@@ -265,15 +268,15 @@ def forward(
         return jax.tree.map(lambda x: x[None], results)
 
     cache = _cache_specs(setup)
-    specs = (_param_specs(prepared, setup), cache, LANES)
-    return _spread(lane, setup, specs, (LANES, LANES, cache, LANES))(prepared, layers, call)
+    specs = (_param_specs(prepared, setup), cache, BY_REPLICA)
+    return _spread(replica, setup, specs, (BY_REPLICA, BY_REPLICA, cache, BY_REPLICA))(prepared, layers, inputs)
 
 
 @functools.partial(jax.jit, static_argnames=("setup", "top"))
-def draw(head: Any, hidden_ZND: Array, rows: Rows, adjust: Adjust | None, *, setup: Setup, top: int) -> Drawn:
-    """The next token of every row by its settings. `head`: the parameters of that name. top: 0 or TOP."""
+def draw(head: Any, hidden_ZND: Array, rows: RowSettings, adjust: Adjust | None, *, setup: Setup, top: int) -> Drawn:
+    """Draws the next token of every row. head: the parameters of that name. top: 0 or TOP alternatives."""
 
-    def lane(head: Any, hidden_1ND: Array, rows: Rows, adjust: Adjust | None) -> Drawn:
+    def replica(head: Any, hidden_1ND: Array, rows: RowSettings, adjust: Adjust | None) -> Drawn:
         rows, adjust = jax.tree.map(lambda x: x[0], (rows, adjust))
         logits_NW = _logits(head, hidden_1ND, setup)
         token_N = sample(logits_NW, rows, adjust)
@@ -282,35 +285,35 @@ def draw(head: Any, hidden_ZND: Array, rows: Rows, adjust: Adjust | None, *, set
         logprob_N = (jnp.take_along_axis(logits_NW, token_N[:, None], axis=-1) - sum_N1)[:, 0]
         return jax.tree.map(lambda x: x[None], Drawn(token_N, logprob_N, tops_NK, values_NK - sum_N1))
 
-    specs = (_head_specs(head, setup), LANES, LANES, LANES)
-    return _spread(lane, setup, specs, LANES)(head, hidden_ZND, rows, adjust)
+    specs = (_head_specs(head, setup), BY_REPLICA, BY_REPLICA, BY_REPLICA)
+    return _spread(replica, setup, specs, BY_REPLICA)(head, hidden_ZND, rows, adjust)
 
 
 @functools.partial(jax.jit, static_argnames="setup")
 def score(head: Any, hidden_ZCD: Array, at_ZS: Array, targets_ZS: Array, *, setup: Setup) -> tuple[Array, Array]:
-    """Log-probabilities float32 [Z, S] of targets behind the hidden states at these places; whether none is likelier.
+    """Log-probabilities float32 [Z, S] of the targets after the hidden states at `at_ZS`, and whether each is greedy.
 
-    S may be far below C: of a question with its answer, only the answer is scored, and the head is a large product.
+    S may be much smaller than C: often only an answer is scored, and the head is a large matmul.
     """
 
-    def lane(head: Any, hidden_1CD: Array, at_1S: Array, targets_1S: Array) -> tuple[Array, Array]:
+    def replica(head: Any, hidden_1CD: Array, at_1S: Array, targets_1S: Array) -> tuple[Array, Array]:
         logits_SW = _logits(head, hidden_1CD[:, at_1S[0]], setup)
         own_S = jnp.take_along_axis(logits_SW, targets_1S[0][:, None], axis=-1)[:, 0]
         logprob_S = own_S - jax.nn.logsumexp(logits_SW, axis=-1)
         return logprob_S[None], (own_S == jnp.max(logits_SW, axis=-1))[None]  # argmax is slow on CPU
 
-    specs = (_head_specs(head, setup), LANES, LANES, LANES)
-    return _spread(lane, setup, specs, (LANES, LANES))(head, hidden_ZCD, at_ZS, targets_ZS)
+    specs = (_head_specs(head, setup), BY_REPLICA, BY_REPLICA, BY_REPLICA)
+    return _spread(replica, setup, specs, (BY_REPLICA, BY_REPLICA))(head, hidden_ZCD, at_ZS, targets_ZS)
 
 
 @functools.partial(jax.jit, static_argnames="setup")
 def logits(head: Any, hidden_ZCD: Array, *, setup: Setup) -> Array:
-    """Logits float32 [Z, C, W] behind these hidden states."""
+    """Logits float32 [Z, C, W] of these hidden states."""
 
-    def lane(head: Any, hidden_1CD: Array) -> Array:
+    def replica(head: Any, hidden_1CD: Array) -> Array:
         return _logits(head, hidden_1CD, setup)[None]
 
-    return _spread(lane, setup, (_head_specs(head, setup), LANES), LANES)(head, hidden_ZCD)
+    return _spread(replica, setup, (_head_specs(head, setup), BY_REPLICA), BY_REPLICA)(head, hidden_ZCD)
 
 
 def _head_specs(head: Any, setup: Setup) -> Any:
@@ -318,7 +321,7 @@ def _head_specs(head: Any, setup: Setup) -> Any:
 
 
 def _logits(head: Any, hidden_1ND: Array, setup: Setup) -> Array:
-    """Float32 [N, W]: in the dtype of activations they would be too coarse for log-probabilities."""
+    """Logits float32 [N, W]; the dtype of activations would be too coarse for log-probabilities."""
     w_DW, hidden_ND = head["w_head_DW"], hidden_1ND[0]
     if isinstance(w_DW, Quantized):
         logits_NW = dot(hidden_ND, w_DW.values.astype(hidden_ND.dtype)) * w_DW.scale

@@ -1,4 +1,4 @@
-"""Weights in 8 bits with a scale for each output channel, found from the weights alone (section 3.2.3)."""
+"""8-bit weights with a scale per output channel, computed from the weights alone (section 3.2.3)."""
 
 import functools
 from typing import Any, Literal
@@ -13,13 +13,13 @@ from pallas_kernels.quantized import Quantized
 
 Weights = Literal["compute", "int8", "float8"]
 
-_LARGEST = {"int8": 127.0, "float8": 448.0}  # of float8_e4m3fn, which has no infinity
+_LARGEST = {"int8": 127.0, "float8": 448.0}  # float8_e4m3fn has no infinity
 
 
 def quantize(unstacked: Any, kind: Weights) -> Any:
-    """The tree of `transformer.unstack` with `Quantized` matrices; norms, gate and embedding stay.
+    """Quantizes the matrices of the tree of `transformer.unstack`; norms, gate and embedding stay as they are.
 
-    int8 rounds to the nearest of 255 steps of a channel, float8 to 4 significant bits.
+    int8 rounds to the nearest of 255 levels per channel, float8 to 4 significant bits.
     """
 
     return jax.tree_util.tree_map_with_path(lambda path, w: leaf(path[-1].key, w, kind), unstacked)
@@ -27,19 +27,19 @@ def quantize(unstacked: Any, kind: Weights) -> Any:
 
 @functools.partial(jax.jit, static_argnames=("name", "kind"))
 def leaf(name: str, w: Array, kind: Weights) -> Array | Quantized:
-    """One parameter of the unstacked tree."""
+    """Quantizes one parameter of the unstacked tree, if it is a matrix to quantize."""
     return w if name.startswith(KEPT_FLOAT32) else channelwise(w, contracted(name), kind)
 
 
 def contracted(name: str) -> tuple[int, ...]:
-    """The dimensions of a parameter that its product sums over: all others together are its output channels."""
+    """The dimensions that the matmul of a parameter contracts; the others are its output channels."""
     if name == "w_o_HVD":
         return 0, 1
     return (1,) if parameters.letters(name)[0] == "E" else (0,)
 
 
 def channelwise(w: Array, axes: tuple[int, ...], kind: Weights) -> Quantized:
-    """w as values and scales that are shared along `axes`."""
+    """Quantizes w with scales that are shared along `axes`."""
     w, largest = w.astype(jnp.float32), _LARGEST[kind]
     scale = jnp.maximum(jnp.max(jnp.abs(w), axis=axes, keepdims=True) / largest, 1e-30)
     values = jnp.clip(w / scale, -largest, largest)

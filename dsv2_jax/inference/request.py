@@ -1,4 +1,4 @@
-"""What the engine is asked, what it says at every token, and what it answers in the end."""
+"""The engine's interface: a request, the events of its tokens, and its result."""
 
 import dataclasses
 from typing import Literal
@@ -8,7 +8,7 @@ import numpy as np
 from dsv2_jax.config import Model, check
 from dsv2_jax.inference.sampling import Sampling
 
-TOP = 20  # most alternatives that can be asked for at each token
+TOP = 20  # most alternatives of a token that a request may ask for
 Reason = Literal["stop", "length"]
 
 
@@ -17,50 +17,51 @@ class Request:
     """One sequence to continue, to score, or both."""
 
     prompt: tuple[int, ...]
-    max_new: int = 128  # 0: only score
+    max_new: int = 128  # most new tokens; 0: only score
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
-    seed: int = 0  # with it, equal requests get equal tokens, whatever else runs
-    stop_ids: tuple[int, ...] = ()  # a token of these ends the sequence and is its last
-    stop: tuple[str, ...] = ()  # a text of these ends it; it is not part of the text
-    text: bool = False  # tell the text of new tokens
-    top: int = 0  # tell so many alternatives of each new token
-    score_from: int | None = None  # tell log-probabilities of the prompt's tokens from this one on
+    seed: int = 0  # equal requests with equal seeds get equal tokens, whatever else runs
+    stop_ids: tuple[int, ...] = ()  # any of these tokens ends the sequence and is its last token
+    stop: tuple[str, ...] = ()  # any of these strings ends the sequence and is left out of the text
+    text: bool = False  # whether events and the result have text
+    top: int = 0  # how many alternatives of each new token to return
+    score_from: int | None = None  # return log-probabilities of the prompt's tokens from this index on
 
-    def check(self, model: Model, longest: int) -> None:
-        """Raises ValueError for what the model cannot do. longest: tokens that one sequence may have."""
-        check(len(self.prompt) > 0, "a prompt holds no token")
+    def check(self, model: Model, max_length: int) -> None:
+        """Raises ValueError for a request that cannot be served. max_length: most tokens of a sequence."""
+        check(len(self.prompt) > 0, "the prompt is empty")
         lowest, highest = min(self.prompt), max(self.prompt)
         check(
             lowest >= 0 and highest < model.vocab_size,
-            f"prompt ids must lie in 0 to {model.vocab_size - 1}, the model's vocabulary; found {lowest} to {highest}",
+            f"prompt ids must be from 0 to {model.vocab_size - 1} (the vocabulary); found {lowest} to {highest}",
         )
         check(
             self.max_new > 0 or (self.max_new == 0 and self.score_from is not None),
             f"max-new must be positive, not {self.max_new}",
         )
-        check(  # of a prompt that is only scored, the last token is never looked at
-            len(self.prompt) - (self.max_new == 0) + self.max_new <= longest,
-            f"{len(self.prompt)} prompt tokens and {self.max_new} new ones exceed the model's {longest} positions",
+        check(  # the last token of a prompt that is only scored is not computed
+            len(self.prompt) - (self.max_new == 0) + self.max_new <= max_length,
+            f"{len(self.prompt)} prompt tokens and {self.max_new} new tokens exceed the limit of {max_length}",
         )
         check(
             self.score_from is None or 0 < self.score_from <= len(self.prompt),
-            f"score_from must lie in 1 to the prompt's {len(self.prompt)} tokens: the first has no log-probability",
+            f"score_from must be from 1 to {len(self.prompt)}, the length of the prompt, since the first token has no "
+            "log-probability",
         )
-        check(0 <= self.top <= TOP, f"at most {TOP} alternatives of a token can be told, not {self.top}")
-        check(all(self.stop), "a stop string is empty")
+        check(0 <= self.top <= TOP, f"top must be from 0 to {TOP}, not {self.top}")
+        check(all(self.stop), "stop strings must not be empty")
         biased = [token for token, _ in self.sampling.logit_bias]
         check(
             all(0 <= token < model.vocab_size for token in biased),
-            f"logit_bias names a token outside the model's vocabulary of {model.vocab_size}",
+            f"logit_bias has a token id outside the vocabulary of {model.vocab_size}",
         )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Event:
-    """What a step did to one request. Log-probabilities are the model's own: of no temperature, filter or bias.
+class RequestEvent:
+    """What a step did to one request. Log-probabilities are the model's own, before temperature, filters and bias.
 
-    token: the new one, or None when the request ended without. text: what it adds, held back while a stop string may be
-    beginning. top: alternatives as (token, log-probability), the most probable first.
+    token: the new token, or None if the request ended without one. text: the text it adds; characters that may begin a
+    stop string come with a later event. top: alternatives as (token, log-probability), the most probable first.
     """
 
     id: int
@@ -68,16 +69,16 @@ class Event:
     logprob: float = 0.0
     top: tuple[tuple[int, float], ...] = ()
     text: str = ""
-    reason: Reason | None = None  # set in a request's last event
-    result: "Result | None" = None  # and with it, the whole answer
+    reason: Reason | None = None  # set in the last event of a request
+    result: "Result | None" = None  # set in the last event of a request
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-    """A request's answer. scores: of the prompt's tokens from `score_from` on, (log-probability, whether greedy).
+    """The result of a request. scores: (log-probability, whether greedy) of prompt tokens from `score_from` on.
 
-    experts: int16 [n, L, K], those of the first n tokens, prompt included, in every MoE layer; the newest token, which
-    was not computed, has none. None unless the engine was asked for them.
+    experts: int16 [n, L, K], the expert choices of the first n tokens, prompt included, in every MoE layer. The last
+    token has none, because it was not computed. None unless the engine was built with `routes`.
     """
 
     tokens: tuple[int, ...]
@@ -86,5 +87,5 @@ class Result:
     text: str
     reason: Reason
     scores: tuple[tuple[float, bool], ...]
-    reused: int  # tokens of the prompt that were found in the cache
+    reused: int  # prompt tokens that were found in the cache
     experts: np.ndarray | None = None

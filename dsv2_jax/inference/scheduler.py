@@ -1,4 +1,4 @@
-"""Which sequences run, on which pages, and what part of them a step computes: one lane's bookkeeping, on the host."""
+"""The scheduler of one replica, on the host: which sequences run, on which pages, and what each step computes."""
 
 import collections
 import dataclasses
@@ -11,7 +11,7 @@ from dsv2_jax.inference.text import Text
 
 @dataclasses.dataclass(eq=False)
 class Sequence:
-    """A request on its way. tokens: prompt and new ones, of which the first `computed` are in the cache."""
+    """A request that waits or runs. tokens: the prompt and new tokens; the cache holds the first `computed` of them."""
 
     id: int
     request: Request
@@ -20,7 +20,7 @@ class Sequence:
     computed: int = 0
     pages: list[int] = dataclasses.field(default_factory=list)
     digests: list[Digest] = dataclasses.field(default_factory=list)
-    published: int = 0  # pages that others may find
+    published: int = 0  # full pages that other sequences can reuse
     reused: int = 0
     logprobs: list[float] = dataclasses.field(default_factory=list)
     top: list[tuple[tuple[int, float], ...]] = dataclasses.field(default_factory=list)
@@ -28,24 +28,24 @@ class Sequence:
 
     @property
     def goal(self) -> int:
-        """Tokens to compute: of one that is only scored, nobody needs what follows the last."""
+        """Number of tokens to compute: all, except the last token of a prompt that is only scored."""
         return len(self.tokens) - (self.request.max_new == 0)
 
     @property
     def scoring(self) -> bool:
-        """Whether tokens are still to be scored, which only a chunk does."""
+        """Whether prompt tokens remain to be scored, which happens only in a chunk."""
         start, prompt = self.request.score_from, len(self.request.prompt)
         return start is not None and start + len(self.scores) < prompt
 
     @property
     def decodes(self) -> bool:
-        """Whether one token is left to compute, behind others."""
+        """Whether exactly one token remains to compute, after others."""
         return self.goal - self.computed == 1 and self.computed > 0 and not self.scoring
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What a step computes of a sequence: tokens `start` to `stop` - 1, as a row of its own or in the chunk."""
+    """The tokens `start` to `stop` - 1 of a sequence that a step computes: in the chunk, or as a row of one token."""
 
     sequence: Sequence
     start: int
@@ -54,30 +54,31 @@ class Part:
 
 
 class Scheduler:
-    """First come, first served, as long as there are rows and pages.
+    """First come, first served, while rows and pages are available.
 
-    A sequence is admitted when the pages of all its tokens are available; it takes more as it grows. When none is left,
-    the youngest gives up its own and waits at the head of the queue, to compute again what nobody kept.
+    A sequence is admitted when pages for all its tokens are available, and takes more as it grows. When no page is
+    left, the youngest sequence is preempted: it frees its pages, returns to the head of the queue, and later recomputes
+    the pages that are no longer cached.
     """
 
     def __init__(self, pages: int, slots: int, rows: int, chunk: int, block: int):
         self.pages, self.slots = Pages(pages), slots
         self.waiting: collections.deque[Sequence] = collections.deque()
-        self.running: list[Sequence] = []  # in the order of admission
+        self.running: list[Sequence] = []  # in order of admission
         self.preemptions = 0
         self._rows, self._chunk, self._block = rows, chunk, block
 
     @property
     def load(self) -> int:
-        """Tokens that its sequences may still compute."""
+        """Most tokens that its sequences may still compute."""
         every = (*self.waiting, *self.running)
         return sum(len(s.request.prompt) + s.request.max_new - s.computed for s in every)
 
     def plan(self) -> list[Part]:
-        """The parts of the next step, in the order of the rows; pages for all of them are held.
+        """The parts of the next step, in the order of the rows. Their pages are allocated.
 
-        New tokens come first, those of the longest sequences before others: attention looks at some rows together, for
-        as long as the longest of them needs.
+        Rows of one token come first, longest sequence first: attention computes rows in groups, and each group takes as
+        long as its longest row.
         """
         self._grow()
         self._admit()
@@ -88,13 +89,13 @@ class Scheduler:
                 parts.append(Part(sequence, sequence.computed, sequence.computed + 1, False))
                 continue
             take = min(missing, left)
-            if take > 0 or missing == 0:  # of one that is scored, all may have been in the cache
+            if take > 0 or missing == 0:  # all tokens of a scored sequence may have been cached
                 left -= -(-take // self._block) * self._block
                 parts.append(Part(sequence, sequence.computed, sequence.computed + take, True))
         return sorted(parts, key=lambda part: (part.chunk, -part.stop))
 
     def done(self, part: Part) -> None:
-        """The part is in the cache: full pages become known."""
+        """Records that the part is in the cache, and publishes pages that became full."""
         sequence = part.sequence
         sequence.computed = part.stop
         full = sequence.computed // self.slots
@@ -105,7 +106,7 @@ class Scheduler:
             sequence.published = full
 
     def remove(self, sequence: Sequence) -> None:
-        """Takes out a sequence that ended or was cancelled, wherever it is."""
+        """Removes a sequence that has ended or was cancelled."""
         if sequence in self.running:
             self.running.remove(sequence)
         else:
@@ -117,7 +118,7 @@ class Scheduler:
         sequence.pages, sequence.published, sequence.computed = [], 0, 0
 
     def _grow(self) -> None:
-        """Pages for the next token of every decoding sequence, the oldest first."""
+        """Allocates pages for the next token of every running sequence, oldest first."""
         for sequence in list(self.running):
             if sequence not in self.running or sequence.computed < len(sequence.pages) * self.slots:
                 continue
@@ -132,9 +133,9 @@ class Scheduler:
                 sequence.pages += self.pages.take(1)
 
     def _admit(self) -> None:
-        """Waiting sequences that find rows and pages, in their order.
+        """Admits waiting sequences in order, while rows and pages are available.
 
-        One whose next page another sequence is computing right now waits for it; those behind may pass.
+        A sequence whose next page is being computed by another one waits for it. Later sequences may overtake it.
         """
         computing = set(self._being_computed())
         for sequence in list(self.waiting):
@@ -163,7 +164,7 @@ class Scheduler:
             yield from sequence.digests[sequence.published :]
 
     def _reusable(self, sequence: Sequence) -> int:
-        """Tokens whose hidden states nobody needs: all before the last, or before the first that is scored."""
+        """Tokens whose hidden states are not needed: those before the last token, or before the first scored one."""
         if sequence.scoring:
             assert sequence.request.score_from is not None
             return sequence.request.score_from - 1 + len(sequence.scores)

@@ -1,53 +1,53 @@
-"""Tokens to text as they come: whole characters only, and up to a stop string, of which nothing is shown."""
+"""Incremental detokenization: emits complete characters only, and ends before a stop string."""
 
 from collections.abc import Sequence
 
 from dsv2_jax.data.tokenizer import Tokenizer
 
-_PARTIAL = "\ufffd"  # what decoding makes of bytes that are not a character yet
-_BYTES = 4  # of the longest character
+_PARTIAL = "\ufffd"  # the decoder's output for an incomplete character
+_BYTES = 4  # of the longest UTF-8 character
 
 
 class Text:
-    """The text of one sequence's new tokens. `text` grows by what is certain; `feed` says by how much."""
+    """The text of one sequence's new tokens. `text` is what `add` and `end` have returned so far."""
 
-    def __init__(self, words: Tokenizer, stop: Sequence[str] = ()):
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
         self.text = ""
         self.stopped = False
-        self._words, self._stop = words, tuple(stop)
-        self._ids: list[int] = []  # since the last token that ended with a character
-        self._given = 0  # characters of these that were passed on
-        self._waiting = ""  # passed on, but perhaps the beginning of a stop string
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._ids: list[int] = []  # tokens since the last complete character
+        self._given = 0  # characters of `_ids` that were passed to `_append`
+        self._waiting = ""  # held back: may be the beginning of a stop string
 
-    def feed(self, token: int) -> str:
-        """The text that this token adds; `stopped` is set when a stop string is complete."""
+    def add(self, token: int) -> str:
+        """Returns the text that this token adds. Sets `stopped` when a stop string is complete."""
         self._ids.append(token)
-        decoded = self._words.decode(self._ids)
-        whole = decoded.rstrip(_PARTIAL)
-        if len(decoded) - len(whole) >= _BYTES:
-            whole = decoded  # no character is so long: these bytes are none
-        new, self._given = whole[self._given :], len(whole)
-        if whole == decoded:
+        decoded = self._tokenizer.decode(self._ids)
+        complete = decoded.rstrip(_PARTIAL)
+        if len(decoded) - len(complete) >= _BYTES:
+            complete = decoded  # no character is this long: the bytes are invalid
+        new, self._given = complete[self._given :], len(complete)
+        if complete == decoded:
             self._ids, self._given = [], 0
-        return self._add(new)
+        return self._append(new)
 
     def end(self) -> str:
-        """What was held back, when no more tokens come."""
-        rest = self._waiting + (self._words.decode(self._ids)[self._given :] if self._ids else "")
+        """Returns the text that was held back, after the last token."""
+        rest = self._waiting + (self._tokenizer.decode(self._ids)[self._given :] if self._ids else "")
         self._waiting, self._ids, self._given = "", [], 0
         at = self._first_stop(rest)
         rest = rest if at is None else rest[:at]
         self.text += rest
         return rest
 
-    def _add(self, decoded: str) -> str:
-        whole = self._waiting + decoded
-        at = self._first_stop(whole)
+    def _append(self, decoded: str) -> str:
+        pending = self._waiting + decoded
+        at = self._first_stop(pending)
         if at is not None:
-            self.stopped, sure, self._waiting = True, whole[:at], ""
+            self.stopped, sure, self._waiting = True, pending[:at], ""
         else:
-            begun = max((_overlap(whole, stop) for stop in self._stop), default=0)
-            sure, self._waiting = whole[: len(whole) - begun], whole[len(whole) - begun :]
+            begun = max((_overlap(pending, stop) for stop in self._stop), default=0)
+            sure, self._waiting = pending[: len(pending) - begun], pending[len(pending) - begun :]
         self.text += sure
         return sure
 
@@ -57,5 +57,5 @@ class Text:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many of the text's last characters begin the stop string."""
+    """Length of the longest suffix of the text that is a proper prefix of the stop string."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

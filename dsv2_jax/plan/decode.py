@@ -22,16 +22,18 @@ def setup_of(config: Config, capacity: Capacity, devices: jax.sharding.Mesh) -> 
 def arguments(setup: programs.Setup, capacity: Capacity) -> tuple[Any, ...]:
     """Shapes and shardings of the parameters, the cache, the call and the settings of all its rows."""
     prepared, layers = programs.described(setup, capacity.pages, capacity.page)
-    call = programs.blank(setup.lanes, capacity.rows, 0, 0, -(-capacity.length // capacity.page))
+    call = programs.blank(setup.replicas, capacity.rows, 0, 0, -(-capacity.length // capacity.page))
     rows = sampling.rows([], [], [], capacity.rows)
-    rows = sampling.Rows(*(np.stack([x] * setup.lanes) for x in rows))
-    lanes = sharding.on(setup.devices, programs.LANES)
+    rows = sampling.RowSettings(*(np.stack([x] * setup.replicas) for x in rows))
+    lanes = sharding.on(setup.devices, programs.BY_REPLICA)
     call, rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lanes), (call, rows))
     return prepared, layers, call, rows
 
 
 @functools.partial(jax.jit, static_argnames="setup", donate_argnames="layers")
-def decode_step(prepared: Any, layers: Any, call: programs.Call, rows: sampling.Rows, *, setup: programs.Setup) -> Any:
+def decode_step(
+    prepared: Any, layers: Any, call: programs.StepInputs, rows: sampling.RowSettings, *, setup: programs.Setup
+) -> Any:
     """(new tokens, the cache): the engine's two programs of a step without prompts, as one."""
     rows_ZND, _, layers, _ = programs.forward(prepared, layers, call, setup=setup)
     return programs.draw(prepared["head"], rows_ZND, rows, None, setup=setup, top=0), layers

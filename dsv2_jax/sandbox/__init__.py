@@ -1,5 +1,5 @@
-"""Runs what nobody vouches for in locked-up processes: programs (supervisor.py) and libraries' answers (worker.py)."""
+"""Sandboxed processes: untrusted programs (supervisor.py), and library calls on untrusted text (worker.py)."""
 
-from dsv2_jax.sandbox.supervisor import Outcome, judge, run
+from dsv2_jax.sandbox.supervisor import RunResult, judge, run
 
-__all__ = ["Outcome", "judge", "run"]
+__all__ = ["RunResult", "judge", "run"]

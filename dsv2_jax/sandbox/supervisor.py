@@ -1,8 +1,8 @@
-"""Runs programs that nobody vouches for, such as a model wrote, and says how they ended.
+"""Runs untrusted programs, such as those that a model wrote, in a sandbox.
 
-A program is a process of its own that locks itself up (`child/`): no files but a scratch folder, no network, no other
-process. This side bounds what the child cannot bound itself: wall time, output, and how many files, folders and threads
-are created, which the kernel asks about (seccomp_unotify(2)).
+Each program runs in a process that restricts itself (`child/`): it has a scratch folder, but no other files, no network
+and no other processes. The supervisor enforces the limits that a process cannot set for itself: wall time, output, and
+the number of files, folders and threads created. For the last ones the kernel notifies it (seccomp_unotify(2)).
 """
 
 import contextlib
@@ -27,42 +27,42 @@ from pathlib import Path
 from dsv2_jax.sandbox.child import seccomp
 
 CHILD = Path(__file__).with_name("child")
-_MOST_OUTPUT = 1 << 16  # bytes that are kept
-_MOST_CREATED, _LARGEST_FILE = 256, 1 << 20  # so a scratch folder holds 256 MiB at most
-_MOST_THREADS = 1024
-_USERS = range(61184, 65520)  # which Linux distributions leave to services without a user of their own
-# To give away a folder, empty it again, end a process of another user, and become one: CHOWN, DAC_OVERRIDE, FOWNER,
-# KILL, SETGID, SETUID of capabilities(7).
+_MAX_OUTPUT = 1 << 16  # bytes of output to keep
+_MAX_CREATED, _MAX_FILE = 256, 1 << 20  # files and folders, bytes of a file: a scratch folder holds at most 256 MiB
+_MAX_THREADS = 1024
+_USERS = range(61184, 65520)  # ids that Linux distributions reserve for dynamic service users
+# The capabilities to give a folder to another user, empty it, kill a process of that user, and become that user: CHOWN,
+# DAC_OVERRIDE, FOWNER, KILL, SETGID, SETUID of capabilities(7).
 _CAPABILITIES = 1 << 0 | 1 << 1 | 1 << 3 | 1 << 5 | 1 << 6 | 1 << 7
 _RECEIVE, _SEND, _CONTINUE = 0xC0502100, 0xC0182101, 1  # of seccomp_unotify(2)
 _numbers = itertools.count(os.getpid())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """How a program ended. code: its exit code, negative the signal that ended it, None when its time was up."""
+class RunResult:
+    """The result of a program. code: the exit code, minus the signal that ended it, or None after a timeout."""
 
     code: int | None
-    output: str  # what it printed, errors included, the beginning of it
+    output: str  # the beginning of stdout and stderr
 
 
-def run(program: str, *, seconds: float = 5.0, memory: int = 1 << 29, text_in: str = "") -> Outcome:
-    """Runs Python source in a process of its own: no files but a scratch folder, no network, no other process.
+def run(program: str, *, seconds: float = 5.0, memory: int = 1 << 29, text_in: str = "") -> RunResult:
+    """Runs Python source in a sandbox: a scratch folder, no other files, no network, no other processes.
 
-    It has `seconds` of time and about as much of CPU time, and `memory` bytes. It can create 256 files and folders of
-    at most 1 MiB each. Raises RuntimeError where the system cannot lock it up: Linux with Landlock (5.13 or newer) and
-    seccomp on x86-64 or ARM is needed.
+    Limits: `seconds` of wall time and about as much CPU time, `memory` bytes, and 256 files and folders of at most
+    1 MiB each. Raises RuntimeError if the system has no sandbox, which needs Linux 5.13 with Landlock, and seccomp on
+    x86-64 or 64-bit ARM.
     """
     check_system()
     return _run(program, seconds, memory, text_in)
 
 
-def judge(program: str, tests: str, *, seconds: float = 5.0, memory: int = 1 << 29) -> Outcome:
-    """Runs Python source, then its tests, in two locked-up processes. The code is 0 if the tests pass.
+def judge(program: str, tests: str, *, seconds: float = 5.0, memory: int = 1 << 29) -> RunResult:
+    """Runs Python source and its tests in two sandboxes. The code is 0 if the tests pass.
 
-    The tests, source that fails by raising, use the program's names as if they were behind it. What they call is
-    called in the other process, and what they compare are copies (`child/remote.py`), so nothing that the program
-    does to its own process makes them pass. Raises RuntimeError as `run` does.
+    The tests are source that fails by raising. They use the program's names as if they followed it. Their calls run in
+    the process of the program, and they compare copies (`child/remote.py`), so the program cannot make them pass by
+    changing its own process. Raises RuntimeError as `run` does.
     """
     check_system()
     to_program, to_tests = os.pipe(), os.pipe()
@@ -81,23 +81,23 @@ def judge(program: str, tests: str, *, seconds: float = 5.0, memory: int = 1 << 
 
 @functools.cache
 def check_system() -> None:
-    """Locks up a harmless program. Raises RuntimeError where that is impossible."""
-    why = f"there is no sandbox for {sys.platform} on {platform.machine()}"
+    """Runs an empty program in the sandbox. Raises RuntimeError if that is impossible."""
+    why = f"no sandbox for {sys.platform} on {platform.machine()}"
     if sys.platform == "linux" and platform.machine() in seccomp.ARCHITECTURES:
         harmless = _run("", 30.0, 1 << 29, "")
         if harmless.code == 0:
             return
-        why = (harmless.output.strip().splitlines() or ["it takes too long"])[-1]
-    raise RuntimeError(f"programs cannot be locked up on this system (Linux 5.13 with Landlock is needed): {why}")
+        why = (harmless.output.strip().splitlines() or ["timeout"])[-1]
+    raise RuntimeError(f"this system cannot sandbox programs (Linux 5.13 with Landlock is required): {why}")
 
 
-def _run(program: str, seconds: float, memory: int, text_in: str) -> Outcome:
+def _run(program: str, seconds: float, memory: int, text_in: str) -> RunResult:
     with _Child("program", program, seconds, memory, text_in=text_in) as child:
         return _supervise([child], seconds)
 
 
-def _supervise(children: Sequence["_Child"], seconds: float) -> Outcome:
-    """Serves all of them until the first one ends or the time is up; its outcome."""
+def _supervise(children: Sequence["_Child"], seconds: float) -> RunResult:
+    """Serves all children until the first one ends or the time is up. Returns the result of the first."""
     first, deadline = children[0], time.monotonic() + seconds
     while (left := deadline - time.monotonic()) > 0:
         handlers = {descriptor: handler for child in children for descriptor, handler in child.watched().items()}
@@ -108,18 +108,18 @@ def _supervise(children: Sequence["_Child"], seconds: float) -> Outcome:
         for descriptor in ready.keys() & handlers.keys():
             handlers[descriptor](ready[descriptor])
         if first.ended in ready:
-            return first.outcome()
-    return dataclasses.replace(first.outcome(), code=None)
+            return first.result()
+    return dataclasses.replace(first.result(), code=None)
 
 
 def own_user() -> int | None:
-    """A user's number for a child, another one each time; None without the right to change users."""
+    """A new user id for a child; None if this process may not change users."""
     return _USERS[next(_numbers) % len(_USERS)] if _can_change_users() else None
 
 
 @functools.cache
 def _can_change_users() -> bool:
-    """Containers may leave root few capabilities, and root of a small user namespace does not have these numbers."""
+    """Root may lack capabilities in a container, or these ids in a small user namespace."""
     held = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("CapEff:"))
     if ~int(held.split()[1], 16) & _CAPABILITIES:
         return False
@@ -132,7 +132,7 @@ def _can_change_users() -> bool:
 
 
 class _Child:
-    """A locked-up process, its folder, and what the parent holds of it."""
+    """A sandboxed process, its folder and its file descriptors."""
 
     def __init__(
         self,
@@ -145,8 +145,8 @@ class _Child:
         ends: tuple[int, ...] = (),
     ):
         self._folder = Path(tempfile.mkdtemp())
-        self._left = {"files": _MOST_CREATED, "threads": _MOST_THREADS}
-        self._said = bytearray()
+        self._left = {"files": _MAX_CREATED, "threads": _MAX_THREADS}
+        self._printed = bytearray()
         self._output: int | None
         self._listener: int | None = None
         self._clone = seccomp.CHECKED["clone"][seccomp.column()]
@@ -156,7 +156,7 @@ class _Child:
         scratch.mkdir()
         user = own_user()
         if user is not None:
-            self._folder.chmod(0o711)  # its user may pass through to the scratch folder
+            self._folder.chmod(0o711)  # lets its user reach the scratch folder
             source.chmod(0o600)
             os.chown(scratch, user, user)
         self._control, theirs = socket.socketpair()
@@ -166,8 +166,8 @@ class _Child:
             "file": str(source),
             "seconds": int(seconds) + 1,
             "memory": memory,
-            "file_size": _LARGEST_FILE,
-            "processes": None if user is None else _MOST_THREADS,
+            "file_size": _MAX_FILE,
+            "processes": None if user is None else _MAX_THREADS,
             "user": user,
             "parent": os.getpid(),
             "control": theirs.fileno(),
@@ -200,47 +200,47 @@ class _Child:
         remove(self._folder)
 
     def watched(self) -> dict[int, Callable[[int], None]]:
-        """Descriptors to wait for, and what to do with the events of poll(2) that they have."""
+        """The descriptors to poll, each with the function that handles its poll(2) events."""
         found = {self._output: self._read, self._control.fileno(): self._receive, self._listener: self._answer}
         return {descriptor: handler for descriptor, handler in found.items() if descriptor not in (None, -1)}
 
-    def outcome(self) -> Outcome:
-        """Ends it, if it has not ended."""
+    def result(self) -> RunResult:
+        """Ends the process if it still runs, and returns its result."""
         self._kill()
         while self._output is not None:
             self._read(select.POLLIN)
-        return Outcome(code=self._process.returncode, output=self._said.decode(errors="replace"))
+        return RunResult(code=self._process.returncode, output=self._printed.decode(errors="replace"))
 
     def _kill(self) -> None:
-        """It cannot start processes, so nothing of it is left."""
+        """Kills the process. It cannot have started others."""
         self._process.kill()
         self._process.wait()
 
     def _read(self, _: int) -> None:
         assert self._output is not None
-        said = os.read(self._output, _MOST_OUTPUT)
-        self._said += said[: _MOST_OUTPUT - len(self._said)]
-        if not said:
+        data = os.read(self._output, _MAX_OUTPUT)
+        self._printed += data[: _MAX_OUTPUT - len(self._printed)]
+        if not data:
             os.close(self._output)
             self._output = None
 
     def _receive(self, _: int) -> None:
-        """The descriptor that the kernel's questions arrive at; none if the child failed before."""
+        """Receives the descriptor of the kernel's notifications; there is none if the child failed earlier."""
         descriptors = socket.recv_fds(self._control, 1, 1)[1]
         self._control.close()
         self._listener = descriptors[0] if descriptors else None
 
     def _answer(self, events: int) -> None:
-        """Lets the child create one more file, folder or thread, or answers that there is no room."""
+        """Allows the child to create a file, folder or thread, or denies it when the limit is reached."""
         assert self._listener is not None
-        if not events & select.POLLIN:  # it has ended; asking for a question would wait without end
+        if not events & select.POLLIN:  # the child has ended; receiving would block for ever
             os.close(self._listener)
             self._listener = None
             return
-        question = bytearray(80)  # struct seccomp_notif
+        notification = bytearray(80)  # struct seccomp_notif
         with contextlib.suppress(FileNotFoundError):  # the child was killed in between
-            fcntl.ioctl(self._listener, _RECEIVE, question)
-            identity, call = struct.unpack_from("=Q8xi", question)
+            fcntl.ioctl(self._listener, _RECEIVE, notification)
+            identity, call = struct.unpack_from("=Q8xi", notification)
             what, error = ("threads", errno.EAGAIN) if call == self._clone else ("files", errno.ENOSPC)
             self._left[what] -= 1
             answer = (-error, 0) if self._left[what] < 0 else (0, _CONTINUE)
@@ -248,9 +248,9 @@ class _Child:
 
 
 def remove(folder: Path) -> None:
-    """Removes a folder however deep it is, and whatever the modes in it. Nobody else may be at work in it.
+    """Removes a folder of any depth and with any modes. No other process may use it.
 
-    Folders in it are moved to its top and emptied there, so neither recursion nor the length of paths matters.
+    Moves inner folders to the top and empties them there, to avoid recursion and long paths.
     """
     numbers = itertools.count()
     top = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

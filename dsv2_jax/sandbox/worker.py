@@ -1,6 +1,6 @@
-"""Answers of a library that takes long to import, from locked-up processes that stay: texts of a model go to these.
+"""Sandboxed worker processes that stay alive, for library functions that take a model's text and are slow to import.
 
-For libraries that do not run what they are given. What does run it gets a process of its own (supervisor.py).
+For libraries that do not execute their input. Code that is executed gets a new process each time (supervisor.py).
 """
 
 import json
@@ -16,30 +16,30 @@ from typing import Any
 from dsv2_jax.sandbox.supervisor import CHILD, check_system, own_user
 
 _START_SECONDS = 120.0
-_WAIT = 10  # seconds on the clock for each second of CPU time, since cores are shared
+_WAIT = 10  # seconds of wall time per second of CPU time, since cores are shared
 _MEMORY = 1 << 30  # bytes of address space
 
 
 class Workers:
     """Calls a function of a Python file in processes without files, network or other processes.
 
-    Threads may share it: each call has a process of its own, which later calls use again. A call that takes more than
-    `seconds` of CPU time, or 1 GiB, is answered with None, and so is one that raises. Arguments and results are JSON.
+    Thread-safe: concurrent calls use different processes, which later calls reuse. Returns None for a call that raises
+    or takes more than `seconds` of CPU time or 1 GiB. Arguments and results are JSON values.
     """
 
     def __init__(self, file: Path, function: str, seconds: float):
         self._file, self._function, self._seconds = file, function, seconds
         self._idle: list[_Worker] = []
-        os.register_at_fork(after_in_child=self._idle.clear)  # pipes have one reader
+        os.register_at_fork(after_in_child=self._idle.clear)  # a forked child must not use the parent's pipes
 
     def __call__(self, *arguments: Any) -> Any:
-        """Raises RuntimeError where a process cannot be locked up."""
+        """Raises RuntimeError if the system has no sandbox."""
         try:
             worker = self._idle.pop()
         except IndexError:
             worker = _Worker(self._file, self._function, self._seconds)
         try:
-            answer = worker.ask(arguments, _WAIT * self._seconds)
+            answer = worker.call(arguments, _WAIT * self._seconds)
         except (EOFError, OSError, TimeoutError):
             worker.end()
             return None
@@ -48,7 +48,7 @@ class Workers:
 
 
 class _Worker:
-    """One process. It ends when this one does: its input ends then."""
+    """One worker process. It ends with this process, which closes its input."""
 
     def __init__(self, file: Path, function: str, seconds: float):
         check_system()
@@ -62,7 +62,7 @@ class _Worker:
             "processes": None,
             "user": own_user(),
         }
-        self._said = b""
+        self._received = b""
         with tempfile.TemporaryFile() as errors, tempfile.TemporaryDirectory() as folder:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-X", "utf8", str(CHILD), json.dumps(settings)],
@@ -79,10 +79,10 @@ class _Worker:
                 self.end()
                 errors.seek(0)
                 why = (errors.read().decode(errors="replace").strip().splitlines() or [str(error)])[-1]
-                raise RuntimeError(f"{file.name} cannot be locked up on this system: {why}") from None
+                raise RuntimeError(f"this system cannot sandbox {file.name}: {why}") from None
 
-    def ask(self, arguments: Any, seconds: float) -> Any:
-        """Raises EOFError or OSError when the process has ended, TimeoutError when the time is up."""
+    def call(self, arguments: Any, seconds: float) -> Any:
+        """Raises EOFError or OSError if the process has ended, TimeoutError after `seconds`."""
         assert self._process.stdin is not None
         os.write(self._process.stdin.fileno(), json.dumps(arguments).encode() + b"\n")
         return self._receive(seconds)
@@ -96,12 +96,12 @@ class _Worker:
         deadline, source = time.monotonic() + seconds, self._process.stdout.fileno()
         waiting = select.poll()
         waiting.register(source, select.POLLIN)
-        while b"\n" not in self._said:
+        while b"\n" not in self._received:
             if not waiting.poll(max(0.0, deadline - time.monotonic()) * 1000):
                 raise TimeoutError(f"no answer in {seconds:g} s")
-            said = os.read(source, 1 << 16)
-            if not said:
+            data = os.read(source, 1 << 16)
+            if not data:
                 raise EOFError("the process has ended")
-            self._said += said
-        line, self._said = self._said.split(b"\n", 1)
+            self._received += data
+        line, self._received = self._received.split(b"\n", 1)
         return json.loads(line)

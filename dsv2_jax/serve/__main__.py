@@ -17,21 +17,21 @@ class Serve:
     """Serves completions and chat over HTTP."""
 
     checkpoint: Path  # a run's folder or a Hugging Face folder
-    host: str = "127.0.0.1"  # who may connect: this machine; 0.0.0.0: whoever reaches it
-    port: int = 8000  # 0: any that is free, told on the first line
-    name: str = ""  # what the model is called; empty: as its folder
-    api_key_file: Path | None = None  # clients must send what is in it
-    most_requests: int = 256  # that wait or run; more are refused with 429
-    most_connections: int = 512  # that are open; more are refused with 503
-    body_bytes: int = 1 << 20  # of a request
-    idle_seconds: float = 60.0  # that a client may take to send a request or to take an answer, and between requests
-    drain_seconds: float = 30.0  # that SIGTERM leaves running requests
+    host: str = "127.0.0.1"  # interface to listen on; 0.0.0.0: all
+    port: int = 8000  # 0: a free port, printed on the first line
+    name: str = ""  # name of the model in the API; empty: the name of its folder
+    api_key_file: Path | None = None  # file with the key that clients must send
+    most_requests: int = 256  # that wait or run; further ones get status 429
+    most_connections: int = 512  # that are open; further ones get status 503
+    body_bytes: int = 1 << 20  # most bytes of a request's body
+    idle_seconds: float = 60.0  # most time to receive a request, to send a part of a response, and between requests
+    drain_seconds: float = 30.0  # time for running requests after SIGTERM
     capacity: Capacity = dataclasses.field(default_factory=Capacity)
     compute: Compute = dataclasses.field(default_factory=Compute)
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
 
     def __post_init__(self) -> None:
-        check(0 <= self.port < 65536, f"port must lie in 0 to 65535, not {self.port}")
+        check(0 <= self.port < 65536, f"port must be from 0 to 65535, not {self.port}")
         for name in ("most_requests", "most_connections", "body_bytes", "idle_seconds"):
             check(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
         check(self.drain_seconds >= 0, f"drain_seconds must not be negative, not {self.drain_seconds}")
@@ -50,33 +50,33 @@ def main() -> None:
     key = ""
     if args.api_key_file is not None:
         key = args.api_key_file.read_text(encoding="utf-8").strip()
-        check(bool(key), f"{args.api_key_file} holds no key")
+        check(bool(key), f"{args.api_key_file} is empty; it must contain the API key")
     devices = mesh.make(args.mesh)
     loaded = loading.load_for_engine(args.checkpoint, devices, compute=args.compute, weights=args.capacity.weights)
-    words = loaded.need_tokenizer()
+    tokenizer = loaded.need_tokenizer()
     engine = Engine(
-        loaded.params, loaded.model, compute=args.compute, capacity=args.capacity, words=words, mesh=devices
+        loaded.params, loaded.model, compute=args.compute, capacity=args.capacity, tokenizer=tokenizer, mesh=devices
     )
     print("compiling", file=sys.stderr, flush=True)
     engine.warm()
     name = args.name or args.checkpoint.resolve().name
     limits = Limits(requests=args.most_requests, body_bytes=args.body_bytes, idle_seconds=args.idle_seconds)
-    server = Server(engine, words, name, limits, key=key)
+    server = Server(engine, tokenizer, name, limits, key=key)
     asyncio.run(serve(server, args))
 
 
 async def serve(server, args: Serve) -> None:
-    """Serves until SIGTERM or SIGINT, then takes no more and lets running requests end."""
+    """Serves until SIGTERM or SIGINT, then rejects new requests and waits for running ones."""
     from dsv2_jax.serve.connections import listening
 
     stop = asyncio.Event()
     for sign in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(sign, stop.set)
-    limits = {"most": args.most_connections, "idle_seconds": args.idle_seconds}
+    limits = {"limit": args.most_connections, "idle_seconds": args.idle_seconds}
     async with listening(server.application, args.host, args.port, **limits) as (host, port):
         print(f"serving {server.name} on http://{host}:{port}/v1", flush=True)
         await stop.wait()
-        print("stopping: no more requests are taken", file=sys.stderr, flush=True)
+        print("stopping: new requests are rejected", file=sys.stderr, flush=True)
         await server.drain(args.drain_seconds)
 
 

@@ -1,4 +1,4 @@
-"""The HTTP side: paths, the key, limits, streams, and what a client is told when something is wrong."""
+"""The HTTP application: routes, API key, limits, streaming and error responses."""
 
 import asyncio
 import concurrent.futures
@@ -17,32 +17,32 @@ from dsv2_jax.inference.engine import Engine
 from dsv2_jax.inference.request import Result
 from dsv2_jax.serve import protocol
 from dsv2_jax.serve.metrics import Metrics, now
-from dsv2_jax.serve.protocol import Call
+from dsv2_jax.serve.protocol import ApiCall
 from dsv2_jax.serve.worker import Busy, Stream, Worker
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-_READERS = 4  # threads that turn texts into ids; the tokenizer releases the GIL meanwhile
+_READERS = 4  # threads that tokenize; the tokenizer releases the GIL
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What clients may ask of a server."""
+    """Limits on clients."""
 
-    requests: int = 256  # that wait or run, those included whose text is being read
-    body_bytes: int = 1 << 20  # of a request
-    idle_seconds: float = 60.0  # that a client may take to send a body, or to take a part of its stream
+    requests: int = 256  # most requests that wait, run or are being tokenized
+    body_bytes: int = 1 << 20  # most bytes of a request's body
+    idle_seconds: float = 60.0  # most time to receive a body, or to send a part of a stream
 
 
 class Server:
-    """One engine behind HTTP. `application` is what aiohttp runs."""
+    """Serves one engine over HTTP. `application` is the aiohttp application."""
 
-    def __init__(self, engine: Engine, words: Tokenizer, name: str, limits: Limits, *, key: str = ""):
-        self.engine, self.words, self.name, self.key = engine, words, name, key
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, name: str, limits: Limits, *, key: str = ""):
+        self.engine, self.tokenizer, self.name, self.key = engine, tokenizer, name, key
         self.metrics = Metrics()
         self.metrics.watch(engine)
         self.draining = False
         self._limits = limits
-        self._reading = 0  # calls whose text is being read
+        self._reading = 0  # calls whose text is being tokenized
         self.application = web.Application(client_max_size=limits.body_bytes, middlewares=[self._guard])
         self.application.cleanup_ctx.append(self._working)
         self.application.add_routes(
@@ -56,7 +56,7 @@ class Server:
         )
 
     async def drain(self, seconds: float) -> None:
-        """Takes nothing more, and waits so long for what runs."""
+        """Rejects new requests, and waits up to `seconds` for running ones."""
         self.draining = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
@@ -72,14 +72,14 @@ class Server:
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Asks for the key, and turns errors into OpenAI's form."""
+        """Checks the API key, and converts exceptions to OpenAI's error responses."""
         try:
             if self.key and request.path != "/health":
                 given = request.headers.get("Authorization", "").removeprefix("Bearer ")
                 if not hmac.compare_digest(given.encode(), self.key.encode()):
-                    return self._count(request, _error(401, "a valid API key is needed: Authorization: Bearer KEY"))
+                    return self._count(request, _error(401, "a valid API key is required: Authorization: Bearer KEY"))
             return self._count(request, await handler(request))
-        except (asyncio.CancelledError, ConnectionError):  # the client left
+        except (asyncio.CancelledError, ConnectionError):  # the client disconnected
             self.metrics.disconnects.inc()
             raise
         except (ValueError, FileNotFoundError) as error:
@@ -88,9 +88,9 @@ class Server:
         except Busy as error:
             return self._count(request, _error(503 if self.draining else 429, str(error), {"Retry-After": "1"}))
         except web.HTTPException as error:
-            told = {404: f"there is nothing at {request.path}", 413: "the body is too large"}
-            told[408] = f"the body did not come within {self._limits.idle_seconds:g} seconds"
-            return self._count(request, _error(error.status, told.get(error.status, error.reason)))
+            messages = {404: f"unknown path {request.path}", 413: "the body is too large"}
+            messages[408] = f"the body did not arrive within {self._limits.idle_seconds:g} seconds"
+            return self._count(request, _error(error.status, messages.get(error.status, error.reason)))
         except RuntimeError as error:
             return self._count(request, _error(500, str(error)))
 
@@ -110,16 +110,16 @@ class Server:
         try:
             if call.stream:
                 return await self._stream(call, streams, request, begin)
-            results = await asyncio.gather(*(self._whole(stream, begin) for stream in streams))
-            answer = await asyncio.to_thread(protocol.answer, call, results, self.words)
+            results = await asyncio.gather(*(self._collect(stream, begin) for stream in streams))
+            answer = await asyncio.to_thread(protocol.answer, call, results, self.tokenizer)
             return web.json_response(answer, dumps=_dumps)
         finally:
             for stream in streams:
                 stream.cancel()
             self.metrics.seconds.observe(now() - begin)
 
-    async def _call(self, kind: protocol.Kind, request: web.Request) -> Call:
-        """What the body asks for. A thread reads it: long texts take seconds, and the event loop serves everybody."""
+    async def _call(self, kind: protocol.Kind, request: web.Request) -> ApiCall:
+        """Parses the body in a thread, because tokenizing a long text takes seconds and would block the event loop."""
         try:
             async with asyncio.timeout(self._limits.idle_seconds):
                 body = await request.read()
@@ -127,21 +127,21 @@ class Server:
             raise web.HTTPRequestTimeout from None
         count = self.worker.open + self._reading
         if count >= self._limits.requests:
-            raise Busy(f"{count} requests wait or run, and at most {self._limits.requests} may")
+            raise Busy(f"{count} requests wait or run; the limit is {self._limits.requests}")
         self._reading += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._readers, self._understand, kind, body)
+            return await asyncio.get_running_loop().run_in_executor(self._readers, self._parse, kind, body)
         finally:
             self._reading -= 1
 
-    def _understand(self, kind: protocol.Kind, body: bytes) -> Call:
+    def _parse(self, kind: protocol.Kind, body: bytes) -> ApiCall:
         try:
             value = json.loads(body, parse_constant=_no_constant)
         except (ValueError, RecursionError):
             raise ValueError("the body is not JSON") from None
-        return protocol.understand(kind, value, self.name, self.words, self.engine.capacity.length)
+        return protocol.parse(kind, value, self.name, self.tokenizer, self.engine.capacity.length)
 
-    async def _whole(self, stream: Stream, begin: float) -> Result:
+    async def _collect(self, stream: Stream, begin: float) -> Result:
         result, first = None, True
         async for event in stream:
             if first:
@@ -151,9 +151,9 @@ class Server:
         return result
 
     async def _stream(
-        self, call: Call, streams: list[Stream], request: web.Request, begin: float
+        self, call: ApiCall, streams: list[Stream], request: web.Request, begin: float
     ) -> web.StreamResponse:
-        """Server-sent events, a line of JSON each; sequences of one call come as they come."""
+        """Sends server-sent events, one JSON line each. Events of the sequences of one call interleave."""
         response = web.StreamResponse(
             headers={"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
         )
@@ -166,8 +166,8 @@ class Server:
                     await response.write(f"data: {text}\n\n".encode())
             except TimeoutError:
                 if request.transport is not None:
-                    request.transport.abort()  # to close it would wait for what the client does not take
-                raise ConnectionResetError("the client takes nothing") from None
+                    request.transport.abort()  # close() would wait for the client to read
+                raise ConnectionResetError("the client does not read its stream") from None
 
         async def forward(index: int, stream: Stream) -> Result:
             result, first = None, True
@@ -175,7 +175,7 @@ class Server:
                 if first:
                     self.metrics.first_token.observe(now() - begin)
                 if event.text or event.reason or first or call.logprobs:
-                    make = functools.partial(protocol.chunk, call, index, event, self.words, first)
+                    make = functools.partial(protocol.chunk, call, index, event, self.tokenizer, first)
                     await send(await asyncio.to_thread(make) if call.echo and first else make())
                 result, first = event.result, False
             assert result is not None
@@ -183,7 +183,7 @@ class Server:
 
         try:
             results = await asyncio.gather(*(forward(i, stream) for i, stream in enumerate(streams)))
-        except RuntimeError as error:  # the status is out already: the stream itself must tell
+        except RuntimeError as error:  # the status is already sent, so the error goes into the stream
             await send({"error": {"message": str(error), "type": "server_error", "param": None, "code": 500}})
         else:
             if call.usage:

@@ -1,4 +1,4 @@
-"""The listening socket: how many connections there may be, and how long one may keep the server waiting."""
+"""The listening socket: limits on the number of connections and on their idle time."""
 
 import asyncio
 import contextlib
@@ -9,15 +9,15 @@ from aiohttp import web
 _FULL = b'{"error": {"message": "too many connections are open", "type": "server_error", "param": null, "code": 503}}'
 
 
-class _Door(asyncio.Protocol):
-    """Hands a new connection to the HTTP server; one too many is answered here, without reading from it."""
+class _Admission(asyncio.Protocol):
+    """Passes a new connection to the HTTP server, or answers 503 without reading from it if too many are open."""
 
-    def __init__(self, served: web.Server, most: int) -> None:
-        self._served, self._most = served, most
+    def __init__(self, served: web.Server, limit: int) -> None:
+        self._served, self._limit = served, limit
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
-        if len(self._served.connections) < self._most:
+        if len(self._served.connections) < self._limit:
             protocol = self._served()
             transport.set_protocol(protocol)
             protocol.connection_made(transport)
@@ -29,26 +29,25 @@ class _Door(asyncio.Protocol):
 
 @contextlib.asynccontextmanager
 async def listening(
-    application: web.Application, host: str, port: int, *, most: int, idle_seconds: float
+    application: web.Application, host: str, port: int, *, limit: int, idle_seconds: float
 ) -> AsyncIterator[tuple[str, int]]:
-    """Serves while entered; gives the address.
+    """Serves while the context is open; yields (host, port).
 
-    most: connections that may be open; more are answered with 503 and closed. idle_seconds: after so long without a
-    request, since it was opened or since its last answer, a connection is closed, also while it sends headers bit by
-    bit.
+    limit: most open connections; further ones get 503 and are closed. idle_seconds: a connection is closed after this
+    time without a complete request, counted from its opening or its last response.
     """
-    # A handler whose client has left is cancelled, and with it the request's sequences.
+    # Cancels a handler, and so the sequences of its request, when the client disconnects.
     runner = web.AppRunner(
         application,
         handler_cancellation=True,
         shutdown_timeout=1.0,
         keepalive_timeout=idle_seconds,
-        lingering_time=min(idle_seconds, 2.0),  # after an answer, for the rest of a body that was not read
+        lingering_time=min(idle_seconds, 2.0),  # after a response, to drain a body that was not read
     )
     await runner.setup()
     served = runner.server
     assert served is not None
-    listener = await asyncio.get_running_loop().create_server(lambda: _Door(served, most), host, port)
+    listener = await asyncio.get_running_loop().create_server(lambda: _Admission(served, limit), host, port)
     try:
         yield listener.sockets[0].getsockname()[:2]
     finally:

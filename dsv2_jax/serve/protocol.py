@@ -1,4 +1,4 @@
-"""OpenAI's requests, checked word by word, and the answers in their form."""
+"""OpenAI's API: parsing and checking request bodies, and building responses."""
 
 import dataclasses
 import itertools
@@ -12,7 +12,7 @@ from dsv2_jax import cli
 from dsv2_jax.config import check
 from dsv2_jax.data import chat
 from dsv2_jax.data.tokenizer import Tokenizer
-from dsv2_jax.inference.request import TOP, Event, Request, Result
+from dsv2_jax.inference.request import TOP, Request, RequestEvent, Result
 from dsv2_jax.inference.sampling import Sampling
 
 Kind = Literal["completion", "chat"]
@@ -20,19 +20,19 @@ Kind = Literal["completion", "chat"]
 _SHARED = {
     *("model", "max_tokens", "temperature", "top_p", "n", "stream", "stream_options", "stop", "seed", "logit_bias"),
     *("logprobs", "user", "presence_penalty", "frequency_penalty"),
-    *("top_k", "min_p", "repetition_penalty"),  # not OpenAI's, but everybody's
+    *("top_k", "min_p", "repetition_penalty"),  # common extensions of OpenAI's API
 }
 _FIELDS = {
     "completion": _SHARED | {"prompt", "echo", "best_of", "suffix"},
     "chat": _SHARED | {"messages", "max_completion_tokens", "top_logprobs"},
 }
 _NUMBERS: Any = (int, float)
-_MOST = 128  # sequences that one call may ask for
+_MAX_SEQUENCES = 128  # of one call
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Call:
-    """A body, understood. prompts: each asked for `n` times; requests in that order."""
+class ApiCall:
+    """A parsed request body. requests: `n` for each prompt, in the order of the prompts."""
 
     kind: Kind
     id: str
@@ -40,28 +40,30 @@ class Call:
     model: str
     requests: tuple[Request, ...]
     stream: bool
-    usage: bool  # a last chunk of a stream tells it
+    usage: bool  # whether the last chunk of a stream has the usage
     echo: bool
     logprobs: bool
     n: int
 
 
-def understand(kind: Kind, body: Any, model: str, words: Tokenizer, longest: int) -> Call:
-    """A body as a call. Raises ValueError saying which field is wrong, FileNotFoundError for another model."""
+def parse(kind: Kind, body: Any, model: str, tokenizer: Tokenizer, max_length: int) -> ApiCall:
+    """Parses a body. Raises ValueError naming the wrong field, FileNotFoundError for another model."""
     check(isinstance(body, dict), "the body must be a JSON object")
     for name in body:
         check(name in _FIELDS[kind], f"unknown field {name!r}{cli.nearest(name, sorted(_FIELDS[kind]))}")
     body = {name: value for name, value in body.items() if value is not None}
     if _get(body, "model", str, model) != model:
-        raise FileNotFoundError(f"the model {body['model']!r} does not exist; this server has {model!r}")
+        raise FileNotFoundError(f"the model {body['model']!r} does not exist; this server serves {model!r}")
     for name, neutral in (("presence_penalty", 0), ("frequency_penalty", 0), ("best_of", body.get("n", 1))):
         check(body.get(name, neutral) == neutral, f"{name} is not supported; leave it out")
     check(not body.get("suffix"), "suffix is not supported; leave it out")
     texts = _prompts(body) if kind == "completion" else [body.get("messages")]
-    n = _get(body, "n", int, 1)  # limits are looked at before the work that they bound
-    check(n >= 1 and n * len(texts) <= _MOST, f"n times the prompts must lie in 1 to {_MOST}")
+    n = _get(body, "n", int, 1)  # checked before the prompts are tokenized
+    check(
+        n >= 1 and n * len(texts) <= _MAX_SEQUENCES, f"n times the number of prompts must be from 1 to {_MAX_SEQUENCES}"
+    )
     encode = _encode if kind == "completion" else chat_prompt
-    prompts = [encode(text, words) for text in texts]
+    prompts = [encode(text, tokenizer) for text in texts]
     echo = _get(body, "echo", bool, False)
     logprobs, top = _logprobs(kind, body)
     limit = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
@@ -70,23 +72,23 @@ def understand(kind: Kind, body: Any, model: str, words: Tokenizer, longest: int
     check(isinstance(options, dict), "stream_options must be an object")
 
     def request(prompt: list[int], i: int) -> Request:
-        room = longest - len(prompt)
-        check(room > 0, f"the prompt has {len(prompt)} tokens; prompt and answer together may have {longest}")
-        new = _get(body, limit, int, 16 if kind == "completion" else room)
+        left = max_length - len(prompt)
+        check(left > 0, f"the prompt has {len(prompt)} tokens; the limit for prompt and answer is {max_length}")
+        new = _get(body, limit, int, 16 if kind == "completion" else left)
         check(new > 0 or (new == 0 and echo and logprobs), f"{limit} must be positive")
         return Request(
             prompt=tuple(prompt),
             max_new=new,
             sampling=_sampling(body),
             seed=seed + i,
-            stop_ids=(words.eos_id,),
+            stop_ids=(tokenizer.eos_id,),
             stop=_stop(body),
             text=True,
             top=top,
             score_from=1 if echo and logprobs else None,
         )
 
-    return Call(
+    return ApiCall(
         kind=kind,
         id=("cmpl-" if kind == "completion" else "chatcmpl-") + secrets.token_hex(12),
         created=int(time.time()),
@@ -100,53 +102,53 @@ def understand(kind: Kind, body: Any, model: str, words: Tokenizer, longest: int
     )
 
 
-def chat_prompt(messages: Any, words: Tokenizer) -> list[int]:
-    """The ids of a conversation up to where the assistant's next answer begins."""
+def chat_prompt(messages: Any, tokenizer: Tokenizer) -> list[int]:
+    """The token ids of a conversation, ready for the assistant's next message."""
     check(isinstance(messages, list) and bool(messages), "messages must be a list with at least one message")
     read = []
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
         check(isinstance(message, dict), f"{where} must be an object")
         content = message.get("content")
-        if isinstance(content, list):  # parts, of which only text can be read
+        if isinstance(content, list):  # content parts: only text is supported
             texts = [part.get("text") if isinstance(part, dict) else None for part in content]
             content = "".join(map(str, texts)) if all(isinstance(t, str) for t in texts) else None
         role = {"developer": "system"}.get(message.get("role"), message.get("role"))
         check(role in chat.ROLES, f"{where}.role must be system, user or assistant, not {role!r}")
         read.append({"role": role, "content": _text(f"{where}.content", content)})
     check(read[-1]["role"] == "user", "the last message must be the user's")
-    return chat.encode(read, words, generation=True).ids.tolist()
+    return chat.encode(read, tokenizer, generation=True).ids.tolist()
 
 
 def _prompts(body: dict) -> list[Any]:
-    """The prompts of a completion, not looked into yet."""
+    """The prompts of a completion, unchecked."""
     prompt = body.get("prompt")
     check(prompt is not None, "prompt is missing")
     return prompt if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else [prompt]
 
 
-def _encode(prompt: Any, words: Tokenizer) -> list[int]:
+def _encode(prompt: Any, tokenizer: Tokenizer) -> list[int]:
     if isinstance(prompt, str):
-        return [words.bos_id, *words.encode(_text("prompt", prompt))]
+        return [tokenizer.bos_id, *tokenizer.encode(_text("prompt", prompt))]
     fine = isinstance(prompt, list) and prompt and all(isinstance(i, int) and not isinstance(i, bool) for i in prompt)
-    check(bool(fine), "prompt must be a text, a list of texts, a list of token ids, or a list of such lists")
+    check(bool(fine), "prompt must be a string, a list of strings, a list of token ids, or a list of such lists")
     return prompt
 
 
 def _text(where: str, value: Any) -> str:
     fine = isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
-    check(fine, f"{where} must be a text, without half a pair of surrogates")
+    check(fine, f"{where} must be a string without unpaired surrogates")
     return value
 
 
 def _logprobs(kind: Kind, body: dict) -> tuple[bool, int]:
-    """Whether log-probabilities are told, and of how many alternatives."""
+    """(whether to return log-probabilities, number of alternatives)."""
     if kind == "completion":
         top = _get(body, "logprobs", int, -1)
-        check(-1 <= top <= TOP, f"logprobs must lie in 0 to {TOP}, not {top}")
+        check(-1 <= top <= TOP, f"logprobs must be from 0 to {TOP}, not {top}")
         return top >= 0, max(top, 0)
     wanted, top = _get(body, "logprobs", bool, False), _get(body, "top_logprobs", int, 0)
-    check(0 <= top <= TOP, f"top_logprobs must lie in 0 to {TOP}, not {top}")
+    check(0 <= top <= TOP, f"top_logprobs must be from 0 to {TOP}, not {top}")
     check(wanted or not top, "top_logprobs needs logprobs to be true")
     return wanted, top
 
@@ -173,60 +175,60 @@ def _stop(body: dict) -> tuple[str, ...]:
     stop = body.get("stop", [])
     stop = [stop] if isinstance(stop, str) else stop
     fine = isinstance(stop, list) and len(stop) <= 16 and all(isinstance(s, str) and 0 < len(s) <= 256 for s in stop)
-    check(bool(fine), "stop must be a text or a list of at most 16 texts of 1 to 256 characters")
+    check(bool(fine), "stop must be a string or a list of at most 16 strings of 1 to 256 characters")
     return tuple(stop)
 
 
 def _get(body: dict, name: str, kind: Any, default: Any) -> Any:
     value = body.get(name, default)
-    words = {int: "a whole number", str: "a text", bool: "true or false"}.get(kind, "a number")
+    expected = {int: "an integer", str: "a string", bool: "true or false"}.get(kind, "a number")
     fine = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
     fine = fine and (not isinstance(value, float) or math.isfinite(value))  # 1e999 is JSON
-    check(fine, f"{name} must be {words}, not {value!r}")
+    check(fine, f"{name} must be {expected}, not {value!r}")
     return value
 
 
-def answer(call: Call, results: Sequence[Result], words: Tokenizer) -> dict:
-    """The whole answer of a call that does not stream."""
+def answer(call: ApiCall, results: Sequence[Result], tokenizer: Tokenizer) -> dict:
+    """The response to a call that does not stream."""
     choices = []
     for i, (request, result) in enumerate(zip(call.requests, results, strict=True)):
         choice: dict[str, Any] = {"index": i, "finish_reason": result.reason, "logprobs": None}
         if call.kind == "chat":
             choice["message"] = {"role": "assistant", "content": result.text}
             if call.logprobs:
-                told = zip(result.tokens, result.logprobs, result.top, strict=True)
-                choice["logprobs"] = {"content": [_chat_logprob(*one, words) for one in told]}
+                tokens = zip(result.tokens, result.logprobs, result.top, strict=True)
+                choice["logprobs"] = {"content": [_chat_logprob(*one, tokenizer) for one in tokens]}
         else:
-            before = words.decode(_shown(request, words)) if call.echo else ""
+            before = tokenizer.decode(_shown(request, tokenizer)) if call.echo else ""
             choice["text"] = before + result.text
             if call.logprobs:
-                choice["logprobs"] = _completion_logprobs(call, request, result, words)
+                choice["logprobs"] = _completion_logprobs(call, request, result, tokenizer)
         choices.append(choice)
     return _head(call, stream=False) | {"choices": choices, "usage": usage(call, results)}
 
 
-def chunk(call: Call, index: int, event: Event, words: Tokenizer, first: bool) -> dict:
-    """What a stream tells of one event."""
+def chunk(call: ApiCall, index: int, event: RequestEvent, tokenizer: Tokenizer, first: bool) -> dict:
+    """The chunk of a stream for one event."""
     choice: dict[str, Any] = {"index": index, "finish_reason": event.reason, "logprobs": None}
     if call.kind == "chat":
         choice["delta"] = ({"role": "assistant"} if first else {}) | {"content": event.text}
         if call.logprobs and event.token is not None:
-            choice["logprobs"] = {"content": [_chat_logprob(event.token, event.logprob, event.top, words)]}
+            choice["logprobs"] = {"content": [_chat_logprob(event.token, event.logprob, event.top, tokenizer)]}
     else:
-        before = words.decode(_shown(call.requests[index], words)) if call.echo and first else ""
+        before = tokenizer.decode(_shown(call.requests[index], tokenizer)) if call.echo and first else ""
         choice["text"] = before + event.text
         if call.logprobs and event.token is not None:
-            choice["logprobs"] = _columns([(event.token, event.logprob, event.top)], words)
+            choice["logprobs"] = _columns([(event.token, event.logprob, event.top)], tokenizer)
     return _head(call, stream=True) | {"choices": [choice]}
 
 
-def last_chunk(call: Call, results: Sequence[Result]) -> dict:
-    """A stream's last word, if it was asked for."""
+def last_chunk(call: ApiCall, results: Sequence[Result]) -> dict:
+    """The last chunk of a stream, with the usage."""
     return _head(call, stream=True) | {"choices": [], "usage": usage(call, results)}
 
 
-def usage(call: Call, results: Sequence[Result]) -> dict:
-    """Tokens of the prompts, each counted once, and of the answers."""
+def usage(call: ApiCall, results: Sequence[Result]) -> dict:
+    """Token counts: every prompt once, and all answers."""
     prompt = sum(len(request.prompt) for request in call.requests[:: call.n])
     new = sum(len(result.tokens) for result in results)
     reused = sum(result.reused for result in results[:: call.n])
@@ -239,39 +241,39 @@ def usage(call: Call, results: Sequence[Result]) -> dict:
     }
 
 
-def _head(call: Call, stream: bool) -> dict:
+def _head(call: ApiCall, stream: bool) -> dict:
     kind = "text_completion" if call.kind == "completion" else "chat.completion" + ".chunk" * stream
     return {"id": call.id, "object": kind, "created": call.created, "model": call.model}
 
 
-def _shown(request: Request, words: Tokenizer) -> tuple[int, ...]:
-    """The prompt without the begin that we put before a text."""
-    return request.prompt[1:] if request.prompt[0] == words.bos_id else request.prompt
+def _shown(request: Request, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The prompt without the begin-of-sequence token that was prepended."""
+    return request.prompt[1:] if request.prompt[0] == tokenizer.bos_id else request.prompt
 
 
-def _chat_logprob(token: int, logprob: float, top: Sequence[tuple[int, float]], words: Tokenizer) -> dict:
+def _chat_logprob(token: int, logprob: float, top: Sequence[tuple[int, float]], tokenizer: Tokenizer) -> dict:
     def one(token: int, logprob: float) -> dict:
-        text = words.decode([token])
+        text = tokenizer.decode([token])
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
     return one(token, logprob) | {"top_logprobs": [one(*pair) for pair in top]}
 
 
-def _columns(told: Sequence[tuple[int, float | None, Sequence[tuple[int, float]]]], words: Tokenizer) -> dict:
-    texts = [words.decode([token]) for token, _, _ in told]
+def _columns(rows: Sequence[tuple[int, float | None, Sequence[tuple[int, float]]]], tokenizer: Tokenizer) -> dict:
+    texts = [tokenizer.decode([token]) for token, _, _ in rows]
     return {
         "tokens": texts,
-        "token_logprobs": [logprob for _, logprob, _ in told],
-        "top_logprobs": [{words.decode([t]): p for t, p in top} or None for _, _, top in told],
+        "token_logprobs": [logprob for _, logprob, _ in rows],
+        "top_logprobs": [{tokenizer.decode([t]): p for t, p in top} or None for _, _, top in rows],
         "text_offset": list(itertools.accumulate(map(len, texts[:-1]), initial=0)) if texts else [],
     }
 
 
-def _completion_logprobs(call: Call, request: Request, result: Result, words: Tokenizer) -> dict:
-    told: list[tuple[int, float | None, Sequence[tuple[int, float]]]] = []
+def _completion_logprobs(call: ApiCall, request: Request, result: Result, tokenizer: Tokenizer) -> dict:
+    rows: list[tuple[int, float | None, Sequence[tuple[int, float]]]] = []
     if call.echo:
         scored = [None, *(logprob for logprob, _ in result.scores)]
-        shown = len(_shown(request, words))
-        told += [(token, logprob, ()) for token, logprob in list(zip(request.prompt, scored, strict=True))[-shown:]]
-    told += zip(result.tokens, result.logprobs, result.top, strict=True)
-    return _columns(told, words)
+        shown = len(_shown(request, tokenizer))
+        rows += [(token, logprob, ()) for token, logprob in list(zip(request.prompt, scored, strict=True))[-shown:]]
+    rows += zip(result.tokens, result.logprobs, result.top, strict=True)
+    return _columns(rows, tokenizer)

@@ -48,7 +48,7 @@ def draw(params, dtype):
     ]
     results = engine.generate(wanted)
     assert sum(r.reused for r in results) > 0
-    assert sum(lane.preemptions for lane in engine.lanes) > 0
+    assert sum(replica.preemptions for replica in engine.replicas) > 0
     return [
         Sample(
             item={}, prompt=ids, answer=r.tokens, logprobs=r.logprobs, text="", rewards={"brevity": float(i % 3)},

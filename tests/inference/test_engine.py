@@ -90,7 +90,7 @@ def test_32_requests_at_random_times_are_those_of_transformers_and_of_each_alone
         settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         theirs = judge.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=request.max_new, **settings)
         assert new == theirs[0, ids.shape[1] :].tolist()
-    assert engine.lanes[0].pages.held == 0
+    assert engine.replicas[0].pages.held == 0
 
 
 def test_seeded_draws_do_not_depend_on_company(engine):
@@ -147,16 +147,16 @@ def test_a_group_with_one_prompt_computes_it_once(engine):
     assert sorted(result.reused for result in found) == [0, 64, 64, 64]
     alone = Request(prompt=prompt, max_new=4, sampling=Sampling(temperature=1.0), seed=2)
     assert engine.generate([alone])[0].tokens == found[2].tokens
-    assert engine.lanes[0].pages.held == 0
+    assert engine.replicas[0].pages.held == 0
 
 
 def test_few_pages_preempt_and_change_nothing(engine):
     wanted = [Request(prompt=r.prompt, max_new=150) for r in requests(4, seed=3)]
-    before = engine.lanes[0].preemptions
+    before = engine.replicas[0].preemptions
     together = engine.generate(wanted)
-    assert engine.lanes[0].preemptions > before
+    assert engine.replicas[0].preemptions > before
     assert [engine.generate([request])[0].tokens for request in wanted] == [result.tokens for result in together]
-    assert engine.lanes[0].pages.held == 0
+    assert engine.replicas[0].pages.held == 0
 
 
 def test_new_weights_need_no_new_programs(loaded, golden):
@@ -186,20 +186,20 @@ def test_stop_ids_and_cancelling(engine):
     engine.step()
     for id in ids:
         engine.cancel(id)
-    assert (engine.unfinished, engine.lanes[0].pages.held, engine.step()) == (0, 0, [])
+    assert (engine.unfinished, engine.replicas[0].pages.held, engine.step()) == (0, 0, [])
 
 
 @pytest.mark.parametrize(
     ("request_", "told"),
     [
-        ({"prompt": ()}, "a prompt holds no token"),
+        ({"prompt": ()}, "the prompt is empty"),
         ({"prompt": (1,), "max_new": 0}, "max-new must be positive, not 0"),
-        ({"prompt": (1, 160)}, "prompt ids must lie in 0 to 159, the model's vocabulary; found 1 to 160"),
-        ({"prompt": (2, -1)}, "prompt ids must lie in 0 to 159, the model's vocabulary; found -1 to 2"),
-        ({"prompt": (1,) * 200, "max_new": 57}, "200 prompt tokens and 57 new ones exceed the model's 256 positions"),
-        ({"prompt": (1,), "score_from": 0}, "score_from must lie in 1 to the prompt's 1 tokens"),
-        ({"prompt": (1,), "top": 21}, "at most 20 alternatives"),
-        ({"prompt": (1,), "sampling": Sampling(logit_bias=((160, 1.0),))}, "logit_bias names a token outside"),
+        ({"prompt": (1, 160)}, r"prompt ids must be from 0 to 159 \(the vocabulary\); found 1 to 160"),
+        ({"prompt": (2, -1)}, r"prompt ids must be from 0 to 159 \(the vocabulary\); found -1 to 2"),
+        ({"prompt": (1,) * 200, "max_new": 57}, "200 prompt tokens and 57 new tokens exceed the limit of 256"),
+        ({"prompt": (1,), "score_from": 0}, "score_from must be from 1 to 1, the length of the prompt"),
+        ({"prompt": (1,), "top": 21}, "top must be from 0 to 20, not 21"),
+        ({"prompt": (1,), "sampling": Sampling(logit_bias=((160, 1.0),))}, "logit_bias has a token id outside"),
         ({"prompt": (1,), "stop": ("x",)}, "stop strings and text need a tokenizer"),
     ],
 )
@@ -215,7 +215,7 @@ def test_impossible_requests_are_refused(engine, request_, told):
         ({"rows": 0}, "rows must be positive, not 0"),
         ({"chunk": 100}, "chunk must be a multiple of 64, not 100"),
         ({"length": 9999}, r"length \(9999\) exceeds the model's 5120 positions"),
-        ({"length": 64, "page": 16, "pages": 4}, "4 pages cannot hold one sequence of 64 tokens"),
+        ({"length": 64, "page": 16, "pages": 4}, "4 pages cannot hold a sequence of 64 tokens"),
     ],
 )
 def test_impossible_capacities_are_refused(loaded, capacity, told):
@@ -234,7 +234,9 @@ def test_pages_are_such_as_the_tpus_kernel_takes(loaded):
 def test_page_tables_that_the_tpus_kernel_cannot_hold_are_refused(loaded):
     """512 rows of 512 pages are a MiB of page numbers, all the scalar memory that there is."""
     model = dataclasses.replace(loaded[0], max_position_embeddings=2**17, rope=Rope(factor=32.0))
-    with pytest.raises(ValueError, match=r"512 rows of 131072 tokens in pages of 256: at most 496 rows fit"):
+    with pytest.raises(
+        ValueError, match=r"512 rows of 131072 tokens in pages of 256 does not fit .*: at most 496 rows fit"
+    ):
         Capacity(rows=512, chunk=512).resolve(model, "pallas")
     assert Capacity(rows=496, chunk=512).resolve(model, "pallas").pages == 496 * 512 + 1
     assert Capacity(rows=512, chunk=512, page=512).resolve(model, "pallas").rows == 512

@@ -24,14 +24,14 @@ MESHES = {"data+expert+tensor": Mesh(fsdp=1, data=2, expert=2, tensor=2), "exper
 
 
 def compare(model, params, wanted, sizes: Mesh) -> None:
-    """Tokens, and log-probabilities up to rounding; every lane has had work, and all pages are free again."""
+    """Tokens, and log-probabilities up to rounding; every replica has had work, and all pages are free again."""
     mesh = device_mesh.make(sizes)
     alone = Engine(params, model, compute=COMPUTE, capacity=CAPACITY).generate(wanted)
     laid = jax.device_put(params, sharding.on(mesh, sharding.param_specs(model, device_mesh.sizes(mesh))))
     spread = Engine(laid, model, compute=COMPUTE, capacity=CAPACITY, mesh=mesh)
     ids = [spread.add(request) for request in wanted]
-    assert len(spread.lanes) == sizes.size(*device_mesh.BATCH)
-    assert all(lane.waiting for lane in spread.lanes)
+    assert len(spread.replicas) == sizes.size(*device_mesh.BATCH)
+    assert all(replica.waiting for replica in spread.replicas)
     for id in ids:
         spread.cancel(id)
     found = spread.generate(wanted)
@@ -39,7 +39,7 @@ def compare(model, params, wanted, sizes: Mesh) -> None:
     for mine, theirs in zip(found, alone, strict=True):
         np.testing.assert_allclose(mine.logprobs, theirs.logprobs, atol=1e-4)
         np.testing.assert_allclose([p for p, _ in mine.scores], [p for p, _ in theirs.scores], atol=1e-4)
-    assert all(lane.pages.held == 0 for lane in spread.lanes)
+    assert all(replica.pages.held == 0 for replica in spread.replicas)
 
 
 @pytest.mark.parametrize("name", MESHES)

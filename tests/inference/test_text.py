@@ -17,7 +17,7 @@ class Bytes:
 def parts(text: str, stop=()) -> tuple[list[str], Text]:
     running, found = Text(Bytes(), stop), []  # pyright: ignore[reportArgumentType]
     for byte in text.encode():
-        found.append(running.feed(byte))
+        found.append(running.add(byte))
         if running.stopped:
             return found, running
     return [*found, running.end()], running
@@ -31,7 +31,7 @@ def test_characters_come_whole():
 
 def test_bytes_that_are_no_text_do_not_block():
     running = Text(Bytes())  # pyright: ignore[reportArgumentType]
-    told = [running.feed(byte) for byte in [0xE6, 0xE6, 0xE6, 0xE6, 0xE6, 65]]
+    told = [running.add(byte) for byte in [0xE6, 0xE6, 0xE6, 0xE6, 0xE6, 65]]
     assert "".join(told) + running.end() == bytes([0xE6] * 5).decode(errors="replace") + "A"
 
 

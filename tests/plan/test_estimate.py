@@ -182,7 +182,7 @@ def test_calls_on_the_sparse_core_are_written_as_calls():
         (["tiny", "--topology", "v5p"], "a topology reads CHIP:XxYxZ"),
         (["tiny", "--topology", "v5q:2x2x1"], "unknown chip 'v5q'; did you mean v5p?"),
         (["tiny", "--topology", "v5p:4x4"], "a topology of v5p has 3 dimensions"),
-        (["tiny", "--topology", "v5p:2x2x1", "--mesh.fsdp", "3"], "cannot be laid over 4 devices"),
+        (["tiny", "--topology", "v5p:2x2x1", "--mesh.fsdp", "3"], "does not fit 4 devices"),
         (["tiny", "--topology", "v5p:2x2x1", "--search", "--forward"], "--search compares training steps"),
         (
             ["tiny", "--topology", "v5p:2x2x1", "--forward", "--decode"],

@@ -87,12 +87,12 @@ assert os.getpid() != os.getppid() and os.getgroups() is not None
 @pytest.mark.parametrize("program", ORDINARY, ids=["modules", "files", "threads", "sizes", "facts"])
 def test_ordinary_programs_run(program):
     outcome = sandbox.run(program, seconds=30)
-    assert outcome == sandbox.Outcome(code=0, output="")
+    assert outcome == sandbox.RunResult(code=0, output="")
 
 
 def test_what_a_program_prints_and_how_it_ends():
     program = "import math; print(input(), math.factorial(10))"
-    assert sandbox.run(program, text_in="hello\n") == sandbox.Outcome(code=0, output="hello 3628800\n")
+    assert sandbox.run(program, text_in="hello\n") == sandbox.RunResult(code=0, output="hello 3628800\n")
     assert sandbox.run("import sys; sys.exit(7)").code == 7
     assert sandbox.run("import os; os.abort()").code == -signal.SIGABRT
     failed = sandbox.run("assert 1 == 2")
@@ -259,7 +259,7 @@ code = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXE
 code.write(bytes.fromhex("b814000000cd80c3"))  # getpid, number 20, by int 0x80
 print(ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(code)))())
 """
-    assert sandbox.run(program) == sandbox.Outcome(code=-signal.SIGSYS, output="")
+    assert sandbox.run(program) == sandbox.RunResult(code=-signal.SIGSYS, output="")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can change users")
@@ -378,5 +378,5 @@ def test_a_folder_of_any_depth_and_mode_is_removed(tmp_path, mode):
 )
 def test_a_system_without_a_sandbox_is_told_so(module, name, value, monkeypatch):
     monkeypatch.setattr(module, name, value)
-    with pytest.raises(RuntimeError, match=r"programs cannot be locked up on this system .*: there is no sandbox for"):
+    with pytest.raises(RuntimeError, match=r"this system cannot sandbox programs .*: no sandbox for"):
         supervisor.check_system.__wrapped__()

@@ -15,8 +15,8 @@ def words(tmp_path_factory):
     return tokenizer.train([text], 330, tmp_path_factory.mktemp("words"))
 
 
-def understand(words, kind="completion", longest=100, **body):
-    return protocol.understand(kind, body, "m", words, longest)
+def parse(words, kind="completion", max_length=100, **body):
+    return protocol.parse(kind, body, "m", words, max_length)
 
 
 def test_prompts_of_every_form(words):
@@ -27,13 +27,13 @@ def test_prompts_of_every_form(words):
         ([5, 6], [(5, 6)]),
         ([[5, 6], [7]], [(5, 6), (7,)]),
     ]:
-        call = understand(words, prompt=prompt)
+        call = parse(words, prompt=prompt)
         assert [request.prompt for request in call.requests] == expected
         assert all(request.stop_ids == (words.eos_id,) and request.max_new == 16 for request in call.requests)
 
 
 def test_settings_reach_the_request(words):
-    call = understand(
+    call = parse(
         words,
         prompt="x",
         n=2,
@@ -68,7 +68,7 @@ def test_chat_follows_the_template(words):
     ]
     first = encode("be kind\n\nUser: hello\n\nAssistant: it is")
     expected = [bos, *first, eos, *encode("User: what is\n\nAssistant:")]
-    (request,) = understand(words, "chat", messages=messages).requests
+    (request,) = parse(words, "chat", messages=messages).requests
     assert list(request.prompt) == expected
     assert request.max_new == 100 - len(expected)  # all the room there is
 
@@ -78,7 +78,7 @@ def test_what_the_template_refuses_is_the_clients_mistake(words):
     strict = dataclasses.replace(words, template=template)
     messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}]
     with pytest.raises(ValueError, match="the chat template refuses these messages: no system"):
-        understand(strict, "chat", messages=messages)
+        parse(strict, "chat", messages=messages)
 
 
 @pytest.mark.parametrize(
@@ -86,18 +86,18 @@ def test_what_the_template_refuses_is_the_clients_mistake(words):
     [
         ("completion", {}, "prompt is missing"),
         ("completion", {"prompt": "x", "max_token": 3}, "unknown field 'max_token'; did you mean max_tokens"),
-        ("completion", {"prompt": 5}, "prompt must be a text"),
-        ("completion", {"prompt": [[1], [2.5]]}, "prompt must be a text"),
+        ("completion", {"prompt": 5}, "prompt must be a string"),
+        ("completion", {"prompt": [[1], [2.5]]}, "prompt must be a string"),
         ("completion", {"prompt": "x", "max_tokens": 0}, "max_tokens must be positive"),
-        ("completion", {"prompt": "x", "max_tokens": "3"}, "max_tokens must be a whole number, not '3'"),
+        ("completion", {"prompt": "x", "max_tokens": "3"}, "max_tokens must be an integer, not '3'"),
         ("completion", {"prompt": "x", "temperature": True}, "temperature must be a number, not True"),
         ("completion", {"prompt": "x", "temperature": -1}, "temperature must not be negative"),
-        ("completion", {"prompt": "x", "stop": ["a", ""]}, "stop must be a text or a list"),
-        ("completion", {"prompt": "x", "n": 1000}, "n times the prompts must lie in 1 to 128"),
-        ("completion", {"prompt": "x", "logprobs": 21}, "logprobs must lie in 0 to 20"),
+        ("completion", {"prompt": "x", "stop": ["a", ""]}, "stop must be a string or a list"),
+        ("completion", {"prompt": "x", "n": 1000}, "n times the number of prompts must be from 1 to 128"),
+        ("completion", {"prompt": "x", "logprobs": 21}, "logprobs must be from 0 to 20"),
         ("completion", {"prompt": "x", "best_of": 4}, "best_of is not supported"),
         ("completion", {"prompt": "x", "logit_bias": {"a": 1}}, "logit_bias must map token ids"),
-        ("completion", {"prompt": [3] * 100}, "the prompt has 100 tokens; prompt and answer together may have 100"),
+        ("completion", {"prompt": [3] * 100}, "the prompt has 100 tokens; the limit for prompt and answer is 100"),
         ("chat", {"messages": []}, "messages must be a list with at least one message"),
         ("chat", {"messages": [{"role": "tool", "content": "x"}]}, r"messages\[0\].role must be system, user"),
         ("chat", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, r"messages\[0\].content must"),
@@ -107,16 +107,16 @@ def test_what_the_template_refuses_is_the_clients_mistake(words):
 )
 def test_what_cannot_be_is_refused(words, kind, body, told):
     with pytest.raises(ValueError, match=told):
-        understand(words, kind, **body)
+        parse(words, kind, **body)
 
 
 def test_another_model_is_not_found(words):
-    with pytest.raises(FileNotFoundError, match="'gpt' does not exist; this server has 'm'"):
-        understand(words, prompt="x", model="gpt")
+    with pytest.raises(FileNotFoundError, match="'gpt' does not exist; this server serves 'm'"):
+        parse(words, prompt="x", model="gpt")
 
 
 def test_usage_counts_a_prompt_once(words):
-    call = understand(words, prompt=["hello", "it"], n=3)
+    call = parse(words, prompt=["hello", "it"], n=3)
     result = Result(tokens=(1, 2), logprobs=(0.0, 0.0), top=((), ()), text="", reason="length", scores=(), reused=0)
     prompt = len(call.requests[0].prompt) + len(call.requests[3].prompt)
     told = protocol.usage(call, [result] * 6)

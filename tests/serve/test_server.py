@@ -35,15 +35,15 @@ CAPACITY = Capacity(rows=4, length=256, chunk=64, page=16)
 
 
 @contextlib.contextmanager
-def running(engine: Engine, words, *, key: str = "", most: int = 300, **limits):
-    """(the server, its address), in a thread with an event loop of its own. most: connections."""
+def running(engine: Engine, words, *, key: str = "", limit: int = 300, **limits):
+    """(the server, its address), in a thread with an event loop of its own. limit: connections."""
     limits = {"requests": 300, "body_bytes": 20_000, "idle_seconds": 60.0} | limits
     server = Server(engine, words, "tiny", Limits(**limits), key=key)
     loop, started, address = asyncio.new_event_loop(), threading.Event(), []
     stop = asyncio.Event()
 
     async def serve() -> None:
-        where = listening(server.application, "127.0.0.1", 0, most=most, idle_seconds=limits["idle_seconds"])
+        where = listening(server.application, "127.0.0.1", 0, limit=limit, idle_seconds=limits["idle_seconds"])
         async with where as (host, port):
             address.append(f"http://{host}:{port}")
             started.set()
@@ -70,7 +70,7 @@ def words(tmp_path_factory):
 def engine(words):
     params = jax.tree.map(jax.numpy.asarray, random_params(MODEL))
     compute = Compute(dtype="float32", remat="none")
-    engine = Engine(params, MODEL, compute=compute, capacity=CAPACITY, words=words)
+    engine = Engine(params, MODEL, compute=compute, capacity=CAPACITY, tokenizer=words)
     engine.warm()
     return engine
 
@@ -89,7 +89,7 @@ def expected(words):
         MODEL,
         compute=Compute(dtype="float32", remat="none"),
         capacity=CAPACITY,
-        words=words,
+        tokenizer=words,
     )
 
     def answer(prompt: str, new: int):
@@ -182,13 +182,13 @@ def refusal(address: str, path: str, body: bytes, key: str = "") -> tuple[int, s
         ("/v1/completions", b"[" * 15_000, 400, "the body is not JSON"),
         ("/v1/completions", b"[1]", 400, "the body must be a JSON object"),
         ("/v1/completions", b'{"prompt": "x", "temperature": -1}', 400, "temperature must not be negative"),
-        ("/v1/completions", b'{"prompt": [9999]}', 400, "prompt ids must lie in 0 to 511"),
+        ("/v1/completions", b'{"prompt": [9999]}', 400, "prompt ids must be from 0 to 511"),
         ("/v1/completions", b'{"prompt": "x", "temperature": NaN}', 400, "the body is not JSON"),
         ("/v1/completions", b'{"prompt": "x", "temperature": 1e999}', 400, "temperature must be a number, not inf"),
-        ("/v1/completions", b'{"prompt": "x", "max_tokens": 999}', 400, "exceed the model's 256 positions"),
+        ("/v1/completions", b'{"prompt": "x", "max_tokens": 999}', 400, "exceed the limit of 256"),
         ("/v1/completions", b'{"prompt": "x", "model": "other"}', 404, "'other' does not exist"),
         ("/v1/completions", b'{"prompt": "' + b"x" * 30_000 + b'"}', 413, "the body is too large"),
-        ("/v1/nothing", b"{}", 404, "there is nothing at /v1/nothing"),
+        ("/v1/nothing", b"{}", 404, "unknown path /v1/nothing"),
         ("/v1/models", b"{}", 405, "Method Not Allowed"),
     ],
 )
@@ -213,7 +213,7 @@ def test_a_full_queue_refuses(engine, words, served):
     with running(engine, words, requests=2) as (_, address):
         code, text = refusal(address, "/v1/completions", b'{"prompt": "x", "n": 3}')
         assert code == 429
-        assert "at most 2 may" in text
+        assert "the limit is 2" in text
 
 
 class Slow:
@@ -237,7 +237,7 @@ def test_while_texts_are_read_others_are_answered(engine, words, served):
     slow = Slow(words)
     with running(engine, slow, requests=3) as (_, address):
         many = json.dumps({"prompt": [""] * 4_000}).encode()
-        assert "n times the prompts must lie in 1 to 128" in refusal(address, "/v1/completions", many)[1]
+        assert "n times the number of prompts must be from 1 to 128" in refusal(address, "/v1/completions", many)[1]
         assert slow.calls == 0
         answers, settings = [], {"model": "tiny", "max_tokens": 1, "temperature": 0}
         asked = client((None, address))
@@ -285,7 +285,7 @@ def test_clients_that_keep_the_server_waiting_are_closed(engine, words, served):
         bodiless = opened(address, head, b'{"prompt":')
         assert until_closed(silent) == until_closed(half) == b""
         assert until_closed(answered).endswith(b'{"status": "ok"}')  # and then nothing: kept alive, and idle
-        assert b" 408 " in (said := until_closed(bodiless)) and b"the body did not come within 0.5 seconds" in said
+        assert b" 408 " in (said := until_closed(bodiless)) and b"the body did not arrive within 0.5 seconds" in said
         with urllib.request.urlopen(address + "/health") as answer:
             assert answer.status == 200
         assert server.worker.open == 0
@@ -293,7 +293,7 @@ def test_clients_that_keep_the_server_waiting_are_closed(engine, words, served):
 
 def test_connections_are_counted(engine, words, served):
     assert served[0].worker.open == 0
-    with running(engine, words, most=5, idle_seconds=2.0) as (_, address):
+    with running(engine, words, limit=5, idle_seconds=2.0) as (_, address):
         held = [opened(address) for _ in range(5)]
         said = until_closed(opened(address))
         assert said.startswith(b"HTTP/1.1 503 ") and b"too many connections are open" in said
@@ -315,10 +315,10 @@ def test_nan_is_an_error_and_valid_json(engine, served):
     try:
         engine.replace(bad)
         code, text = refusal(served[1], "/v1/completions", json.dumps(body).encode())
-        assert code == 500 and "the model computes NaN" in strict(text)["error"]["message"]
+        assert code == 500 and "the model computed NaN" in strict(text)["error"]["message"]
         response = httpx.post(served[1] + "/v1/completions", json=body | {"stream": True}, timeout=60)
         lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
-        assert "the model computes NaN" in strict(lines[-1])["error"]["message"]
+        assert "the model computed NaN" in strict(lines[-1])["error"]["message"]
         settle(served[0])
     finally:
         engine.replace(good)
@@ -366,8 +366,8 @@ def test_a_crowd_of_which_a_third_leaves(served, expected, count):
     for i, text in enumerate(answers):
         assert text == (None if i % 3 == 2 else wanted[PROMPTS[i % len(PROMPTS)]])
     settle(server)
-    assert server.engine.lanes[0].pages.held == 0
-    assert not server.engine.lanes[0].running and not server.engine.lanes[0].waiting
+    assert server.engine.replicas[0].pages.held == 0
+    assert not server.engine.replicas[0].running and not server.engine.replicas[0].waiting
 
 
 @pytest.mark.slow

@@ -108,9 +108,9 @@ def test_retrieval_rows_are_their_share_of_training_rows_only(words, tmp_path):
 
 
 def test_retrieval_rows_that_cannot_be_are_refused(words, hay):
-    with pytest.raises(ValueError, match="retrieval_share is for rows of text"):
+    with pytest.raises(ValueError, match=r"retrieval_share is for data\.form text"):
         Data(form="conversations", retrieval_share=0.5)
-    with pytest.raises(ValueError, match="retrieval_share must lie in 0 to 1"):
+    with pytest.raises(ValueError, match="retrieval_share must be at least 0 and below 1"):
         Data(retrieval_share=1.0)
     with pytest.raises(ValueError, match="a row of 20 tokens"):
         retrieval.RetrievalRows(hay, words, 20, count=1, weight=1.0)

@@ -1,1 +1,1 @@
-"""The locked-up process: `python -I` runs this folder. It imports the standard library and nothing of this project."""
+"""The sandboxed process: `python -I` runs this folder. It imports only the standard library, nothing of the project."""

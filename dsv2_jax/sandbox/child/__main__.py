@@ -1,9 +1,9 @@
-"""Locks this process up, then runs what nobody vouches for: the child's side of `supervisor.py` and `worker.py`.
+"""Restricts this process, then runs untrusted code: the child of `supervisor.py` and `worker.py`.
 
-    python -I CHILD SETTINGS      in the scratch folder, which is all it can write; SETTINGS as JSON
+    python -I CHILD SETTINGS      SETTINGS is JSON; the current folder is the scratch folder
 
-A program runs as `__main__`. With tests there are two such processes: one runs the program and then answers calls, the
-other one runs the tests and ends with code 0 if they pass. A worker answers questions with a function of a file.
+A program runs as `__main__`. With tests there are two processes: one runs the program and then serves calls; the other
+one runs the tests and exits with 0 if they pass. A worker serves calls of one function of a file.
 """
 
 import _socket
@@ -24,30 +24,30 @@ import seccomp
 
 
 def main() -> None:
-    """Reads the settings, locks up and runs. The exit code is the program's, or that of the tests."""
+    """Reads the settings, restricts the process and runs the code. Exits with the code of the program or tests."""
     settings = json.loads(sys.argv[1])
     sys.argv = ["program.py"]
     sys.dont_write_bytecode = True
     if settings["kind"] == "worker":
         function = _function(settings["file"], settings["function"])
-        _lock(settings)
-        _answer(function, settings["seconds"])
+        _restrict(settings)
+        _serve_calls(function, settings["seconds"])
         return
     with open(settings["file"], encoding="utf-8") as file:
-        _lock(settings)
+        _restrict(settings)
         text = file.read()
     if settings["kind"] == "program":
         _run(text, "__main__")
         return
-    sys.set_int_max_str_digits(0)  # integers of any length pass between tests and program
+    sys.set_int_max_str_digits(0)  # tests and program may exchange integers of any length
     lines = remote.Lines(settings["incoming"], settings["outgoing"])
     if settings["kind"] == "tests":
-        _test(text, remote.Program(lines))
+        _test(text, remote.RemoteProgram(lines))
     else:
         remote.serve(lines, _run(text, "program"))
 
 
-def _lock(settings: dict[str, Any]) -> None:
+def _restrict(settings: dict[str, Any]) -> None:
     worker = settings["kind"] == "worker"
     cpu_seconds = None if worker else settings["seconds"]
     restrict.resources(cpu_seconds, settings["memory"], settings["file_size"], settings["processes"])
@@ -61,7 +61,7 @@ def _lock(settings: dict[str, Any]) -> None:
     control = _socket.socket(fileno=settings["control"])
     control.sendmsg([b"."], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack("i", listener))])
     control.close()
-    os.close(listener)  # whoever holds it answers the questions
+    os.close(listener)  # only the supervisor may hold it, since the holder grants requests
     seccomp.load(seccomp.allowed_calls(os.getpid(), create=True))
 
 
@@ -69,11 +69,11 @@ def _run(text: str, name: str) -> dict[str, Any]:
     module = types.ModuleType(name)
     module.__dict__["__builtins__"] = builtins
     sys.modules[name] = module
-    exec(compile(text, "program.py", "exec", dont_inherit=True), module.__dict__)  # what all of the above is for
+    exec(compile(text, "program.py", "exec", dont_inherit=True), module.__dict__)  # in the sandbox
     return module.__dict__
 
 
-def _test(text: str, program: remote.Program) -> None:
+def _test(text: str, program: remote.RemoteProgram) -> None:
     tests = compile(text, "tests.py", "exec", dont_inherit=True)
     exec(tests, {"__name__": "tests", "__builtins__": builtins} | program.names(sorted(_names(tests))))
 
@@ -91,10 +91,10 @@ def _function(path: str, name: str) -> Callable[..., Any]:
     return getattr(module, name)
 
 
-def _answer(function: Callable[..., Any], seconds: float) -> None:
-    """A line of JSON for each line of arguments; null where the function raises. Too long a call ends the process."""
+def _serve_calls(function: Callable[..., Any], seconds: float) -> None:
+    """Answers each line of arguments with a line of JSON, null if the function raises. A timeout ends the process."""
     lines = remote.Lines(0, os.dup(1))
-    os.dup2(2, 1)  # what the function prints is no answer
+    os.dup2(2, 1)  # keeps the function's output apart from the answers
     lines.send("ready")
     while True:
         try:

@@ -1,8 +1,8 @@
-"""Calls from the process that holds the tests to the process that holds the program, as lines of JSON.
+"""Remote calls from the process of the tests to the process of the program, as lines of JSON.
 
-Plain values (None, numbers, texts, bytes, and lists, tuples, sets and dicts of them) are copied. Anything else stays
-with the program, and the tests get a `Held` in its place, which forwards attributes, calls and iteration. Comparisons
-are the tests' own: a held object equals no plain value, whatever the program says.
+Plain values (None, numbers, strings, bytes, and lists, tuples, sets and dicts of them) are copied. Other objects stay
+in the process of the program, and the tests get a proxy, `Held`, which forwards attributes, calls and iteration. The
+tests compare values in their own process: a proxy never equals a plain value, whatever the program defines.
 """
 
 import builtins
@@ -14,7 +14,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-_LONGEST = 1 << 24  # bytes of a message
+_MAX_BYTES = 1 << 24  # bytes of a message
 _FORWARDED = ("len", "iter", "next", "getitem", "setitem", "delitem", "contains", "str", "repr")
 
 _TO_PLAIN: dict[type, Callable[[Any], Any]] = {
@@ -40,22 +40,22 @@ _BUILD: dict[str, Callable[[Any], Any]] = {
 
 
 class Lines:
-    """Messages in both directions over two descriptors."""
+    """Sends and receives JSON messages over two file descriptors."""
 
     def __init__(self, incoming: int, outgoing: int):
         self._incoming, self._outgoing = os.fdopen(incoming, "rb"), os.fdopen(outgoing, "wb")
 
     def send(self, message: Any) -> None:
-        """Raises ValueError for one that is too long."""
+        """Raises ValueError if the message is too long."""
         line = json.dumps(message).encode() + b"\n"
-        if len(line) > _LONGEST:
+        if len(line) > _MAX_BYTES:
             raise ValueError("a value is too large to pass between tests and program")
         self._outgoing.write(line)
         self._outgoing.flush()
 
     def receive(self) -> Any:
-        """Raises EOFError when the other side has ended, ValueError for what is not a message."""
-        line = self._incoming.readline(_LONGEST)
+        """Raises EOFError if the other process has ended, ValueError if the line is not JSON."""
+        line = self._incoming.readline(_MAX_BYTES)
         if not line:
             raise EOFError("the other process has ended")
         return json.loads(line)
@@ -89,20 +89,20 @@ def _from_json(message: Any, held: Callable[[str, Any], Any]) -> Any:
     return _BUILD[kind](_from_json(inside, held))
 
 
-class Program:
-    """The tests' side."""
+class RemoteProgram:
+    """The program, as the tests see it."""
 
     def __init__(self, lines: Lines):
         self._lines = lines
 
     def names(self, wanted: list[str]) -> dict[str, Any]:
-        """What the program has by these names, after it has run. Names of Python's own stay Python's."""
+        """The program's globals of these names. Built-in names are not replaced."""
         wanted = [name for name in wanted if not name.startswith("__") and not hasattr(builtins, name)]
-        found = self.ask("names", wanted)
+        found = self.request("names", wanted)
         return {name: found[name] for name in wanted if name in found}
 
-    def ask(self, *request: Any) -> Any:
-        """Raises the built-in exception that the program raised, RuntimeError for one of its own."""
+    def request(self, *request: Any) -> Any:
+        """Sends a request and returns its value. Re-raises built-in exceptions, and others as RuntimeError."""
         self._lines.send([_to_json(part, _known) for part in request])
         answer = self._lines.receive()
         if "error" in answer:
@@ -128,11 +128,11 @@ class Program:
 def _known(value: Any) -> Any:
     if isinstance(value, Held):
         return {"held": value._number}
-    raise TypeError(f"a {type(value).__name__} of the tests cannot be passed to the program")
+    raise TypeError(f"cannot pass a {type(value).__name__} of the tests to the program")
 
 
 def _update(argument: Any, now: Any) -> None:
-    """A program may change lists, dicts and sets that it is given."""
+    """Applies the program's change to a list, dict or set that was an argument."""
     if isinstance(argument, list) and isinstance(now, list):
         argument[:] = now
     elif (isinstance(argument, dict) and isinstance(now, dict)) or (isinstance(argument, set) and isinstance(now, set)):
@@ -141,38 +141,38 @@ def _update(argument: Any, now: Any) -> None:
 
 
 class Held:
-    """An object that stays with the program."""
+    """Proxy of an object in the process of the program."""
 
     __slots__ = ("_number", "_program")
 
-    def __init__(self, program: Program, number: int):
+    def __init__(self, program: RemoteProgram, number: int):
         object.__setattr__(self, "_program", program)
         object.__setattr__(self, "_number", number)
 
     def __getattr__(self, name: str) -> Any:
-        return self._program.ask("get", self._number, name)
+        return self._program.request("get", self._number, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self._program.ask("set", self._number, name, value)
+        self._program.request("set", self._number, name, value)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        return self._program.ask("call", self._number, list(arguments), named)
+        return self._program.request("call", self._number, list(arguments), named)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Held) and self._program.ask("equal", self._number, other) is True
+        return isinstance(other, Held) and self._program.request("equal", self._number, other) is True
 
     def __hash__(self) -> int:
         return hash(self._number)
 
     def __bool__(self) -> bool:
-        return self._program.ask("truth", self._number) is True
+        return self._program.request("truth", self._number) is True
 
 
 def _forward(name: str) -> Callable[..., Any]:
     def forwarded(self: Held, *arguments: Any) -> Any:
         try:
             method = self.__getattr__(f"__{name}__")
-        except AttributeError as error:  # what Python's own functions expect where an object has no such method
+        except AttributeError as error:  # what built-in functions raise for a missing method
             raise TypeError(str(error)) from None
         return method(*arguments)
 
@@ -184,9 +184,9 @@ for _name in _FORWARDED:
 
 
 def serve(lines: Lines, namespace: dict[str, Any]) -> None:
-    """The program's side: answers until the tests have ended."""
+    """Serves requests in the process of the program until the tests end."""
     objects: list[Any] = []
-    numbers: dict[int, int] = {}  # by identity
+    numbers: dict[int, int] = {}  # by id()
 
     def hold(value: Any) -> Any:
         if isinstance(value, types.ModuleType):
@@ -222,5 +222,5 @@ def serve(lines: Lines, namespace: dict[str, Any]) -> None:
             return
         try:
             lines.send(answer(request))
-        except BaseException as error:  # SystemExit too: the tests decide what it means
+        except BaseException as error:  # also SystemExit: the tests decide what it means
             lines.send({"error": [type(error).__name__, str(error)]})

@@ -1,4 +1,4 @@
-"""Takes files, user, capabilities and resources away from this process; none of it can be undone from inside."""
+"""Irrevocably restricts this process: files, user, capabilities and resources."""
 
 import ctypes
 import os
@@ -22,11 +22,10 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def files(scratch: str, *, packages: bool) -> None:
-    """Leaves `scratch` to work in and Python's own files to read. Raises OSError where Landlock is missing.
+    """Allows writing in `scratch` and reading Python's own files, nothing else. Raises OSError without Landlock.
 
-    packages: also the installed packages. The rights that Landlock knows grow with its version: where cutting files
-    short (version 3), ioctl on devices (5), TCP (4), or signals and abstract sockets (6) are not known yet, the list of
-    system calls stands alone.
+    packages: also allow reading the installed packages. Older versions of Landlock lack rights for truncation (version
+    3), TCP (4), ioctl on devices (5), or signals and abstract sockets (6). There only the system call filter applies.
     """
     version = _syscall(_CREATE_RULESET, None, 0, 1)
     known = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
@@ -44,10 +43,10 @@ def files(scratch: str, *, packages: bool) -> None:
 
 
 def user(number: int | None) -> None:
-    """Becomes the user `number`, if any, and drops all capabilities.
+    """Changes to the user `number`, if any, and drops all capabilities.
 
-    One capability stays where that user cannot read Python's own files, such as a Python below /root: to read in spite
-    of modes. Landlock still bounds what is read.
+    If that user cannot read Python's own files, such as a Python in /root, the capability to read any file is kept.
+    Landlock still limits which files are read.
     """
     folders = [path for path in sys.path if os.path.isdir(path)]
     if number is not None:
@@ -61,7 +60,7 @@ def user(number: int | None) -> None:
 
 
 def resources(seconds: int | None, memory: int, file_size: int, processes: int | None) -> None:
-    """Bounds CPU seconds, bytes of address space, bytes of a file, and where it is given the user's threads."""
+    """Limits CPU seconds, bytes of address space, bytes of a file, and the threads of the user (None: no limit)."""
     limits = {
         resource.RLIMIT_AS: memory,
         resource.RLIMIT_FSIZE: file_size,
@@ -73,12 +72,12 @@ def resources(seconds: int | None, memory: int, file_size: int, processes: int |
         limits[resource.RLIMIT_CPU] = seconds
     if processes is not None:
         limits[resource.RLIMIT_NPROC] = processes
-    for what, most in limits.items():
-        resource.setrlimit(what, (most, most))
+    for kind, limit in limits.items():
+        resource.setrlimit(kind, (limit, limit))
 
 
 def die_with(parent: int) -> None:
-    """Ends this process when the thread that started it ends. parent: that one's process."""
+    """Ends this process when the thread that started it ends. parent: the process id of that thread."""
     _check(_LIBC.prctl(_PARENT_DEATH_SIGNAL, int(signal.SIGKILL), 0, 0, 0))
     if os.getppid() != parent:
         os._exit(1)
