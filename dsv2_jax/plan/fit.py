@@ -207,9 +207,7 @@ def max_rows(config: Config, topology: Topology, capacity: Capacity, plan: Plann
         if wanted <= fitting:
             break
         rows = wanted
-    check(
-        best is not None, f"the parameters leave no room for {_ROW_STEP} sequences of {capacity.length} tokens a device"
-    )
+    check(best is not None, f"{_ROW_STEP} sequences of {capacity.length} tokens per device do not fit")
     assert best is not None
     return best
 

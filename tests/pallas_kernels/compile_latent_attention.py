@@ -1,4 +1,4 @@
-"""Compiles latent attention and its gradients for a TPU that is not here: python FILE TOPOLOGY KIND CORES CASE..."""
+"""Compiles latent attention and its gradients for a TPU that is absent: python FILE TOPOLOGY KIND CORES CASE..."""
 
 import functools
 import os
@@ -37,7 +37,7 @@ def step(*arrays: jax.Array) -> tuple:
 
 
 def main(topology: str, kind: str, cores: int, cases: list[str]) -> None:
-    """A case is SHAPE, SHAPE:float32, SHAPE:T or SHAPE:T:S."""
+    """Compiles each case: SHAPE, SHAPE:float32, SHAPE:T or SHAPE:T:S."""
     target = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
     assert target.device_kind == kind, target.device_kind
     device = AbstractDevice(platform="tpu", device_kind=kind, num_cores=cores)
@@ -63,7 +63,7 @@ def main(topology: str, kind: str, cores: int, cases: list[str]) -> None:
         with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
             traced = jax.jit(step).trace(*args)
         text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
-        # The policy keeps what the forward kernel made: it must not run again.
+        # The policy stores the result of the forward kernel, so the kernel must not run again.
         calls = [
             len(re.findall(rf"%\w*latent_attention_{way}[.\w]* = .* custom-call", text))
             for way in ("forward", "backward")

@@ -1,4 +1,4 @@
-"""Which scalar operands of a kernel are known, given the values of some arguments."""
+"""The scalar operands of a kernel that follow from the values of some arguments."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ X = jax.ShapeDtypeStruct((8, 128), jnp.float32)
 
 
 def _kernel(numbers: jax.Array, x: jax.Array, name: str | None = None) -> jax.Array:
-    """x times the prefetched number of its block."""
+    """Multiplies each block of x by its prefetched number."""
 
     def kernel(numbers, x, o):
         o[...] = x[...] * numbers[pl.program_id(0)]
@@ -34,8 +34,8 @@ def _known(fn, *args) -> list[tuple[str, dict[int, list[int]]]]:
     return [(name, {n: x.tolist() for n, x in operands.items()}) for name, operands in calls]
 
 
-def test_known_operands() -> None:
-    """What follows from values alone is known, through jit, loops and custom gradients; the rest is not."""
+def test_operands_that_follow_from_known_arguments_are_known() -> None:
+    """Values are propagated through jit, loops and custom gradients."""
 
     @jax.custom_vjp
     def op(sizes, x):
@@ -50,7 +50,7 @@ def test_known_operands() -> None:
 
 
 @pytest.mark.tpu
-def test_calls_in_turn() -> None:
+def test_each_call_has_its_own_operands() -> None:
     """Each call of a kernel gets its own values, whether it has a name or not."""
 
     def fn(a, b, x):

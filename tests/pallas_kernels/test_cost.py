@@ -1,4 +1,4 @@
-"""The cost of kernels whose work is known by hand, and the command line's manners."""
+"""The cost of kernels whose work is known by hand, and the command line."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ BF16, F32 = 2, 4
 
 
 def _matmul(a: jax.Array, b: jax.Array, limit: jax.Array, *, m: int, n: int, k: int) -> jax.Array:
-    """a @ b in blocks, of which only the first limit[0] row blocks are computed."""
+    """Computes a @ b in blocks, but only the first limit[0] row blocks."""
 
     def kernel(limit, a, b, o, sum_):
         @pl.when(pl.program_id(2) == 0)
@@ -66,18 +66,18 @@ def _cost(chip: str, m: int, n: int, k: int, limit: int) -> cost.Cost:
 @pytest.mark.tpu
 @pytest.mark.parametrize("blocks", [(256, 256, 512), (512, 1024, 1024), (512, 256, 4096)], ids=str)
 @pytest.mark.parametrize("chip", chips.CHIPS)
-def test_matmul(chip: str, blocks: tuple[int, int, int]) -> None:
-    """Trips, copies, matmuls and VMEM of a blocked matmul, computed by hand."""
+def test_blocked_matmul_matches_figures_by_hand(chip: str, blocks: tuple[int, int, int]) -> None:
+    """Checks trip counts, copied bytes, matmul instructions and VMEM."""
     (m, n, k), facts = blocks, chips.CHIPS[chip]
     result = _cost(chip, *blocks, limit=M // m)
     (kernel,) = result.kernels
     rows, columns, sums = M // m // facts.cores, N // n, K // k  # steps of one core
     steps = rows * columns * sums
-    a_blocks = rows if sums == 1 else steps  # the same block as in the step before is not copied again
+    a_blocks = rows if sums == 1 else steps  # a block that does not change between steps is copied once
     assert kernel.copied["hbm_to_vmem"] == BF16 * (a_blocks * m * k + steps * k * n)
     assert kernel.copied["vmem_to_hbm"] == BF16 * rows * columns * m * n
     width = facts.mxu_width
-    matmuls = steps * (m // 16) * (k // width) * (n // width)  # 16 rows an instruction, a width x width tile of b
+    matmuls = steps * (m // 16) * (k // width) * (n // width)  # each of 16 rows by a width x width tile of b
     assert kernel.matmuls == matmuls
     assert kernel.mxu * kernel.us * facts.clock == pytest.approx(matmuls * facts.matmul_cycles / facts.mxus * 1e6)
     assert max(run["trips"] for run in kernel.hottest if run["matmuls"]) <= steps
@@ -89,39 +89,38 @@ def test_matmul(chip: str, blocks: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.tpu
-def test_skipped_blocks() -> None:
-    """Blocks that a prefetched number skips cost their copies, but no matmul."""
-    whole, half = (_cost("v5e", 256, 512, 4096, limit) for limit in (4, 2))
-    assert half.kernels[0].matmuls * 2 == whole.kernels[0].matmuls
-    assert half.kernels[0].copied == whole.kernels[0].copied
-    assert half.us < whole.us
+def test_skipped_blocks_cost_copies_but_no_matmuls() -> None:
+    full, half = (_cost("v5e", 256, 512, 4096, limit) for limit in (4, 2))
+    assert half.kernels[0].matmuls * 2 == full.kernels[0].matmuls
+    assert half.kernels[0].copied == full.kernels[0].copied
+    assert half.us < full.us
 
 
-def test_peaks() -> None:
-    """The MXUs at their clock give the published TFLOP/s of a chip (of one of a tpu7x's two devices)."""
+def test_peaks_match_the_published_figures() -> None:
+    """A tpu7x chip has two devices, so its figure is halved."""
     published = {"v4": 275, "v5e": 197, "v5p": 459, "v6e": 918, "tpu7x": 2307 / 2}
     for name, chip in chips.PLANNED.items():
         assert chip.peak * chip.cores == pytest.approx(published[name] * 1e12, rel=2e-3), name
 
 
 @pytest.mark.tpu
-def test_no_kernel() -> None:
+def test_a_function_without_a_kernel_raises() -> None:
     with pytest.raises(ValueError, match="no Pallas kernel"):
         cost.cost(lambda x: x + 1, (jax.ShapeDtypeStruct((8, 128), jnp.float32),), "v5e", flops=1, bytes=1)
 
 
-def test_unknown_chip() -> None:
+def test_an_unknown_chip_raises() -> None:
     with pytest.raises(ValueError, match="unknown chip 'v5x'; did you mean v5"):
         cost.cost(lambda x: x, (), "v5x", flops=1, bytes=1)
 
 
-def _run(*words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "pallas_kernels.cost", *words]
+def _run(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pallas_kernels.cost", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("arguments", "message"),
     [
         (["latent_decod", "--chip", "v5e", "--shape", "v2"], "unknown op 'latent_decod'; did you mean latent_decode?"),
         (["latent_decode", "--chip", "v4", "--shape", "v2"], "unknown chip 'v4'"),
@@ -130,17 +129,15 @@ def _run(*words: str) -> subprocess.CompletedProcess:
         (["latent_decode", "--chip", "v5e", "--shape", "v2", "--tunes"], "did you mean --tune?"),
     ],
 )
-def test_mistakes(words: list[str], told: str) -> None:
-    """One line and exit code 2."""
-    done = _run(*words)
+def test_mistakes_end_with_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:
+    done = _run(*arguments)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert done.stderr.startswith("error: ")
-    assert told in done.stderr
+    assert message in done.stderr
 
 
 @pytest.mark.tpu
-def test_command(tmp_path: Path) -> None:
-    """The table says what the JSON says."""
+def test_command_prints_the_figures_of_the_json(tmp_path: Path) -> None:
     file = tmp_path / "cost.json"
     done = _run("latent_decode", "--chip", "v5e", "--shape", "nano", "--json", str(file))
     assert done.returncode == 0, done.stderr

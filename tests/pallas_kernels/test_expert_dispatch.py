@@ -1,4 +1,4 @@
-"""Grouped products and the experts' SwiGLU, kernels and plain twins, against float64; kernels compiled for TPUs."""
+"""Grouped products and the experts' SwiGLU, kernels and jnp twins, against float64; kernels compiled for TPUs."""
 
 import itertools
 import os
@@ -33,7 +33,7 @@ OPS = {"pallas": kernels, "xla": reference}
 
 @pytest.fixture
 def interpreted():
-    """Kernels run in TPU interpret mode: memory is NaN until written, and unordered accesses are found."""
+    """Runs kernels in TPU interpret mode: unwritten memory is NaN, and races are detected."""
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
         yield
         assert interpret_pallas_call.races is None or not interpret_pallas_call.races.races_found
@@ -44,13 +44,13 @@ def _normal(rng, *shape):
 
 
 def _check(got, true, what):
-    """Every result within the bound that follows from its own sums."""
+    """Checks every result against the error bound that follows from its sums."""
     for number, (a, t) in enumerate(zip(got, true, strict=True)):
         bounds.check(a, t, (what, number))
 
 
 def _ops_case(dtype, sizes, seed=0):
-    """Operands whose rows behind the groups are NaN, and the true results of every op with their bounds."""
+    """Operands with NaN in the rows after the groups, and the true results of every op with error bounds."""
     rng, total = np.random.default_rng(seed), sum(sizes)
     draws = [_normal(rng, P, D), _normal(rng, E, D, F) / 8, _normal(rng, E, D, F) / 8]
     draws += [_normal(rng, P, F), _normal(rng, P, F), rng.random(P), _normal(rng, E, F, D) / 8]
@@ -61,7 +61,7 @@ def _ops_case(dtype, sizes, seed=0):
 
 
 def _true_ops(c, sizes, dtype):
-    """The true results of every op; c: its operands as numbers."""
+    """The true results of every op. c: its operands in float64."""
     total, ids = sum(sizes), np.repeat(np.arange(E), sizes)
     groups = [ids == e for e in range(E)]
     x, a, u, s = (c[name][:total] for name in "xaus")
@@ -81,14 +81,14 @@ def _true_ops(c, sizes, dtype):
 
 
 def _grouped(x, w, sizes, transposed=False):
-    """Each row with its group's matrix."""
+    """Multiplies each row by its group's matrix."""
     how = "pf,df->pd" if transposed else "pd,df->pf"
     starts = np.cumsum([0, *sizes])
     return bounds.concatenate([product(how, x[a:b], w[e]) for e, (a, b) in enumerate(itertools.pairwise(starts))])
 
 
 def _run(ops, c):
-    """Every op on a case: the rows' tiles do not divide the groups, and two column blocks overlap."""
+    """Runs every op, with tiles that do not divide the groups and two overlapping column blocks."""
     row = {"tiles": Tiles(rows=64, step=32, chunk=128, blocks=2)} if ops is kernels else {}
     weight = {"tiles": Tiles(rows=64, step=32, chunk=128, blocks=1)} if ops is kernels else {}
     return {
@@ -115,8 +115,8 @@ def test_building_blocks(implementation, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_small_faults_of_the_building_blocks_are_found(dtype):
-    """Of each result: a scale that is off by 1e-4 (of bfloat16 1e-3), and one product that its sums leave out."""
+def test_bounds_detect_small_errors(dtype):
+    """The errors are a scale off by 1e-4 (1e-3 for bfloat16) and one product missing from a sum."""
     dtype, sizes = jnp.dtype(dtype), SIZES["uneven"]
     case, true = _ops_case(dtype, sizes)
     rows = {name: slice(None) if name == "tgmm_each" else slice(sum(sizes)) for name in true}
@@ -132,8 +132,10 @@ def test_small_faults_of_the_building_blocks_are_found(dtype):
 
 
 def _quantized(rng, shape, kind):
-    """A weight in 8 bits, and what it stands for in float64. Of float8 every bit pattern but NaN; in some channels only
-    subnormal numbers, which scales make as large as the others."""
+    """A weight in 8 bits and its float64 value. float8 has every bit pattern except NaN.
+
+    Some float8 channels have only subnormal numbers, scaled to the size of the others.
+    """
     if kind == "int8":
         values = rng.integers(-127, 128, shape).astype(np.int8)
     else:
@@ -162,7 +164,7 @@ def test_weights_in_8_bits(implementation, dtype, kind):
         (hidden,) = ops.gate_up(c["x"], gate, up, c["s"], c["sizes"], **tiles)
         return [hidden, ops.gmm(c["a"], down, c["sizes"], **tiles)]
 
-    one = exact(1.0)  # sums times scales are rounded
+    one = exact(1.0)  # makes the product of sum and scale a rounded one
     for name in ("uneven", "none"):
         case, _ = _ops_case(dtype, SIZES[name])
         total = sum(SIZES[name])
@@ -176,8 +178,8 @@ def test_weights_in_8_bits(implementation, dtype, kind):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("implementation", OPS)
-def test_rows_are_added_up_by_token(implementation, dtype):
-    """More tokens than a group of the kernel has; rows that no pair keeps are NaN."""
+def test_combine_adds_up_the_rows_of_each_token(implementation, dtype):
+    """There are more tokens than in one group of the kernel. Rows without a pair are NaN."""
     rng, dtype, (n, k, p) = np.random.default_rng(0), jnp.dtype(dtype), (300, 3, 480)
     for share in (0.0, 0.4):
         kept = rng.random((n, k)) < share
@@ -202,7 +204,7 @@ def _vjp(f, x, experts, rest, g):
 
 
 def _skewed(n):
-    """First choices all to expert 3, the others to 1 and 4: 0 and 2 stay empty."""
+    """All first choices are expert 3, second choices 1 and 4: experts 0 and 2 stay empty."""
     return np.stack([np.array([3, 1 + 3 * (i % 2)]) for i in range(n)])
 
 
@@ -264,7 +266,7 @@ def test_grouped_swiglu(implementation, name, dtype):
         wide = [exact(a) for a in (x, gates, *weights, g)]
         true = bounds.grouped_swiglu(wide[0], kept, wide[1], tuple(wide[2:5]), wide[5], dtype, turns)
         _check(got, true, name)
-        with jax.enable_x64(True):  # and autodiff finds the same gradients
+        with jax.enable_x64(True):  # autodiff gives the same gradients
             arrays = [jnp.asarray(a.value) for a in wide]
             found = _vjp(_dense, arrays[0], jnp.asarray(kept), arrays[1:-1], arrays[-1])
         for a, t in zip(found, true, strict=True):
@@ -275,7 +277,7 @@ def test_grouped_swiglu(implementation, name, dtype):
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("implementation", [pytest.param("pallas", marks=pytest.mark.slow), "xla"])
 def test_grouped_swiglu_in_8_bits(implementation):
-    """Widths that are no multiples of 128, and pairs of no expert."""
+    """Covers widths that are not multiples of 128 and pairs without an expert."""
     rng, (n, k), (depth, width) = np.random.default_rng(0), (40, 2), (96, 160)
     experts, gates = _dropping(n), rng.random((n, k)) + 0.1
     x = jnp.asarray(_normal(rng, n, depth), jnp.bfloat16)
@@ -307,7 +309,7 @@ def test_wrong_arguments_raise():
 
 
 def _compile(topology, monkeypatch, function, *args):
-    """Compiles for a TPU that is not here; args (shape, dtype) or trees of them. The number of kernels."""
+    """Compiles for a TPU that is not attached and returns the number of kernels. args: shapes or trees of them."""
     for name, value in {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -322,7 +324,7 @@ def _compile(topology, monkeypatch, function, *args):
         lowered = jax.jit(function).lower(
             *jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), args)
         )
-        # jaxlib cannot read back the text of what libtpu gives to SparseCore
+        # jaxlib cannot print programs with operations on the SparseCores
         options = ["xla_tpu_offload_gather_to_sparsecore", "xla_tpu_enable_offloading_scatter_to_sparsecore"]
         lowered.compile(compiler_options=dict.fromkeys(options, False))
     return lowered.as_text().count("tpu_custom_call")
@@ -332,7 +334,7 @@ TOPOLOGIES = ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"]
 
 
 def _operands(size: ExpertDispatch) -> tuple:
-    """(tokens, [experts and gates of each], shapes of the three weights)"""
+    """(tokens, [experts, gates], shapes of the three weights)."""
     routing = [jax.ShapeDtypeStruct((size.tokens, size.active), d) for d in (jnp.int32, jnp.float32)]
     up, down = (size.experts, size.hidden, size.width), (size.experts, size.width, size.hidden)
     return jax.ShapeDtypeStruct((size.tokens, size.hidden), jnp.bfloat16), routing, [up, up, down]
@@ -341,7 +343,7 @@ def _operands(size: ExpertDispatch) -> tuple:
 @pytest.mark.tpu
 @pytest.mark.parametrize(
     ("topology", "shape"),
-    # The large ones take minutes each: `benchmarks/kernels.py` compiles them for every chip.
+    # The large shapes take minutes each: `benchmarks/kernels.py` compiles them for every chip.
     [*((topology, "nano") for topology in TOPOLOGIES), ("v5p:2x2x1", "v2"), ("v6e:2x2", "v2_lite")],
 )
 def test_compiles_for_tpus(topology, shape, monkeypatch):

@@ -1,4 +1,4 @@
-"""Latent attention: every implementation against float64, forward and gradients; for real chips, that it compiles."""
+"""Latent attention, forward and gradients: every implementation against float64, and compiled for real chips."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from pallas_kernels.latent_attention import flash, latent_attention, reference
 
 
 def as_on_v5p(*args, **kwargs) -> jax.Array:
-    """With the blocks of another chip: other masked parts, the sum of weights on the VPU, gradients for two cores."""
+    """Uses the blocks of a v5p: other masked parts, the sum of weights on the VPU, gradients for two cores."""
     with mock.patch.object(flash, "chip", lambda: "v5p"):
         return flash.attention(*args, **kwargs, interpret=True)
 
@@ -29,7 +29,7 @@ IMPLEMENTATIONS = {"pallas": functools.partial(flash.attention, interpret=True),
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """J KV heads and H heads, T queries from slot `offset` on, S keys. segments: of the keys, where the row changes."""
+    """H heads with J KV heads, S keys, and T queries that start at slot `offset`."""
 
     b: int = 1
     h: int = 4
@@ -40,9 +40,9 @@ class Case:
     r: int = 8
     v: int = 16
     offset: int = 0
-    documents: tuple[int, ...] = ()  # first slots of all but the first
-    padding: tuple[int, int] = (0, 0)  # slots at the start and at the end
-    size: float = 1.0  # of queries and keys
+    documents: tuple[int, ...] = ()  # first slots of the second and later documents
+    padding: tuple[int, int] = (0, 0)  # slots at the start and end of the row
+    size: float = 1.0  # standard deviation of queries and keys
     dtype: str = "float32"
 
 
@@ -66,7 +66,7 @@ CASES = {
     "several_chunks": Case(h=2, j=2, t=300, s=4100, offset=3700),
     "several_chunks_packed": Case(h=2, j=1, t=300, s=4100, offset=3000, documents=(1100, 3150)),
 }
-LARGE_SCORES = {  # far beyond the window in which no running maximum is needed
+LARGE_SCORES = {  # scores that need the running maximum
     "large": Case(h=2, j=2, t=256, s=256, size=20.0),
     "large_several_chunks": Case(h=1, j=1, t=256, s=4100, offset=3844, size=20.0),
 }
@@ -79,7 +79,7 @@ TPUS = {  # topology, kind, cores of a device
 
 
 def inputs(case: Case) -> tuple[dict, dict]:
-    """(arrays in the case's dtype, keyword arguments)."""
+    """The arrays in the case's dtype, and the keyword arguments."""
     random = np.random.default_rng(0)
 
     def normal(*shape: int, size: float = 1.0) -> jax.Array:
@@ -108,7 +108,7 @@ def inputs(case: Case) -> tuple[dict, dict]:
 
 
 def truth(arrays: dict, rest: dict) -> tuple[Number | None, ...]:
-    """Result and gradients with their bounds, for queries that see something; the others have a cotangent of 0."""
+    """Result and gradients with error bounds. Queries that see no key have a cotangent of 0."""
     x = {k: None if a is None else np.asarray(a, np.float64) for k, a in arrays.items()}
     (b, h, t, n), j, dtype = x["q_nope"].shape, x["v"].shape[1], arrays["v"].dtype
     segments_BT, segments_BS = rest["segments_BT"], rest["segments_BS"]
@@ -129,7 +129,7 @@ def truth(arrays: dict, rest: dict) -> tuple[Number | None, ...]:
 
 
 def run(attention, arrays: dict, rest: dict) -> tuple:
-    """(result, gradients of all five), by the implementation; padding queries' and blind queries' cotangents are 0."""
+    """Result and gradients of an implementation. Padding queries and queries that see no key have a cotangent of 0."""
     names = ("q_nope", "q_rope", "k_nope", "k_rope", "v")
     slots = np.arange(rest["segments_BS"].shape[1])
     sees = (slots <= np.arange(rest["segments_BT"].shape[1])[:, None] + rest["offset"]) & (
@@ -142,18 +142,18 @@ def run(attention, arrays: dict, rest: dict) -> tuple:
 
 
 def distance(a, b) -> float:
-    """Root mean square of the difference, against that of the truth where it is above that of what went in, 1."""
+    """Root mean square of the difference, relative to that of the truth or to 1, whichever is larger."""
     return float(np.sqrt(np.mean((np.asarray(a, np.float64) - b) ** 2) / max(np.mean(b**2), 1.0)))
 
 
 @functools.cache
 def true(name: str) -> tuple[Number | None, ...]:
-    """The truth of a case, which all implementations are held to."""
+    """The true result and gradients of a case."""
     return truth(*inputs((CASES | LARGE_SCORES)[name]))
 
 
 def results(name: str, implementation: str) -> dict[str, tuple[np.ndarray, Number]]:
-    """The result and each gradient, with the truth."""
+    """The result and each gradient, each with its true value."""
     arrays, rest = inputs((CASES | LARGE_SCORES)[name])
     attention = as_on_v5p if implementation == "pallas_v5p" else IMPLEMENTATIONS[implementation]
     names = ("o", "q_nope", "q_rope", "k_nope", "k_rope", "v")
@@ -174,8 +174,8 @@ def test_result_and_gradients_match_float64(name, implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", LARGE_SCORES)
-def test_scores_of_any_size(name, implementation):
-    """The weights are as good as the last bit of the scores; the bound follows these."""
+def test_large_scores_match_float64(name, implementation):
+    """The error bound grows with the size of the scores' last bit."""
     found = results(name, implementation)
     assert true(name)[0] is not None
     arrays, rest = inputs(LARGE_SCORES[name])
@@ -189,8 +189,8 @@ def test_scores_of_any_size(name, implementation):
 
 
 @pytest.mark.parametrize("name", ["mla", "mla_bf16", "packed", "large"])
-def test_small_faults_are_found(name):
-    """A scale off by 1e-4 (of large scores 1e-2, of bfloat16 2e-2), and two lost keys."""
+def test_bounds_detect_small_errors(name):
+    """The errors are a scale off by 1e-4 (1e-2 for large scores, 2e-2 for bfloat16) and two missing keys."""
     off = {"mla_bf16": 2e-2, "large": 1e-2}.get(name, 1e-4)
     arrays, rest = inputs((CASES | LARGE_SCORES)[name])
     lacking = arrays | {key: arrays[key].at[..., 3:5, :].set(0) for key in ("k_nope", "k_rope", "v")}
@@ -199,12 +199,12 @@ def test_small_faults_are_found(name):
     for what, (got, want) in found.items():
         assert max(bounds.ratios(got * (1 + off), want)) > 1, what
     for what, other in zip(found, poorer, strict=True):
-        if name != "large" or what == "o":  # where one key takes all weight, scores hardly have gradients
+        if name != "large" or what == "o":  # with all weight on one key, the gradients of scores are tiny
             assert max(bounds.ratios(other, found[what][1])) > 1, what
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_nan_in_padding_meets_no_real_token(implementation):
+def test_nan_in_padding_does_not_reach_real_tokens(implementation):
     arrays, rest = inputs(Case(t=200, s=200, documents=(60,), padding=(20, 30)))
     real_T, real_S = rest["segments_BT"][0] > 0, rest["segments_BS"][0] > 0
 
@@ -224,7 +224,7 @@ def test_nan_in_padding_meets_no_real_token(implementation):
         np.testing.assert_array_equal(clean, dirty)
 
 
-def test_what_cannot_run_raises():
+def test_unusable_arguments_raise():
     arrays, rest = inputs(Case(t=8, s=8))
     xs = [arrays[name] for name in ("q_nope", "q_rope", "k_nope", "k_rope", "v")]
     with pytest.raises(ValueError, match="needs a TPU"):

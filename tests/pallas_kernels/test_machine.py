@@ -1,4 +1,4 @@
-"""The machine on a few bundles written by hand: loops, delay slots, guards, copies and unknown values."""
+"""The scalar machine on bundles written by hand: loops, delay slots, guards, copies and unknown values."""
 
 import dataclasses
 
@@ -8,9 +8,9 @@ import pytest
 from pallas_kernels import bundles, machine
 from pallas_kernels.chips import CHIPS, Chip
 
-CHIP = dataclasses.replace(CHIPS["v5e"], clock=1e9, hbm=32e9)  # a granule of 32 bytes a cycle
+CHIP = dataclasses.replace(CHIPS["v5e"], clock=1e9, hbm=32e9)  # a granule of 32 bytes per cycle
 
-# Copies 100 granules and waits for them, as often as the scalar operand 0 says.
+# Copies 100 granules and waits for them; scalar operand 0 is the number of iterations.
 LOOP = """
 LH: loop header
 
@@ -39,21 +39,21 @@ def _execute(text: str, chip: Chip = CHIP, **operands: int) -> machine.Trace:
     return machine.execute(bundles.parse(text), chip, known)
 
 
-def test_trips_and_copies() -> None:
-    """Three trips, delay slots included: three copies in, and the one out whose guard counts those trips."""
+def test_a_loop_repeats_its_copies() -> None:
+    """Three iterations with their delay slots make three copies in. The guard allows one of the two copies out."""
     trace = _execute(LOOP, _0=3)
     assert trace.copies == {"hbm_to_vmem": 3, "vmem_to_hbm": 1}
     assert trace.copied == {"hbm_to_vmem": 3 * 3200, "vmem_to_hbm": 50 * 32}
     loop = next(run for run in trace.runs if run.address == 3)
-    # The first trip begins at bundle 0, the others at the head of the loop. Its nine bundles hide in its one matmul.
+    # The first iteration starts at bundle 0, the others at the loop head. The matmul outlasts the nine bundles.
     assert (loop.trips, loop.schedule.cycles, loop.schedule.matmuls, loop.schedule.spills) == (2, 16, 1, 1)
     assert loop.schedule.mxu_cycles == 16 / 4
     assert trace.doubts == ()
 
 
 @pytest.mark.parametrize(("slots", "label", "matmuls"), [(2, False, 1), (4, False, 3), (4, True, 1), (6, True, 1)])
-def test_delay_slots_end_at_a_label(slots: int, label: bool, matmuls: int) -> None:
-    """The matmul, four bundles behind the branch, is of each trip or of the last only: behind a label, or too far."""
+def test_delay_slots_end_at_their_number_or_at_a_label(slots: int, label: bool, matmuls: int) -> None:
+    """The matmul is four bundles after the branch. Outside the delay slots, it runs only after the last iteration."""
     text = LOOP
     if label:
         text = text.replace("0xa   : > {}", "0xa   : > {} /* Start region 8 */")
@@ -63,30 +63,28 @@ def test_delay_slots_end_at_a_label(slots: int, label: bool, matmuls: int) -> No
     assert sum(run.trips * run.schedule.matmuls for run in trace.runs) == matmuls
 
 
-def test_a_region_that_nothing_begins_is_the_end() -> None:
-    """A branch at the top to it skips the loop: nothing is copied."""
+def test_a_branch_to_an_unmarked_region_goes_to_the_end() -> None:
+    """The branch skips the loop, so nothing is copied."""
     skip = "   0x2   :  { %9 = sbr.rel target = $region9 }\n" + "".join(f"   0x2{c}   :  {{}}\n" for c in "abc")
     trace = _execute(LOOP.replace("   0x2   :  {", skip + "   0x2d   :  {"), _0=3)
     assert trace.copies == {} and trace.doubts == ()
 
 
-def test_general_copy() -> None:
-    """A copy by descriptor counts under the direction that its comment gives."""
+def test_direction_of_a_general_copy_is_in_its_comment() -> None:
     operands = "[#allocation2], 100, %s2_s1, [#allocation4], [#allocation5], [#allocation6], %s9_s9, 0"
     trace = _execute(f"     0   :  {{ %1 = dma.general /*src=*/{operands} /* vmem-to-hbm */ }}")
     assert trace.copied == {"vmem_to_hbm": 3200}
 
 
-def test_time() -> None:
-    """A wait takes what copy and latency leave over: 100 cycles and 700, less the bundle between."""
+def test_a_wait_lasts_until_the_copy_ends() -> None:
+    """A copy takes 100 cycles and a latency of 700; the wait is one bundle later."""
     trace = _execute(LOOP, _0=3)
     assert trace.hbm_cycles == 3 * 100 + 50
     assert trace.stalled == 3 * (100 + 700 - 1)
     assert trace.cycles == trace.stalled + 3 * 16 + 3
 
 
-def test_unknown() -> None:
-    """A branch on a value that nobody gave is not taken, and is reported."""
+def test_a_branch_on_an_unknown_value_is_not_taken_and_is_reported() -> None:
     trace = _execute(LOOP)
     assert trace.copies == {"hbm_to_vmem": 1, "vmem_to_hbm": 1}
     assert trace.doubts == ("sbr.rel hangs on an unknown value (x1)",)
@@ -113,25 +111,25 @@ def test_unknown() -> None:
         ("scalar_select", (None, 5, 6), None),
     ],
 )
-def test_instructions(op: str, operands: tuple, result: int | None) -> None:
-    """32 bits, signed where the name says so; what does not hang on an unknown value is known."""
+def test_scalar_instructions(op: str, operands: tuple, result: int | None) -> None:
+    """Results have 32 bits. A result is known if it does not depend on an unknown operand."""
     function = machine._function(op)
     assert function is not None
     assert function(*operands) == result
 
 
-def test_matrix_words() -> None:
-    """A matrix fills the scalar memory in rows of 128 words; negative numbers are two's complement."""
+def test_a_matrix_in_scalar_memory_has_rows_of_128_words() -> None:
+    """Negative numbers are stored in two's complement."""
     words = machine.smem_words(np.array([[1, 2, 3], [-1, 5, 6]], np.int32))
     assert (len(words), words[:4], words[128:131]) == (256, [1, 2, 3, 0], [2**32 - 1, 5, 6])
 
 
-def test_packed_words() -> None:
-    """Narrow integers share words: four runs of a vector, four rows of a matrix, whose tiles are 8 rows high."""
+def test_narrow_integers_share_words() -> None:
+    """A word holds four int8 values: of four parts of a vector, or of four rows of a matrix with tiles of 8 rows."""
     words = machine.smem_words(np.array([1, -1] + [0] * 126 + [7], np.int8))
     assert (len(words), words[:3]) == (128, [0x701, 0xFF, 0])
     matrix = np.zeros((8, 256), np.int8)
     matrix[[0, 1, 4], [0, 0, 130]] = 1, 2, 3
     words = machine.smem_words(matrix)
-    # Two rows of words make a tile: both rows of the first 128 columns come before the next columns.
+    # A tile has two rows of words: both rows of the first 128 columns precede the next columns.
     assert (len(words), words[0], words[128 * 3 + 2]) == (512, 0x201, 3)

@@ -142,7 +142,7 @@ def test_max_rows_finds_the_most_sequences_that_fit():
         found = program(2**38, fits=False, limit=95 * 2**30)
         return estimate(laid_out(changed, chips, work), chips, found, "", work=work)
 
-    with pytest.raises(ValueError, match="leave no room for 8 sequences of 24 tokens"):
+    with pytest.raises(ValueError, match="8 sequences of 24 tokens per device do not fit"):
         max_rows(config(), Topology("v5p:2x2x1"), Capacity(rows=8, length=24), never)
 
 

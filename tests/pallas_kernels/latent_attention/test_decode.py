@@ -1,4 +1,4 @@
-"""Decode over a paged cache, kernel and plain twin, against float64: ragged lengths, page borders, poisoned slots."""
+"""Decode over a paged cache, kernel and jnp twin, against float64: ragged lengths, page borders, NaN in free slots."""
 
 import functools
 from collections.abc import Callable
@@ -21,7 +21,7 @@ C, R, K = 128, 64, 128
 SCALE = 0.08
 
 
-# Sequences as (slots filled, queries of this call). All have the same shapes: one compilation serves them.
+# Sequences as (filled slots, queries of this call). All cases have the same shapes, so they compile once.
 CASES = {
     "one token each, uneven": [(300, 1), (5, 1), (1, 1), (256, 1), (511, 1)],
     "page borders": [(127, 1), (128, 1), (129, 1), (384, 1), (385, 1), (512, 1)],
@@ -34,7 +34,7 @@ T, N, H, P = 22, 6, 4, 4
 
 
 MIXED = ("page borders", "chunks beside tokens", "only padding")
-# Dtypes of queries and of the cache, and the cases: uint8 holds 6-bit integers.
+# (dtype of the queries, dtype of the cache) -> cases. uint8 holds packed 6-bit integers.
 CACHES = {
     (jnp.float32, jnp.float32): CASES,
     (jnp.bfloat16, jnp.bfloat16): CASES,
@@ -45,7 +45,7 @@ STORED = {"latent_decode": jnp.bfloat16, "latent_decode_int8": jnp.int8, "latent
 
 
 def _rows(rng: np.random.Generator, slots: int, size: int, stored) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows as a cache keeps them, their scales, and what they stand for in float64."""
+    """Rows in the cache's format, their scales, and their float64 values."""
     if not packing.is_packed(stored):
         rows = np.asarray(rng.normal(size=(slots, size)), stored)
         return rows, np.zeros(slots, np.float16), rows.astype(np.float64)
@@ -57,7 +57,7 @@ def _rows(rng: np.random.Generator, slots: int, size: int, stored) -> tuple[np.n
 
 
 def _cache(rng: np.random.Generator, pages: int, stored) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Latents, rope keys and words of scales that nobody has written: NaN, or whatever bits can say."""
+    """Unwritten latents, rope keys and scales: NaN, or random bits in a packed format."""
     sizes = (pages, K, packing.width(C, stored)), (pages, packing.width(R, stored), K)
     words_L1K = rng.integers(0, 2**32, (pages, 1, K), np.uint32)
     if not packing.is_packed(stored):
@@ -66,7 +66,7 @@ def _cache(rng: np.random.Generator, pages: int, stored) -> tuple[np.ndarray, np
 
 
 def _arrays(name: str, dtype, stored) -> tuple[tuple, jax.Array | None, Number]:
-    """The op's arguments, garbage in every slot that is in no sequence, and the truth with its bounds."""
+    """The op's arguments and the true result with error bounds. Slots outside the sequences hold garbage."""
     rng = np.random.default_rng(0)
     sequences = CASES[name] + [(0, 0)] * (N - len(CASES[name]))
     table_NP = rng.permutation(N * P + 2)[: N * P].reshape(N, P)
@@ -84,7 +84,7 @@ def _arrays(name: str, dtype, stored) -> tuple[tuple, jax.Array | None, Number]:
         for i in range(queries):
             q_HC, q_HR = (exact(x[start + i]) for x in (q_THC, q_THR))
             seen = slots - queries + i + 1
-            # What is kept in fewer bits may be rounded to the queries' dtype before it is multiplied.
+            # A packed cache may be rounded to the queries' dtype before it is multiplied.
             keys = (exact(x[:seen]).to(dtype) if packing.is_packed(stored) else exact(x[:seen]) for x in (c_SC, r_SR))
             c, r = keys
             scores = product("hc,sc->hs", q_HC, c) * exact(1.0) + product("hr,sr->hs", q_HR, r) * exact(1.0)
@@ -112,8 +112,8 @@ def _plain() -> Callable[..., jax.Array]:
 @pytest.mark.parametrize(
     ("dtype", "stored", "name"), [(*cache, name) for cache, names in CACHES.items() for name in names]
 )
-def test_float64(dtype, stored, name: str) -> None:
-    """Both agree with float64; poison stays where it is. A scale off by 1e-4 is found (of bfloat16 2e-2)."""
+def test_result_matches_float64(dtype, stored, name: str) -> None:
+    """NaN in free slots does not spread. The bounds detect a scale off by 1e-4 (2e-2 for bfloat16)."""
     arrays, scales, o_THC = _arrays(name, dtype, stored)
     kernel = _kernel(Blocks(pages=2, streams=1 if packing.is_packed(stored) else 2, tokens=4))
     for run in (_plain(), kernel):
@@ -124,16 +124,16 @@ def test_float64(dtype, stored, name: str) -> None:
         assert name == "only padding" or max(bounds.ratios(got * (1 + off), o_THC)) > 1
 
 
-def test_a_missing_slot_is_found() -> None:
-    """One latent of the first sequence's 127 that is 0."""
+def test_bounds_detect_a_missing_slot() -> None:
+    """One of the first sequence's 127 latents is set to 0."""
     arrays, _, o_THC = _arrays("page borders", jnp.float32, jnp.float32)
     page = int(arrays[4][0, 0])
     lacking = (*arrays[:2], arrays[2].at[page, 5].set(0), *arrays[3:])
     assert bounds.ratios(_plain()(*lacking)[0], o_THC[0])[0] > 1
 
 
-def test_one_query_each() -> None:
-    """Without starts: one token of every sequence, and no kernel of prefill chunks."""
+def test_without_starts_every_sequence_has_one_query() -> None:
+    """The program then has no kernel for prefill chunks."""
     (q_THC, q_THR, *cache, _), _, o_THC = _arrays("page borders", jnp.float32, jnp.float32)
     arrays = q_THC[:N], q_THR[:N], *cache, None
     bounds.check(_plain()(*arrays), o_THC[:N])
@@ -144,8 +144,8 @@ def test_one_query_each() -> None:
         _plain()(q_THC, q_THR, *cache, None)
 
 
-def test_sequences_that_share_a_row_of_the_table() -> None:
-    """A table of N rows serves 2 N sequences, the second half with the first half's pages."""
+def test_sequences_can_share_rows_of_the_page_table() -> None:
+    """With a table of N rows, the second N sequences use the pages of the first N."""
     (q_THC, q_THR, latent_LKC, rope_LRK, table_NP, lengths_N, _), _, o_THC = _arrays(
         "page borders", jnp.float32, jnp.float32
     )
@@ -168,8 +168,8 @@ def test_blocks(blocks: Blocks, cores: int) -> None:
 
 
 @pytest.mark.parametrize("stored", [jnp.float32, jnp.uint8])
-def test_races(stored) -> None:
-    """No copy is read before it has arrived, none overwritten while it travels; uninitialised memory reads as NaN."""
+def test_kernel_has_no_races(stored) -> None:
+    """No copy is read before it ends or overwritten while it runs. Uninitialised memory is NaN."""
     arrays, scales, o_THC = _arrays("chunks beside tokens", jnp.float32, stored)
     interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
     ours = _kernel(Blocks(pages=2, streams=2, tokens=4), interpret)(*arrays, scales_L1K=scales)
@@ -177,8 +177,8 @@ def test_races(stored) -> None:
     assert not interpret_pallas_call.races.races_found
 
 
-def test_mistakes() -> None:
-    """Page sizes that the kernel cannot take, blocks that make no sense, a kernel without its chip."""
+def test_invalid_arguments_raise() -> None:
+    """Covers page sizes, blocks, dtypes, page tables, and a kernel without a TPU."""
     arrays, *_ = _arrays("page borders", jnp.float32, jnp.float32)
     small = (*arrays[:2], arrays[2][:, :64], arrays[3][:, :, :64], *arrays[4:])
     with pytest.raises(ValueError, match="pages of 64 slots: the kernel needs a multiple of 128"):
@@ -199,8 +199,8 @@ def test_mistakes() -> None:
         jax.eval_shape(_kernel(Blocks(pages=2, streams=1, tokens=4)), *queries, *arrays[2:4], *integers, None)
 
 
-def test_mistakes_of_fewer_bits() -> None:
-    """Scales that are missing, too many or of another shape, and a rope dim that fills no words."""
+def test_invalid_packed_caches_raise() -> None:
+    """Covers scales that are missing, superfluous or of a wrong shape, and a rope dim that does not fill words."""
     plain, *_ = _arrays("page borders", jnp.float32, jnp.float32)
     packed, scales, _ = _arrays("page borders", jnp.float32, jnp.uint8)
     run = functools.partial(decode.decode, scale=SCALE, implementation="xla")
@@ -232,4 +232,4 @@ def test_compiles(op: str, chip: str, shape: str) -> None:
     assert cache < alone.copied["hbm_to_vmem"] < 1.1 * cache
     assert max(alone.vmem, blocks.vmem) < chips.CHIPS[chip].vmem
     assert result.doubts == ()
-    assert blocks.us < 5, "a call without prefill chunks hardly pays for them"
+    assert blocks.us < 5, "the prefill kernel takes little time in a call without prefill chunks"
