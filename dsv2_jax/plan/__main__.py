@@ -23,8 +23,8 @@ from dsv2_jax.plan.program import Work
 from dsv2_jax.presets import PRESETS, layouts
 
 _CALLED = cli.called("python -m dsv2_jax.plan")
-_USAGE = f"""usage: {_CALLED} PRESET --topology CHIP:XxYxZ [--forward | --decode | --search] [--json FILE]
-       [--hlo FILE.gz] [--html FILE] [--section.field VALUE ...]
+_USAGE = f"""usage: {_CALLED} PRESET --topology CHIP:XxYxZ [--forward | --decode [--largest] | --search]
+       [--json FILE] [--hlo FILE.gz] [--html FILE] [--section.field VALUE ...]
        {_CALLED} claims [--topology CHIP:XxYxZ] [--serving CHIP:XxYxZ] [--json FILE]
 Compiles a preset's training step for TPUs that are not attached, and estimates its memory and time. --forward plans the
 forward pass, --decode a decode step of the engine. A GRPO preset is planned as an iteration: preparing the sampler's

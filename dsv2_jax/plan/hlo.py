@@ -94,11 +94,6 @@ class Computation:
         """Maps names to instructions."""
         return {i.name: i for i in self.instructions}
 
-    @functools.cached_property
-    def parameters(self) -> dict[str, int]:
-        """Maps the names of parameters to their numbers."""
-        return {i.name: int(i.literal) for i in self.instructions if i.op == "parameter"}
-
 
 @dataclasses.dataclass(frozen=True)
 class Module:
