@@ -180,7 +180,7 @@ def estimate(
         # With the kernels, only loops over the pairs in excess of a balanced router's depend on data.
         xla = config.compute.kernels == "xla"
         simulated = timeline.simulate(module, torus, kernels.seconds, unknown_loop_seconds=None if xla else 0.0)
-        assumption = "one iteration is counted" if xla else "none is counted, as under a balanced router"
+        assumption = "one iteration of each is counted" if xla else "they are left out, as under a balanced router"
         tokens = 0 if work == "weights" else batch.size * batch.length
     unknown = ", ".join(simulated.unknown_loops)
     time = _time(module, simulated, kernels)
