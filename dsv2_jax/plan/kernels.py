@@ -66,8 +66,8 @@ class KernelTimes:
     def seconds(self, instruction: hlo.HloInstruction, where: hlo.Computation) -> float:
         """Seconds of one call.
 
-        A kernel that is not in `pallas_kernels.ops` takes its declared FLOPs at the peak or its declared bytes at the
-        HBM's bandwidth, whichever is longer.
+        A kernel that is not in `OPS` takes its declared FLOPs at the peak or its declared bytes at the HBM's bandwidth,
+        whichever is longer.
         """
         key = where.name, instruction.name
         if key not in self._calls:
@@ -187,7 +187,7 @@ def declared(instruction: hlo.HloInstruction) -> tuple[float, float]:
 
 
 def kernel_name(instruction: hlo.HloInstruction, operands: list[tuple[int, ...]], dtypes: set[str]) -> str | None:
-    """The name of the called op in `pallas_kernels.ops`, `latent_forward` or `latent_backward`; None if unknown."""
+    """The name of the called op in `OPS`, `latent_forward` or `latent_backward`; None if unknown."""
     name = instruction.name
     if _DECODE in name:
         return _DECODE + next((bits for dtype, bits in {"s8": "_int8", "u8": "_int6"}.items() if dtype in dtypes), "")
