@@ -16,131 +16,139 @@ from dsv2_jax import cli
 from dsv2_jax.config import Config, check
 from dsv2_jax.inference.engine import Capacity
 from dsv2_jax.ops import switch
-from dsv2_jax.plan import claims, grpo, largest, page, report, search
+from dsv2_jax.plan import claims, fit, report
 from dsv2_jax.plan.compile import Topology, compiled, laid_out
-from dsv2_jax.plan.estimate import Estimate, estimate
+from dsv2_jax.plan.estimate import Estimate, Planner, estimate
 from dsv2_jax.plan.program import Work
-from dsv2_jax.plan.remedies import remedies
 from dsv2_jax.presets import PRESETS, layouts
 
 _CALLED = cli.called("python -m dsv2_jax.plan")
-_USAGE = f"""usage: {_CALLED} PRESET --topology CHIP:XxYxZ [--forward | --decode | --search] [--json FILE]
-       [--hlo FILE.gz] [--html FILE] [--section.field VALUE ...]
+_USAGE = f"""usage: {_CALLED} PRESET --topology CHIP:XxYxZ [--forward | --decode [--largest] | --search]
+       [--json FILE] [--hlo FILE.gz] [--html FILE] [--section.field VALUE ...]
        {_CALLED} claims [--topology CHIP:XxYxZ] [--serving CHIP:XxYxZ] [--json FILE]
-Compiles a preset's training step for TPUs that are not here, or its forward pass, or a decode step of its engine; says
-if it fits and what it takes. Of a preset of GRPO, an iteration: weights prepared, responses sampled, an update.
-presets: {", ".join(PRESETS)}; every flag of train.py may follow"""
+Compiles a preset's training step for TPUs that are not attached, and estimates its memory and time. --forward plans the
+forward pass, --decode a decode step of the engine. A GRPO preset is planned as an iteration: preparing the sampler's
+weights, sampling and updating.
+presets: {", ".join(PRESETS)}; all flags of train.py are accepted"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan(Config):
+class PlanOptions(Config):
     """A training run or an engine, and the TPUs to plan it for."""
 
     topology: str = ""  # CHIP:XxYxZ, such as v5p:4x8x8 or v6e:16x16; of each slice, if there are several
-    json: Path | None = None  # the figures, for a program
-    hlo: Path | None = None  # the compiled, scheduled program, compressed by gzip
-    html: Path | None = None  # a page with pictures
-    forward: bool = False  # plan the forward pass of a batch, as of evaluation or a prefill, instead of a step
-    decode: bool = False  # plan a decode step of the engine: all its rows full, each `capacity.length` tokens long
+    json: Path | None = None  # file for the figures as JSON
+    hlo: Path | None = None  # file for the compiled, scheduled HLO, compressed by gzip
+    html: Path | None = None  # file for the report as a page with charts
+    forward: bool = False  # plan the forward pass of a batch, as in evaluation or a prefill, instead of a step
+    decode: bool = False  # plan a decode step of the engine with all rows in use, each `capacity.length` tokens long
     capacity: Capacity = dataclasses.field(default_factory=Capacity)  # of the engine, for --decode
-    largest: bool = False  # with --decode: as many rows as fit, found by compiling
-    search: bool = False  # try meshes and remat policies, compile the most promising, rank them
+    largest: bool = False  # with --decode: find the most rows that fit, by compiling
+    search: bool = False  # rank meshes and remat policies: compile the fastest by arithmetic
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Claims:
-    """The paper's claims beside this code base."""
+    """The paper's claims compared with this code."""
 
-    topology: str = "v5p:4x8x8"  # that training is compiled for
-    serving: str = "v5p:2x2x2"  # that generation is compiled for
-    compile: bool = True  # --no-compile: only what can be counted at once
-    json: Path | None = None  # the table, for a program
+    topology: str = "v5p:4x8x8"  # for training
+    serving: str = "v5p:2x2x2"  # for generation
+    compile: bool = True  # --no-compile leaves the rows that need compilation pending
+    json: Path | None = None  # file for the table as JSON
 
 
 def main() -> int:
     """The command line."""
-    jax.config.update("jax_platforms", "cpu")  # libtpu compiles here; there is no TPU to look for
+    jax.config.update("jax_platforms", "cpu")  # libtpu only compiles: do not search for TPUs
     name, *flags = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         print(_USAGE)
         return 0
     say = _progress()
+
+    def plan(config: Config, topology: Topology, work: Work) -> Estimate:
+        return planned(config, topology, say, work)[0]
+
     if name == "claims":
-        options = cli.parse(Claims, flags, prog=f"{_CALLED} claims")
-        compiles = (lambda c, t, work: planned(c, t, say, work)[0]) if options.compile else None
-        rows = claims.claims(Topology(options.topology), Topology(options.serving), compiles)
-        print(claims.show(rows))
-        _write(options.json, [dataclasses.asdict(row) for row in rows])
+        _claims(flags, plan)
         return 0
     if name not in PRESETS:
         cli.fail(f"unknown preset '{name}'{cli.nearest(name, PRESETS) or '; there are ' + ', '.join(PRESETS)}")
-    plan = _parsed(name, flags)
-    topology = Topology(plan.topology)
-    config = Config(**{field.name: getattr(plan, field.name) for field in dataclasses.fields(Config)})
-    work = _work(plan)
-    if plan.search:
+    options = _parsed(name, flags)
+    topology = Topology(options.topology)
+    config = Config(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Config)})
+    work = _work(options)
+    if options.search:
         check(work == "step", "--search compares training steps: leave out --forward and --decode")
-        results = search.search(config, topology, lambda c, t: planned(c, t, say)[0])
-        print(search.show(results))
-        _write(plan.json, [dataclasses.asdict(result) for result in results])
+        results = fit.search(config, topology, plan)
+        print(report.ranking(results))
+        _write(options.json, [dataclasses.asdict(result) for result in results])
         return 0
-    if plan.largest:
+    if options.largest:
         check(isinstance(work, Capacity), "--largest is for a decode step: add --decode")
         assert isinstance(work, Capacity)
-        work, _ = largest.largest(config, topology, work, lambda c, t, w: planned(c, t, say, w)[0])
+        work, _ = fit.max_rows(config, topology, work, plan)
     if config.grpo.group and work == "step":
-        return _grpo(name, plan, config, topology)
+        _grpo(name, options, config, topology, plan)
+        return 0
     result, text = planned(config, topology, say, work)
-    print(report.show(result))
-    _write(plan.json, dataclasses.asdict(result))
-    if plan.html:
-        plan.html.write_text(page.page(name, result), encoding="utf-8")
-    if plan.hlo and text:
-        with gzip.open(plan.hlo, "wt", compresslevel=3) as file:
+    print(report.table(result))
+    _write(options.json, dataclasses.asdict(result))
+    if options.html:
+        options.html.write_text(report.page(name, result), encoding="utf-8")
+    if options.hlo and text:
+        with gzip.open(options.hlo, "wt", compresslevel=3) as file:
             file.write(text)
     if not result.fits:
         m = result.memory
         cli.fail(
             f"{name} does not fit {topology.name}: a device needs {m.peak / 2**30:.2f} GiB and has "
-            f"{m.size / 2**30:.2f}; " + remedies(config, topology, lambda c, t, w: planned(c, t, say, w)[0], work)
+            f"{m.size / 2**30:.2f}; " + fit.suggest(config, topology, plan, work)
         )
     return 0
 
 
-def _grpo(name: str, plan: Plan, config: Config, topology: Topology) -> int:
-    check(not (plan.html or plan.hlo), "--html and --hlo are of one program, and an iteration of GRPO has several")
-    say = _progress()
-    found = grpo.iteration(config, topology, lambda c, t, w: planned(c, t, say, w)[0])
-    print(grpo.show(found))
-    _write(plan.json, grpo.figures(found))
-    if not found.fits:
-        worst = max(found.phases, key=lambda phase: phase.peak)
+def _claims(flags: list[str], plan: Planner) -> None:
+    options = cli.parse(Claims, flags, prog=f"{_CALLED} claims")
+    rows = claims.claims(Topology(options.topology), Topology(options.serving), plan if options.compile else None)
+    print(claims.table(rows))
+    _write(options.json, [dataclasses.asdict(row) for row in rows])
+
+
+def _grpo(name: str, options: PlanOptions, config: Config, topology: Topology, plan: Planner) -> None:
+    check(not (options.html or options.hlo), "--html and --hlo are for one program; an iteration of GRPO has several")
+    iteration = fit.grpo_iteration(config, topology, plan)
+    print(report.grpo_table(iteration))
+    _write(options.json, fit.figures(iteration))
+    if not iteration.fits:
+        highest = max(iteration.phases, key=lambda phase: phase.peak)
         cli.fail(
-            f"{name} does not fit {topology.name}: {worst.name} needs {worst.peak / 2**30:.2f} GiB of a device's "
-            f"{found.size / 2**30:.2f}; --mesh.expert splits the sampler's weights, --grpo.offload and a smaller "
-            "--batch.micro_size save most of the rest"
+            f"{name} does not fit {topology.name}: {highest.name} needs {highest.peak / 2**30:.2f} GiB and a device "
+            f"has {iteration.size / 2**30:.2f}; --mesh.expert splits the sampler's weights, and --grpo.offload and a "
+            "smaller --batch.micro_size save most of the rest"
         )
-    return 0
 
 
-def _parsed(name: str, flags: list[str]) -> Plan:
-    """The flags over the preset, in its layout for the topology if one is listed."""
+def _parsed(name: str, flags: list[str]) -> PlanOptions:
+    """The preset with the flags applied. Starts from the preset's layout for the topology, if there is one."""
     prog = f"{_CALLED} {name}"
-    wanted = cli.parse(Plan(**vars(PRESETS[name]())), flags, prog=prog)
+    wanted = cli.parse(PlanOptions(**vars(PRESETS[name]())), flags, prog=prog)
     if not wanted.topology:
         cli.fail("--topology is missing: CHIP:XxYxZ, such as v5p:4x8x8")
     config, capacity = layouts.on_topology(name, wanted.topology), Capacity()
     serving = layouts.SERVING.get((name, wanted.topology))
     if wanted.decode and serving is not None:
         config, capacity = dataclasses.replace(config, mesh=serving.mesh), serving.capacity
-    return cli.parse(Plan(**vars(config), capacity=capacity), flags, prog=prog)
+    return cli.parse(PlanOptions(**vars(config), capacity=capacity), flags, prog=prog)
 
 
-def _work(plan: Plan) -> Work:
-    check(not (plan.forward and plan.decode), "--forward and --decode plan different programs: leave one out")
-    if plan.decode:
-        return plan.capacity.resolve(plan.model, switch.implementation(plan.compute, Topology(plan.topology).kind))
-    return "forward" if plan.forward else "step"
+def _work(options: PlanOptions) -> Work:
+    check(not (options.forward and options.decode), "--forward and --decode plan different programs: leave one out")
+    if options.decode:
+        return options.capacity.resolve(
+            options.model, switch.implementation(options.compute, Topology(options.topology).kind)
+        )
+    return "forward" if options.forward else "step"
 
 
 def _write(path: Path | None, figures: Any) -> None:
@@ -151,7 +159,7 @@ def _write(path: Path | None, figures: Any) -> None:
 def planned(
     config: Config, topology: Topology, say: Callable[[str], None], work: Work = "step"
 ) -> tuple[Estimate, str]:
-    """The estimate of a config's work on a topology, and the program's HLO."""
+    """Compiles a config's program and returns (its estimate, its HLO)."""
     program, text = compiled(config, topology, say, work)
     return estimate(laid_out(config, topology, work), topology, program, text, say, work), text
 

@@ -1,4 +1,4 @@
-"""Compiles a program for a topology in a quiet process of its own, or finds it compiled already."""
+"""Compiles a program for a topology in a separate process, or loads it from the cache."""
 
 import dataclasses
 import gzip
@@ -21,11 +21,11 @@ from dsv2_jax.inference.engine import Capacity
 from dsv2_jax.ops import switch
 from dsv2_jax.parallel import sharding, xla
 from dsv2_jax.parallel.mesh import BATCH
-from dsv2_jax.plan.program import HLO, PROGRAM, REQUEST, Program, Work
+from dsv2_jax.plan.program import HLO, PROGRAM, REQUEST, CompiledProgram, Work
 from pallas_kernels.chips import CHIPS, Chip
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
-# What a compiled step depends on; the rest of plan/ only reads it.
+# The source that determines a compiled program. The rest of plan/ only reads the result.
 _CODE = (
     "dsv2_jax/alignment/objective.py",
     "dsv2_jax/alignment/policy.py",
@@ -33,13 +33,14 @@ _CODE = (
     "dsv2_jax/evaluation/perplexity.py",
     "dsv2_jax/inference",
     "dsv2_jax/model",
+    "dsv2_jax/ops",
     "dsv2_jax/parallel",
     "dsv2_jax/parameters.py",
     "dsv2_jax/training",
-    "dsv2_jax/plan/decode.py",
     "dsv2_jax/plan/program.py",
 )
-_QUIET = {
+_PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
+_ENVIRONMENT = {  # lets libtpu compile without a TPU, and silences its logs
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -51,49 +52,50 @@ _QUIET = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Chips by name: `v5p:4x8x8`."""
+    """A slice of TPU chips by name, such as `v5p:4x8x8`."""
 
     name: str
 
     def __post_init__(self) -> None:
         found = re.fullmatch(r"(\w+):(\d+x\d+(?:x\d+)?)", self.name)
-        check(found is not None, f"a topology reads CHIP:XxYxZ, or CHIP:XxY on a chip with four links, not {self.name}")
+        check(found is not None, f"a topology is CHIP:XxYxZ, or CHIP:XxY for a chip with four links, not {self.name}")
         kind = self.kind
-        told = cli.nearest(kind, CHIPS) or "; there are " + ", ".join(CHIPS)
-        check(kind in CHIPS, f"unknown chip '{kind}'{told}")
+        hint = cli.nearest(kind, CHIPS) or "; there are " + ", ".join(CHIPS)
+        check(kind in CHIPS, f"unknown chip '{kind}'{hint}")
         dims = 3 if self.chip.links == 6 else 2
         check(len(self.shape) == dims, f"a topology of {kind} has {dims} dimensions: {self.name} has {len(self.shape)}")
 
     @property
     def kind(self) -> str:
-        """The name of its chips in the table of facts."""
+        """The name of its chips in `pallas_kernels.chips`."""
         return self.name.split(":")[0]
 
     @property
     def chip(self) -> Chip:
-        """The facts of its chips."""
+        """The specification of its chips."""
         return CHIPS[self.kind]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Chips along each dimension."""
+        """Number of chips along each dimension."""
         return tuple(int(n) for n in self.name.split(":")[1].split("x"))
 
     @property
     def chips(self) -> int:
-        """Chips of one slice."""
+        """Number of chips in one slice."""
         return math.prod(self.shape)
 
     @property
     def devices(self) -> int:
-        """JAX devices of one slice."""
+        """Number of JAX devices in one slice."""
         return self.chips * self.chip.devices
 
 
 def laid_out(config: Config, topology: Topology, work: Work = "step") -> Config:
-    """The config with its mesh resolved, and without what no step depends on. Raises ValueError if it does not fit.
+    """Resolves the mesh and the automatic settings, and resets the fields that do not affect the compiled program.
 
-    A forward pass takes the batch at once and drops nothing. The batch of a decode step is its sequences.
+    A forward pass has one micro-batch and drops no tokens. The batch of a decode step is its sequences. Raises
+    ValueError if the model or the batch does not fit the mesh.
     """
     mesh = config.mesh.resolve(topology.devices * config.mesh.slices)
     sharding.check_model(config.model, mesh)
@@ -108,7 +110,7 @@ def laid_out(config: Config, topology: Topology, work: Work = "step") -> Config:
         dropping = work == "step"
         sharding.check_batch(batch.micro_size or batch.size, batch.length, config.model, mesh, dropping=dropping)
     compute = config.compute
-    if compute.dtype == "auto":  # what it is on a TPU
+    if compute.dtype == "auto":  # bfloat16 on a TPU
         compute = dataclasses.replace(compute, dtype="bfloat16")
     compute = dataclasses.replace(compute, kernels=switch.implementation(compute, topology.kind))
     return dataclasses.replace(
@@ -129,16 +131,15 @@ def laid_out(config: Config, topology: Topology, work: Work = "step") -> Config:
 
 def compiled(
     config: Config, topology: Topology, say: Callable[[str], None], work: Work = "step"
-) -> tuple[Program, str]:
-    """The program of a config's step on the topology, and its HLO ("" where it does not fit the chips' HBM).
+) -> tuple[CompiledProgram, str]:
+    """Returns a config's program on the topology and its HLO, which is "" if the program does not fit the HBM.
 
-    say: is told what goes on. work: another program instead of the step. The result is kept in the folder of
-    compiled programs, named after the config, the topology, the source of the step, the compiler's options and version.
-    Raises ValueError if the config or the topology cannot be, and RuntimeError with the compiler's own words for
-    anything else.
+    say: logs progress. The result is cached by config, topology, work, source code, compiler options and package
+    versions. Raises ValueError for an impossible config or topology, and RuntimeError with the compiler's message for
+    any other failure.
     """
     config = laid_out(config, topology, work)
-    check(importlib.util.find_spec("libtpu") is not None, "no libtpu to compile with: pip install libtpu")
+    check(importlib.util.find_spec("libtpu") is not None, "libtpu is not installed: pip install libtpu")
     folder = _folder(config, topology, work)
     if not (folder / PROGRAM).exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -150,8 +151,8 @@ def compiled(
         }
         (folder / REQUEST).write_text(json.dumps(request))
         _run(folder, topology, say)
-    said = json.loads((folder / PROGRAM).read_text())
-    program = Program(**said | {"coords": tuple(map(tuple, said["coords"]))})
+    figures = json.loads((folder / PROGRAM).read_text())
+    program = CompiledProgram(**figures | {"coords": tuple(map(tuple, figures["coords"]))})
     return program, gzip.decompress((folder / HLO).read_bytes()).decode() if program.fits else ""
 
 
@@ -163,7 +164,7 @@ def _run(folder: Path, topology: Topology, say: Callable[[str], None]) -> None:
         process = subprocess.Popen(
             [sys.executable, "-m", "dsv2_jax.plan.program", str(folder)],
             cwd=_ROOT,
-            env=os.environ | _QUIET,
+            env=os.environ | _ENVIRONMENT,
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
@@ -176,29 +177,31 @@ def _run(folder: Path, topology: Topology, say: Callable[[str], None]) -> None:
         finally:
             process.kill()
         stderr.seek(0)
-        told = [line.strip() for line in stderr if re.match(r"\S*(Error|Exception)\b|jax\.errors", line)]
+        errors = [line.strip() for line in stderr if re.match(r"\S*(Error|Exception)\b|jax\.errors", line)]
     if failed:
-        reason = told[-1] if told else f"it ended with exit code {failed}"
+        reason = errors[-1] if errors else f"exit code {failed}"
         if "INVALID_ARGUMENT" in reason and "topology" in reason.lower():
             raise ValueError(f"there is no topology {topology.name}: {reason.split('INVALID_ARGUMENT:')[-1].strip()}")
         raise RuntimeError(f"the compiler for {topology.name} failed: {reason}; see {folder / 'stderr.txt'}")
 
 
 def _folder(config: Config, topology: Topology, work: Work) -> Path:
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or Path.home() / ".cache" / "dsv2_jax"
     digest = hashlib.sha256()
-    tools = map(importlib.metadata.version, _TOOLS)
-    for part in (to_json(config), topology.name, repr(work), json.dumps(xla.options()), *tools):
+    versions = map(importlib.metadata.version, _PACKAGES)
+    for part in (to_json(config), topology.name, repr(work), json.dumps(xla.options()), *versions):
         digest.update(part.encode() + b"\0")
     for path in sources(*_CODE, "pallas_kernels"):
         digest.update(path.read_bytes() + b"\0")
-    return Path(cache) / "plan" / digest.hexdigest()[:24]
+    return cache_folder() / digest.hexdigest()[:24]
 
 
-_TOOLS = ("jax", "jaxlib", "libtpu", "flax", "optax")
+def cache_folder() -> Path:
+    """The folder of compiled programs and kernel estimates."""
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or Path.home() / ".cache" / "dsv2_jax"
+    return Path(folder) / "plan"
 
 
 def sources(*names: str) -> list[Path]:
-    """The Python files of these files and folders of the project."""
+    """The Python files in the given files and folders, named relative to the project's root."""
     roots = [_ROOT / name for name in names]
     return [path for root in roots for path in (sorted(root.rglob("*.py")) if root.is_dir() else [root])]

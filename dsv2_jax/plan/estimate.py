@@ -1,20 +1,20 @@
-"""What a compiled program costs: memory, time, traffic, its dearest operations, for people and for programs."""
+"""Estimates the cost of a compiled program: memory, time, traffic and its costliest operations."""
 
 import dataclasses
 import re
 from collections.abc import Callable
 
-from dsv2_jax import parameters
 from dsv2_jax.config import Config, Model
 from dsv2_jax.inference.engine import Capacity
 from dsv2_jax.parallel.mesh import BATCH
 from dsv2_jax.plan import hlo, timeline
 from dsv2_jax.plan.compile import Topology
-from dsv2_jax.plan.kernels import Call, Prices
-from dsv2_jax.plan.network import Torus
-from dsv2_jax.plan.program import Program, Work
+from dsv2_jax.plan.kernels import KernelCalls, KernelTimes
+from dsv2_jax.plan.network import Torus, collective_of
+from dsv2_jax.plan.program import CompiledProgram, Work
+from dsv2_jax.training.metrics import flops_per_token as training_flops_per_token
 
-_DEAREST = 10
+_COSTLIEST = 10  # operations in a report
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,26 +26,26 @@ class Memory:
     parameters: int
     optimizer: int
     batch: int
-    cache: int  # of generation
+    cache: int  # the KV cache of a decode step
     gradients: int
-    activations: int  # and all else that is temporary
+    activations: int  # and all other temporaries
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """Collectives of one kind over the same axes of the torus, of one device."""
+    """Collectives of one device, of one kind and over the same axes of the torus."""
 
     kind: str
-    axes: str  # of the torus: "x y"
+    axes: str  # "x y"
     count: int
-    wire: float  # bytes, over a ring or directly
-    busy: float  # seconds that links are in use
-    exposed: float  # seconds that the core waits
+    wire: float  # bytes that the device sends
+    busy: float  # seconds during which links are in use
+    exposed: float  # seconds during which the core waits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Operation:
-    """What one line of source costs: seconds of the core."""
+    """The operations of one kind at one source line. seconds: of the core. exposed: the part of it spent waiting."""
 
     source: str
     what: str
@@ -56,75 +56,81 @@ class Operation:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Time:
-    """One step on one device, in seconds: an estimate from the compiler's schedule, not a measurement."""
+    """Seconds of one execution on one device, estimated from the compiler's schedule and not measured.
+
+    `step` is the sum of the next five.
+    """
 
     step: float
-    xla: float  # what the compiler made and estimates
-    unpriced: float  # what it made and does not estimate
+    xla: float  # XLA operations with an estimate by the compiler
+    unestimated: float  # XLA operations without one
     kernels: float  # Pallas kernels
-    exposed: float  # waiting for other devices
-    copies: float  # waiting for copies between HBM and VMEM
-    at_peak: float  # XLA's part and the kernels' FLOPs at the MXU's peak, communication left out
+    exposed: float  # waits for other devices
+    copies: float  # waits for copies between HBM and VMEM
+    at_peak: float  # `xla` plus the kernels' FLOPs at the MXU's peak
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A step of a config on a topology, its forward pass alone, or a decode step of its engine."""
+    """The cost of a config's program on a topology: a training step, a forward pass or a decode step."""
 
     topology: str
     chips: int
     devices: int
-    work: str  # step, forward, weights or decode
+    work: str  # "step", "forward", "weights" or "decode"
     mesh: dict[str, int]
     remat: str
     sequences: int
     micro_batches: int
-    length: int  # of a sequence; in a decode step, the tokens it has
-    weights: str  # of generation: int8, float8, or as they are computed with
+    length: int  # tokens of a sequence; in a decode step, those in the cache
+    weights: str  # the weights' format in a decode step: "int8", "float8" or "compute"
     dropping: bool
     fits: bool
     memory: Memory
-    time: Time | None = None  # None: it does not fit
+    time: Time | None = None  # None if the program does not fit
     flops_per_token: float
     tokens_per_second_per_chip: float = 0.0
     mfu: float = 0.0
-    wire: float = 0.0  # bytes per device
+    wire: float = 0.0  # bytes that a device sends
     traffic: tuple[Traffic, ...] = ()
-    dearest: tuple[Operation, ...] = ()
-    kernels: tuple[Call, ...] = ()
-    loops: tuple[timeline.Loop, ...] = ()  # over the layers, forward and backward
-    doubts: tuple[str, ...] = ()
+    costliest: tuple[Operation, ...] = ()
+    kernels: tuple[KernelCalls, ...] = ()
+    loops: tuple[timeline.Loop, ...] = ()  # those over the layers, forward and backward
+    caveats: tuple[str, ...] = ()
     compile_seconds: float
     compile_bytes: int
 
 
-def model_flops(model: Model, length: int, work: str = "step") -> float:
-    """FLOPs of a token in training: 6 for every activated parameter, and causal attention's products, 3 times forward.
+Planner = Callable[[Config, Topology, Work], Estimate]  # compiles a program and estimates its cost
 
-    The convention of the figures that others publish: parameters as `parameters.count_activated` has them (no
-    embedding), half of the score matrix, nothing for what is recomputed. A forward pass has a third of them. A token
-    that is decoded sees all `length` tokens, and the products counted are those of heads that have their keys.
+
+def model_flops(model: Model, length: int, work: str = "step") -> float:
+    """Model FLOPs per token of a sequence of `length`, by the convention of `training.metrics.flops_per_token`.
+
+    A forward pass has a third of the FLOPs of training. A decoded token attends to all `length` tokens, a token of a
+    causal pass to half of them on average, so decoding counts as a forward pass over twice the length.
+    Attention counts heads with their own keys and values, not the absorbed form.
     """
-    a = model.attention
-    attention = model.num_hidden_layers * a.num_attention_heads * (a.qk_head_dim + a.v_head_dim) * length
-    forward = 2.0 * parameters.count_activated(model) + attention * (2 if work == "decode" else 1)
-    return 3 * forward if work == "step" else forward
+    if work == "step":
+        return training_flops_per_token(model, length)
+    return training_flops_per_token(model, 2 * length if work == "decode" else length) / 3
 
 
 def estimate(
     config: Config,
     topology: Topology,
-    program: Program,
+    program: CompiledProgram,
     text: str,
     say: Callable[[str], None] = lambda _: None,
     work: Work = "step",
 ) -> Estimate:
-    """Reads a compiled program. config: as `compile.laid_out` gives it. text: its HLO, "" where it does not fit.
+    """Estimates a compiled program.
 
-    say: is told which kernels are being priced. work: what the program does.
+    config: the result of `compile.laid_out`. text: the program's HLO, "" if it does not fit. say: logs progress. work:
+    what the program does.
     """
     chip, batch, mesh = topology.chip, config.batch, config.mesh
-    slices, rows = mesh.slices, batch.micro_size or batch.size
+    slices, micro_size = mesh.slices, batch.micro_size or batch.size
     name = work if isinstance(work, str) else "decode"
     known = program.parameters + program.optimizer + program.batch + program.cache
     flops_per_token = model_flops(config.model, batch.length, name)
@@ -136,7 +142,7 @@ def estimate(
         "mesh": mesh.sizes(),
         "remat": config.compute.remat,
         "sequences": batch.size,
-        "micro_batches": batch.size // rows,
+        "micro_batches": batch.size // micro_size,
         "length": batch.length,
         "weights": work.weights if isinstance(work, Capacity) else "compute",
         "dropping": bool(
@@ -161,39 +167,40 @@ def estimate(
         return Estimate(**common)
     module = hlo.parse(text)
     torus = Torus(chip, program.coords)
-    own = rows // mesh.size(*BATCH)  # sequences of a device
+    sequences = micro_size // mesh.size(*BATCH)  # of one device
     if isinstance(work, Capacity):
-        prices = Prices(config, topology.kind, say, own)
-        # Only loops over pages depend on data there: charged what a kernel takes that reads each page once.
+        kernels = KernelTimes(config, topology.kind, say, sequences)
+        # In a decode step only loops over pages depend on data: each takes the time to read its pages once from HBM.
         pages = program.cache / config.model.num_hidden_layers / (chip.hbm * chip.cores)
-        # And its conditions ask what rows are drawn by: all are greedy, which is the cheapest.
-        played = timeline.play(module, torus, prices.seconds, unsolved_seconds=pages, cheapest=True)
-        doubt, tokens = f"each takes its pages' time in HBM, {pages * 1e3:.3f} ms", batch.size
+        # Its conditionals select the sampling method. All rows are greedy, which is the fastest branch.
+        simulated = timeline.simulate(module, torus, kernels.seconds, unknown_loop_seconds=pages, fastest_branch=True)
+        assumption, tokens = f"each takes the time to read its pages from HBM, {pages * 1e3:.3f} ms", batch.size
     else:
-        prices = Prices(config, topology.kind, say, own * batch.length // mesh.context)
-        # With the kernels only loops over pairs that a balanced router would not send depend on data.
+        kernels = KernelTimes(config, topology.kind, say, sequences * batch.length // mesh.context)
+        # With the kernels, only loops over the pairs in excess of a balanced router's depend on data.
         xla = config.compute.kernels == "xla"
-        played = timeline.play(module, torus, prices.seconds, unsolved_seconds=None if xla else 0.0)
-        doubt = "counted once" if xla else "none are counted, as of a balanced router"
+        simulated = timeline.simulate(module, torus, kernels.seconds, unknown_loop_seconds=None if xla else 0.0)
+        assumption = "one iteration of each is counted" if xla else "they are left out, as under a balanced router"
         tokens = 0 if work == "weights" else batch.size * batch.length
-    time = _time(module, played, prices)
+    unknown = ", ".join(simulated.unknown_loops)
+    time = _time(module, simulated, kernels)
     return Estimate(
         **common,
         time=time,
         tokens_per_second_per_chip=tokens / time.step / common["chips"],
         mfu=flops_per_token * tokens / (time.step * common["devices"] * chip.peak * chip.cores),
-        wire=sum(use.wire for use in played.uses.values()),
-        traffic=_traffic(module, played, torus),
-        dearest=_dearest(module, played),
-        kernels=tuple(prices.calls(played)),
-        loops=_layers(config.model, played),
-        doubts=(f"the turns of {', '.join(played.unsolved)} depend on data: {doubt}",) if played.unsolved else (),
+        wire=sum(use.wire for use in simulated.uses.values()),
+        traffic=_traffic(module, simulated, torus),
+        costliest=_costliest(module, simulated),
+        kernels=tuple(kernels.calls(simulated)),
+        loops=_layers(config.model, simulated),
+        caveats=(f"the trip counts of {unknown} depend on data: {assumption}",) if unknown else (),
     )
 
 
-def _time(module: hlo.Module, played: timeline.Timeline, prices: Prices) -> Time:
-    core = kernel = exposed = copies = unpriced = 0.0
-    for (where, name), use in played.uses.items():
+def _time(module: hlo.Module, simulated: timeline.Timeline, kernels: KernelTimes) -> Time:
+    core = kernel = exposed = copies = unestimated = 0.0
+    for (where, name), use in simulated.uses.items():
         instruction = module.computations[where].by_name[name]
         core += use.core
         if hlo.is_kernel(instruction):
@@ -202,66 +209,66 @@ def _time(module: hlo.Module, played: timeline.Timeline, prices: Prices) -> Time
             copies += use.exposed
         else:
             exposed += use.exposed
-            unpriced += use.core - use.exposed if instruction.cycles is None else 0.0
-    xla = core - kernel - exposed - copies - unpriced
+            unestimated += use.core - use.exposed if instruction.cycles is None else 0.0
+    xla = core - kernel - exposed - copies - unestimated
     return Time(
-        step=played.seconds,
+        step=simulated.seconds,
         xla=xla,
-        unpriced=unpriced,
+        unestimated=unestimated,
         kernels=kernel,
         exposed=exposed,
         copies=copies,
-        at_peak=xla + prices.at_peak(played),
+        at_peak=xla + kernels.at_peak(simulated),
     )
 
 
-def _layers(model: Model, played: timeline.Timeline) -> tuple[timeline.Loop, ...]:
-    """The loops over most of the layers, what is shorter than a thousandth of a turn left out."""
-    turns = max(model.moe_layers, model.dense_layers)
-    loops = sorted((loop for loop in played.loops if loop.turns == turns), key=lambda loop: -loop.seconds)[:2]
+def _layers(model: Model, simulated: timeline.Timeline) -> tuple[timeline.Loop, ...]:
+    """The forward and backward loops over the layers, without events shorter than a thousandth of an iteration."""
+    layers = max(model.moe_layers, model.dense_layers)
+    loops = sorted((loop for loop in simulated.loops if loop.iterations == layers), key=lambda loop: -loop.seconds)[:2]
     return tuple(
         dataclasses.replace(loop, events=tuple(e for e in loop.events if e.end - e.start > loop.seconds / 1000))
         for loop in sorted(loops, key=lambda loop: loop.seconds)
     )
 
 
-def _traffic(module: hlo.Module, played: timeline.Timeline, torus: Torus) -> tuple[Traffic, ...]:
-    starts: dict[tuple[str, str], timeline.Use] = {}
-    for (where, name), use in played.uses.items():
+def _traffic(module: hlo.Module, simulated: timeline.Timeline, torus: Torus) -> tuple[Traffic, ...]:
+    by_kind: dict[tuple[str, str], timeline.Use] = {}
+    for (where, name), use in simulated.uses.items():
         instruction = module.computations[where].by_name[name]
-        collective = timeline.collective_of(instruction, module.computations[where], module, torus)
+        collective = collective_of(instruction, module.computations[where], module, torus)
         if collective is None:
             continue
         key = collective.kind, " ".join(torus.axes(collective))
-        starts.setdefault(key, timeline.Use()).add(use)
+        by_kind.setdefault(key, timeline.Use()).add(use)
     rows = [
         Traffic(kind=kind, axes=axes, count=use.count, wire=use.wire, busy=use.busy, exposed=use.exposed)
-        for (kind, axes), use in starts.items()
+        for (kind, axes), use in by_kind.items()
     ]
     return tuple(sorted(rows, key=lambda row: -row.wire))
 
 
-def _dearest(module: hlo.Module, played: timeline.Timeline) -> tuple[Operation, ...]:
-    """By line of source and what is done there, dearest first."""
+def _costliest(module: hlo.Module, simulated: timeline.Timeline) -> tuple[Operation, ...]:
+    """The costliest operations, grouped by source line and kind."""
     lines: dict[tuple[str, str], timeline.Use] = {}
-    for (where, name), use in played.uses.items():
+    for (where, name), use in simulated.uses.items():
         instruction = module.computations[where].by_name[name]
-        key = module.source(instruction), _what(instruction)
+        key = module.source(instruction), _description(instruction)
         lines.setdefault(key, timeline.Use()).add(use)
     rows = [
         Operation(source=source, what=what, count=use.count, seconds=use.core, exposed=use.exposed)
         for (source, what), use in lines.items()
     ]
-    return tuple(sorted(rows, key=lambda row: -row.seconds)[:_DEAREST])
+    return tuple(sorted(rows, key=lambda row: -row.seconds)[:_COSTLIEST])
 
 
-def _what(instruction: hlo.Instruction) -> str:
-    """The end of the name that JAX gave an operation, with its direction."""
+def _description(instruction: hlo.HloInstruction) -> str:
+    """A short description: the scope, the JAX primitive and, if not forward, the direction."""
     found = re.search(r'op_name="([^"]*)"', instruction.attributes)
     if not found:
         return instruction.kind
     backward = "transpose(" in found[1]
-    again = "rematted" in found[1] or "checkpoint" in found[1]
+    recomputed = "rematted" in found[1] or "checkpoint" in found[1]
     scope = [part for part in found[1].split("/") if part in ("attention", "ffn", "shared_experts")]
-    direction = "recomputed" if again and not backward else "backward" if backward else ""
+    direction = "recomputed" if recomputed and not backward else "backward" if backward else ""
     return " ".join(part for part in (*scope[-1:], found[1].split("/")[-1], direction) if part)

@@ -1,7 +1,6 @@
-"""Reads the text of a compiled, scheduled HLO module: instructions in the order they run, shapes, trips of loops.
+"""Parses a compiled, scheduled HLO module: instructions in schedule order, shapes and loop trip counts.
 
-Only what a time model asks for is read. The text is the compiler's own print; instructions of a computation stand in
-the order of the schedule.
+The input is the text that the compiler dumps. The parser reads only what the time model needs.
 """
 
 import dataclasses
@@ -18,8 +17,9 @@ _BITS = {
 _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([0-9,<=]*)\]")
 _HEAD = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*->.*\{\s*$")
-_NO_ESTIMATE = 2**62  # the compiler writes 2^63 - 1 where it has none
-_MOST_TRIPS = 10**6
+_NO_ESTIMATE = 2**62  # the compiler writes 2^63 - 1 for an instruction without an estimate
+_MAX_ITERATIONS = 10**6
+# Called from many places, so a line in these files does not say what an operation is for.
 _HELPERS = tuple(
     f"dsv2_jax/{name}.py" for name in ("parallel/collectives", "parallel/sharding", "model/matmul", "model/layers")
 )
@@ -27,11 +27,20 @@ COLLECTIVES = (
     "all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all", "collective-permute",
     "collective-broadcast",
 )  # fmt: skip
-_SAME = ("copy", "bitcast", "convert", "reshape", "copy-start", "copy-done", "optimization-barrier", "bitcast-convert")
+_UNCHANGED_VALUE = (
+    "copy",
+    "bitcast",
+    "convert",
+    "reshape",
+    "copy-start",
+    "copy-done",
+    "optimization-barrier",
+    "bitcast-convert",
+)
 
 
 def arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:
-    """(dtype, dims) of every array in a shape, which may be a tuple."""
+    """The (dtype, dims) of every array in a shape, which may be a tuple."""
     return [
         (dtype, tuple(int(n.lstrip("<=")) for n in dims.split(",") if n))
         for dtype, dims in _ARRAY.findall(shape)
@@ -40,74 +49,69 @@ def arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def size(shape: str) -> int:
-    """Bytes of all arrays in a shape, without the padding of their layout."""
+    """Bytes of all arrays in a shape, without layout padding."""
     return sum(_BITS[dtype] * math.prod(dims) // 8 for dtype, dims in arrays(shape))
 
 
 @dataclasses.dataclass(frozen=True)
-class Instruction:
-    """One line: `name = shape op(operands), attributes`."""
+class HloInstruction:
+    """One line of HLO: `name = shape op(operands), attributes`."""
 
     name: str
     shape: str
     op: str
     operands: tuple[str, ...]
-    literal: str  # what stands between the parentheses
+    literal: str  # the text between the parentheses
     attributes: str
 
     def attribute(self, key: str) -> str | None:
-        """The value of `key=value`, without a leading %."""
+        """The value of `key=value` without a leading %; None if the key is absent."""
         found = re.search(rf"\b{key}=\{{?%?([^\s,{{}}()]+)", self.attributes)
         return found[1] if found else None
 
     @functools.cached_property
     def cycles(self) -> int | None:
-        """The compiler's estimate of one execution; None for what it does not estimate."""
+        """The compiler's estimate of one execution; None if it gives none."""
         found = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
         return int(found[1]) if found and int(found[1]) < _NO_ESTIMATE else None
 
     @property
     def kind(self) -> str:
-        """The operation without its -start, -update or -done."""
+        """The operation without the suffix -start, -update or -done."""
         return re.sub(r"-(start|done|update)$", "", self.op)
 
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """Instructions in the order of the schedule."""
+    """A sequence of instructions in schedule order."""
 
     name: str
-    instructions: tuple[Instruction, ...]
+    instructions: tuple[HloInstruction, ...]
     root: str
 
     @functools.cached_property
-    def by_name(self) -> dict[str, Instruction]:
-        """Instructions by their names."""
+    def by_name(self) -> dict[str, HloInstruction]:
+        """Maps names to instructions."""
         return {i.name: i for i in self.instructions}
-
-    @functools.cached_property
-    def parameters(self) -> dict[str, int]:
-        """Number of each parameter by its name."""
-        return {i.name: int(i.literal) for i in self.instructions if i.op == "parameter"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A program of one device."""
+    """The program that each device runs."""
 
     computations: Mapping[str, Computation]
     entry: str
     devices: int
-    sources: Mapping[int, str]  # stack frame -> `file.py:line` of the innermost line that is this project's
+    sources: Mapping[int, str]  # stack frame -> `file.py:line`, the innermost line in this project
 
-    def source(self, instruction: Instruction) -> str:
-        """The line of source that made the instruction, `?` where the compiler did not say."""
+    def source(self, instruction: HloInstruction) -> str:
+        """The source line that produced the instruction; `?` if the compiler names none."""
         frame = instruction.attribute("stack_frame_id")
         return self.sources.get(int(frame), "?") if frame else "?"
 
 
 def parse(text: str) -> Module:
-    """The module of a compiler's text. Raises ValueError for anything else."""
+    """Parses the compiler's text. Raises ValueError if it has no entry computation."""
     computations: dict[str, Computation] = {}
     entry, name, lines = "", "", []
     for line in text.split("\n"):
@@ -124,7 +128,7 @@ def parse(text: str) -> Module:
         elif lines:
             lines[-1] += " " + line.strip()
     if not entry:
-        raise ValueError("this is no HLO module: it has no entry computation")
+        raise ValueError("not an HLO module: the text has no entry computation")
     devices = math.prod(int(n) for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", text[: text.find("\n")]))
     return Module(computations, entry, devices, _sources(text))
 
@@ -139,12 +143,12 @@ def _computation(name: str, lines: list[str]) -> Computation:
     return Computation(name, tuple(instructions), root)
 
 
-def _instruction(line: str, name: str, start: int) -> Instruction:
+def _instruction(line: str, name: str, start: int) -> HloInstruction:
     end = _closing(line, start) if line[start] == "(" else line.index(" ", start)
     opening = line.index("(", end)
     closing = _closing(line, opening)
     literal = re.sub(r"/\*.*?\*/", "", line[opening + 1 : closing - 1])
-    return Instruction(
+    return HloInstruction(
         name=name,
         shape=line[start:end],
         op=line[end:opening].strip(),
@@ -155,7 +159,7 @@ def _instruction(line: str, name: str, start: int) -> Instruction:
 
 
 def _closing(line: str, opening: int) -> int:
-    """Just behind the parenthesis that closes the one at `opening`. Strings do not count."""
+    """The position after the parenthesis that closes the one at `opening`. Ignores parentheses in strings."""
     depth = 0
     for found in re.compile(r'"(?:[^"\\]|\\.)*"|[()]').finditer(line, opening):
         depth += {"(": 1, ")": -1}.get(found[0], 0)
@@ -165,7 +169,7 @@ def _closing(line: str, opening: int) -> int:
 
 
 def _sources(text: str) -> dict[int, str]:
-    """The tables at the head of a module, as far as `Module.sources` needs them."""
+    """Reads `Module.sources` from the tables at the head of a module."""
 
     def table(title: str, row: str) -> Iterator[re.Match]:
         found = re.search(rf"^{title}\n((?:\d.*\n)+)", text, re.MULTILINE)
@@ -176,7 +180,7 @@ def _sources(text: str) -> dict[int, str]:
         row[1]: _own(files.get(row[2], ""), row[3])
         for row in table("FileLocations", r"^(\d+) \{file_name_id=(\d+) .*?\bline=(\d+)")
     }
-    # A frame's parent is printed one too high, so that its own number means that it has none.
+    # The printed parent of a frame is one too high: a frame that names itself has no parent.
     frames = {
         int(row[1]): (lines.get(row[2], ""), int(row[3]) - 1)
         for row in table("StackFrames", r"^(\d+) \{file_location_id=(\d+) parent_frame_id=(\d+)")
@@ -189,29 +193,30 @@ def _sources(text: str) -> dict[int, str]:
 
 
 def _own(file: str, line: str) -> str:
-    """`file.py:line` if the file is this project's and no helper that everybody calls; else nothing."""
+    """`file.py:line` for a file of this project that is not in `_HELPERS`; else an empty string."""
     place = re.search(r"(?:dsv2_jax|pallas_kernels)/[\w/]+\.py$", file)
     if not place or "site-packages" in file or place[0] in _HELPERS:
         return ""
     return f"{place[0]}:{line}"
 
 
-def is_kernel(instruction: Instruction) -> bool:
-    """Whether it calls a Pallas kernel."""
+def is_kernel(instruction: HloInstruction) -> bool:
+    """Whether the instruction calls a Pallas kernel."""
     return instruction.op == "custom-call" and 'custom_call_target="tpu_custom_call"' in instruction.attributes
 
 
-class Trips:
-    """How often loops run, from their conditions, the values they start with and what a turn adds."""
+class TripCounts:
+    """Trip counts of while loops, from initial values, the increment of one iteration and the condition."""
 
     def __init__(self, module: Module) -> None:
         self._computations = module.computations
-        self.unsolved: list[str] = []
+        self.unknown: list[str] = []  # loops whose trip count depends on data
 
-    def count(self, loop: Instruction, where: Computation, known: Mapping[int, int]) -> tuple[int, dict[int, int]]:
-        """(turns, the loop's numbers that never change by their place) of a while loop; 1 turn where it cannot be told.
+    def count(self, loop: HloInstruction, where: Computation, known: Mapping[int, int]) -> tuple[int, dict[int, int]]:
+        """Returns (trip count, integers of the loop state that stay constant, by tuple index).
 
-        known: the same numbers of the loop around it.
+        The count is 1 if it depends on data; the loop is then added to `unknown`. known: the constant integers of the
+        enclosing loop.
         """
         start = where.by_name[loop.operands[0]]
         state = {}
@@ -222,32 +227,32 @@ class Trips:
         body = self._computations[loop.attribute("body") or ""]
         root = body.by_name[body.root]
 
-        def turn(state: Mapping[int, int]) -> dict[int, int]:
+        def advance(state: Mapping[int, int]) -> dict[int, int]:
             if root.op != "tuple":
                 return {}
             values = {n: self._value(body, root.operands[n], state) for n in state}
             return {n: value for n, value in values.items() if value is not None}
 
-        second = turn(state)
+        second = advance(state)
         steps = {n: value - state[n] for n, value in second.items()}
-        third = turn(second)
+        third = advance(second)
         steady = {n: step for n, step in steps.items() if third.get(n) == second[n] + step}
-        fixed = {n: state[n] for n, step in steady.items() if step == 0}
+        constant = {n: state[n] for n, step in steady.items() if step == 0}
         state = {n: state[n] for n in steady}
-        for turns in range(_MOST_TRIPS):
-            goes_on = self._value(condition, condition.root, state)
-            if goes_on is None:
+        for count in range(_MAX_ITERATIONS):
+            continues = self._value(condition, condition.root, state)
+            if continues is None:
                 break
-            if not goes_on:
-                return turns, fixed
+            if not continues:
+                return count, constant
             state = {n: value + steady[n] for n, value in state.items()}
-        self.unsolved.append(loop.name)
-        return 1, fixed
+        self.unknown.append(loop.name)
+        return 1, constant
 
     def _value(self, where: Computation, name: str, known: Mapping[int, int], given: tuple = ()) -> int | None:
-        """The integer that an instruction computes from the loop's numbers `known`, or None.
+        """Evaluates an integer instruction; None if its value is not known.
 
-        given: for the inside of a fusion, the values of its parameters.
+        known: integers of the loop state by tuple index. given: inside a fusion, the values of its parameters.
         """
         instruction = where.by_name.get(name)
         if instruction is None:
@@ -265,11 +270,11 @@ class Trips:
             if source is not None and source.op == "tuple":
                 return self._value(where, source.operands[index], known, given)
             if source is not None and source.op == "fusion":
-                return self._inside(where, source, known, given, index)
+                return self._fused(where, source, known, given, index)
             return None
         if op == "fusion":
-            return self._inside(where, instruction, known, given, None)
-        if op in _SAME:
+            return self._fused(where, instruction, known, given, None)
+        if op in _UNCHANGED_VALUE:
             return self._value(where, operands[0], known, given)
         if op not in _ARITHMETIC:
             return None
@@ -278,19 +283,19 @@ class Trips:
             return None
         return _ARITHMETIC[op](instruction, *values)
 
-    def _inside(
-        self, where: Computation, fusion: Instruction, known: Mapping[int, int], given: tuple, index: int | None
+    def _fused(
+        self, where: Computation, fusion: HloInstruction, known: Mapping[int, int], given: tuple, index: int | None
     ) -> int | None:
-        inside = self._computations.get(fusion.attribute("calls") or "")
-        if inside is None or len(inside.instructions) > 40:  # numbers of loops are small affairs
+        called = self._computations.get(fusion.attribute("calls") or "")
+        if called is None or len(called.instructions) > 40:  # loop counters are computed by small fusions
             return None
         values = tuple(self._value(where, operand, known, given) for operand in fusion.operands)
-        root = inside.by_name[inside.root]
-        name = root.operands[index] if index is not None and root.op == "tuple" else inside.root
-        return self._value(inside, name, {}, values or (None,))
+        root = called.by_name[called.root]
+        name = root.operands[index] if index is not None and root.op == "tuple" else called.root
+        return self._value(called, name, {}, values or (None,))
 
 
-def _compare(instruction: Instruction, a: int, b: int) -> int:
+def _compare(instruction: HloInstruction, a: int, b: int) -> int:
     match instruction.attribute("direction"):
         case "LT":
             return int(a < b)

@@ -36,7 +36,7 @@ def step(*arrays: jax.Array) -> tuple:
 
 
 def main(topology: str, kind: str, cores: int, cases: list[str]) -> None:
-    """A case is SHAPE, SHAPE:float32, SHAPE:T or SHAPE:T:S."""
+    """Compiles each case: SHAPE, SHAPE:float32, SHAPE:T or SHAPE:T:S."""
     target = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
     assert target.device_kind == kind, target.device_kind
     device = AbstractDevice(platform="tpu", device_kind=kind, num_cores=cores)

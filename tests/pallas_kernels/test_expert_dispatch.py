@@ -163,7 +163,7 @@ def test_weights_in_8_bits(implementation, dtype, kind):
         (hidden,) = ops.gate_up(c["x"], gate, up, c["s"], c["sizes"], **tiles)
         return [hidden, ops.gmm(c["a"], down, c["sizes"], **tiles)]
 
-    one = exact(1.0)  # sums times scales are rounded
+    one = exact(1.0)  # makes the product of sum and scale a rounded one
     for name in ("uneven", "none"):
         case, _ = _ops_case(dtype, SIZES[name])
         total = sum(SIZES[name])
@@ -331,7 +331,7 @@ TOPOLOGIES = ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"]
 
 
 def _operands(size: ExpertDispatch) -> tuple:
-    """(tokens, [experts and gates of each], shapes of the three weights)"""
+    """(tokens, [experts, gates], shapes of the three weights)."""
     routing = [jax.ShapeDtypeStruct((size.tokens, size.active), d) for d in (jnp.int32, jnp.float32)]
     up, down = (size.experts, size.hidden, size.width), (size.experts, size.width, size.hidden)
     return jax.ShapeDtypeStruct((size.tokens, size.hidden), jnp.bfloat16), routing, [up, up, down]
@@ -340,7 +340,7 @@ def _operands(size: ExpertDispatch) -> tuple:
 @pytest.mark.tpu
 @pytest.mark.parametrize(
     ("topology", "shape"),
-    # The large ones take minutes each: `benchmarks/kernels.py` compiles them for every chip.
+    # The large shapes take minutes each: `benchmarks/kernels.py` compiles them for every chip.
     [*((topology, "nano") for topology in TOPOLOGIES), ("v5p:2x2x1", "v2"), ("v6e:2x2", "v2_lite")],
 )
 def test_compiles_for_tpus(topology, shape, monkeypatch):

@@ -50,9 +50,9 @@ class Case:
     r: int = 8
     v: int = 16
     offset: int = 0
-    documents: tuple[int, ...] = ()  # first slots of all but the first
-    padding: tuple[int, int] = (0, 0)  # slots at the start and at the end
-    size: float = 1.0  # of queries and keys
+    documents: tuple[int, ...] = ()  # first slots of the second and later documents
+    padding: tuple[int, int] = (0, 0)  # slots at the start and end of the row
+    size: float = 1.0  # standard deviation of queries and keys
     dtype: str = "float32"
 
 
@@ -89,7 +89,7 @@ TPUS = {  # topology, kind, cores of a device
 
 
 def inputs(case: Case) -> tuple[dict, dict]:
-    """(arrays in the case's dtype, keyword arguments)."""
+    """The arrays in the case's dtype, and the keyword arguments."""
     random = np.random.default_rng(0)
 
     def normal(*shape: int, size: float = 1.0) -> jax.Array:

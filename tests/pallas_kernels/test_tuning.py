@@ -1,4 +1,4 @@
-"""The tuning table: entries that make sense, and an answer for every other shape."""
+"""The tuning table has valid entries, and every other shape gets default blocks."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The search over layouts, with a compiler that is played, and the page with pictures."""
+"""The search over layouts with a fake compiler, and the HTML page."""
 
 import dataclasses
 import xml.etree.ElementTree as ElementTree
@@ -7,18 +7,18 @@ import pytest
 
 from configs import layouts
 from dsv2_jax.config import Mesh
-from dsv2_jax.plan import page, search
+from dsv2_jax.plan import fit, report
 from dsv2_jax.plan.compile import Topology, laid_out
 from dsv2_jax.plan.estimate import Memory, Time, Traffic, estimate
-from dsv2_jax.plan.program import Program
-from dsv2_jax.plan.timeline import Event, Loop
+from dsv2_jax.plan.program import CompiledProgram
+from dsv2_jax.plan.timeline import Loop, TimelineEvent
 
 SLICE = Topology("v5p:2x2x4")
 LITE = layouts.on_topology("v2_lite", SLICE.name)
 
 
 def planned(config, topology, step=1.0, fits=True):
-    program = Program(
+    program = CompiledProgram(
         fits=fits,
         used=30 * 2**30,
         limit=0,
@@ -32,12 +32,12 @@ def planned(config, topology, step=1.0, fits=True):
         host_bytes=0,
     )
     e = estimate(laid_out(config, topology), topology, program, "")
-    time = Time(step=step, xla=step, unpriced=0, kernels=0, exposed=step / 10, copies=0, at_peak=step)
+    time = Time(step=step, xla=step, unestimated=0, kernels=0, exposed=step / 10, copies=0, at_peak=step)
     return dataclasses.replace(e, fits=fits, time=time if fits else None)
 
 
-def test_candidates_are_all_the_meshes_that_the_config_allows():
-    found = {tuple(c.mesh.sizes().values()) for c in search.candidates(LITE, SLICE)}
+def test_candidates_are_all_valid_meshes():
+    found = {tuple(c.mesh.sizes().values()) for c in fit.candidates(LITE, SLICE)}
     assert all(
         Mesh(**dict(zip(LITE.mesh.sizes(), sizes, strict=True))).size(*LITE.mesh.sizes()) == 16 for sizes in found
     )
@@ -45,40 +45,43 @@ def test_candidates_are_all_the_meshes_that_the_config_allows():
     assert (1, 1, 1, 1, 16, 1) in found
 
 
-def test_arithmetic_prefers_what_compiling_showed_to_be_better():
-    """Tensor parallelism over 16 chips moves more than experts that stay where they are."""
+def test_arithmetic_ranks_traffic_as_compiled_programs_do():
+    """Tensor parallelism over 16 chips sends more than FSDP, and FSDP more than expert parallelism."""
 
-    def of(**sizes):
-        return search.guess(dataclasses.replace(LITE, mesh=Mesh(**sizes)), SLICE)
+    def guess(**sizes):
+        return fit.guess(dataclasses.replace(LITE, mesh=Mesh(**sizes)), SLICE)
 
-    assert of(fsdp=4, expert=4).traffic < of(fsdp=16).traffic < of(fsdp=1, tensor=16).traffic
-    assert of(fsdp=16).memory == pytest.approx(of(fsdp=4, expert=4).memory, rel=0.1)
+    assert guess(fsdp=4, expert=4).traffic < guess(fsdp=16).traffic < guess(fsdp=1, tensor=16).traffic
+    assert guess(fsdp=16).memory == pytest.approx(guess(fsdp=4, expert=4).memory, rel=0.1)
 
 
-def test_the_fastest_that_fits_wins():
+def test_search_ranks_the_fastest_layout_that_fits_first():
     steps = iter([3.0, 1.0, 2.0, 0.5])
     tried = []
 
-    def plan(config, topology):
+    def plan(config, topology, _):
         step = next(steps)
         tried.append(config.mesh.sizes())
         return planned(config, topology, step, fits=step != 0.5)
 
-    results = search.search(LITE, SLICE, plan)
+    results = fit.search(LITE, SLICE, plan)
     assert [e.time.step if e.time else None for e in results] == [1.0, 2.0, 3.0, None]
-    told = search.show(results)
-    assert "does not fit" in told
-    winner = " ".join(f"--mesh.{axis} {n}" for axis, n in tried[1].items() if n > 1)
-    assert told.splitlines()[-1].startswith(f"best: {winner} --compute.remat")
+    text = report.ranking(results)
+    assert "does not fit" in text
+    flags = " ".join(f"--mesh.{axis} {n}" for axis, n in tried[1].items() if n > 1)
+    assert text.splitlines()[-1].startswith(f"best: {flags} --compute.remat")
 
 
-def test_the_page_is_whole_and_loads_nothing():
-    events = (Event("core", "fusion.1 a<b", 0.0, 0.001), Event("x y", "all-gather-start", 0.0002, 0.0012))
+def test_page_is_valid_and_self_contained():
+    events = (
+        TimelineEvent("core", "fusion.1 a<b", 0.0, 0.001),
+        TimelineEvent("x y", "all-gather-start", 0.0002, 0.0012),
+    )
     loop = Loop("while.1", "model/transformer.py:1", 26, 0.0015, 26, events)
     traffic = Traffic(kind="all-gather", axes="x y", count=1, wire=2.0**30, busy=0.1, exposed=0.01)
     e = dataclasses.replace(planned(LITE, SLICE), loops=(loop, loop), traffic=(traffic,))
     e = dataclasses.replace(e, memory=Memory(**{f.name: 2**30 for f in dataclasses.fields(Memory)}))
-    text = page.page("v2_lite", e)
+    text = report.page("v2_lite", e)
     assert "http" not in text and "<script" not in text
     drawings = text.split("<svg")[1:]
     assert len(drawings) == 4

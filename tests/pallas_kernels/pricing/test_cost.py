@@ -74,7 +74,7 @@ def test_matmul(chip: str, blocks: tuple[int, int, int]) -> None:
     (kernel,) = result.kernels
     rows, columns, sums = M // m // facts.cores, N // n, K // k  # steps of one core
     steps = rows * columns * sums
-    a_blocks = rows if sums == 1 else steps  # the same block as in the step before is not copied again
+    a_blocks = rows if sums == 1 else steps  # a block that does not change between steps is copied once
     assert kernel.copied["hbm_to_vmem"] == BF16 * (a_blocks * m * k + steps * k * n)
     assert kernel.copied["vmem_to_hbm"] == BF16 * rows * columns * m * n
     width = facts.mxu_width
@@ -108,12 +108,12 @@ def test_peaks() -> None:
 
 
 @pytest.mark.tpu
-def test_no_kernel() -> None:
+def test_a_function_without_a_kernel_raises() -> None:
     with pytest.raises(ValueError, match="no Pallas kernel"):
         cost.cost(lambda x: x + 1, (jax.ShapeDtypeStruct((8, 128), jnp.float32),), "v5e", flops=1, bytes=1)
 
 
-def test_unknown_chip() -> None:
+def test_an_unknown_chip_raises() -> None:
     with pytest.raises(ValueError, match="unknown chip 'v5x'; did you mean v5"):
         cost.cost(lambda x: x, (), "v5x", flops=1, bytes=1)
 

@@ -8,7 +8,7 @@ import pytest
 from pallas_kernels.chips import CHIPS, Chip
 from pallas_kernels.pricing import bundles, machine
 
-CHIP = dataclasses.replace(CHIPS["v5e"], clock=1e9, hbm=32e9)  # a granule of 32 bytes a cycle
+CHIP = dataclasses.replace(CHIPS["v5e"], clock=1e9, hbm=32e9)  # a granule of 32 bytes per cycle
 
 # Copies 100 granules and waits for them; the scalar operand 0 is the number of trips.
 LOOP = """
@@ -121,18 +121,18 @@ def test_instructions(op: str, operands: tuple, result: int | None) -> None:
     assert function(*operands) == result
 
 
-def test_matrix_words() -> None:
-    """A matrix fills the scalar memory in rows of 128 words; negative numbers are two's complement."""
+def test_a_matrix_in_scalar_memory_has_rows_of_128_words() -> None:
+    """Negative numbers are stored in two's complement."""
     words = machine.smem_words(np.array([[1, 2, 3], [-1, 5, 6]], np.int32))
     assert (len(words), words[:4], words[128:131]) == (256, [1, 2, 3, 0], [2**32 - 1, 5, 6])
 
 
-def test_packed_words() -> None:
-    """Narrow integers share words: four runs of a vector, four rows of a matrix, whose tiles are 8 rows high."""
+def test_narrow_integers_share_words() -> None:
+    """A word holds four int8 values: of four parts of a vector, or of four rows of a matrix with tiles of 8 rows."""
     words = machine.smem_words(np.array([1, -1] + [0] * 126 + [7], np.int8))
     assert (len(words), words[:3]) == (128, [0x701, 0xFF, 0])
     matrix = np.zeros((8, 256), np.int8)
     matrix[[0, 1, 4], [0, 0, 130]] = 1, 2, 3
     words = machine.smem_words(matrix)
-    # Two rows of words make a tile: both rows of the first 128 columns come before the next columns.
+    # A tile has two rows of words: both rows of the first 128 columns precede the next columns.
     assert (len(words), words[0], words[128 * 3 + 2]) == (512, 0x201, 3)

@@ -1,4 +1,4 @@
-"""What a kernel's call is charged, from a line of a compiled program."""
+"""Times of Pallas kernel calls, from the HLO of a call."""
 
 from types import SimpleNamespace
 
@@ -6,8 +6,8 @@ import pytest
 
 from configs import layouts
 from dsv2_jax.plan import hlo
-from dsv2_jax.plan.kernels import Prices, _kernel
-from pallas_kernels.pricing import cost
+from dsv2_jax.plan.kernels import KernelTimes, kernel_name
+from pallas_kernels import cost
 
 PROGRAM = """HloModule test, is_scheduled=true
 
@@ -21,26 +21,26 @@ ENTRY %main (p: s32[512], q: bf16[786432,256], r: bf16[786432,5120]) -> bf16[512
 COST = r'backend_config={"custom_call_config":{"cost_estimate":{"flops":"FLOPS","bytes_accessed":"BYTES"}}}'
 
 
-def test_adding_up_a_tokens_rows_costs_the_rows_that_a_router_sends(monkeypatch, tmp_path):
-    """Of 786,432 rows that the buffers have room for, four sequences of 4096 tokens with six experts fill an eighth.
+def test_combine_is_estimated_at_the_rows_of_a_balanced_router(monkeypatch, tmp_path):
+    """Four sequences of 4096 tokens with six experts fill an eighth of a buffer of 786,432 rows.
 
-    The kernel is priced with these and with all the tokens that it writes; so a call takes what that took.
+    The kernel is estimated with these rows and with all tokens that it writes, so a call takes exactly that time.
     """
-    priced = []
+    estimated = []
 
-    def price(_, args, chip, *, flops, bytes):
-        priced.append((args, chip, flops, bytes))
+    def estimate(_, args, chip, *, flops, bytes):
+        estimated.append((args, chip, flops, bytes))
         return SimpleNamespace(kernels=[SimpleNamespace(name="combine.1", us=700.0)])
 
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(cost, "cost", price)
+    monkeypatch.setattr(cost, "cost", estimate)
     config = layouts.on_topology("v2", "v5p:4x8x8")
     flops = 2 * 786_432 * 256 * 5120
     declared = COST.replace("FLOPS", str(flops)).replace("BYTES", "0")
     main = hlo.parse(PROGRAM.replace("CONFIG", declared)).computations["main"]
-    prices = Prices(config, "v5p", lambda _: None, tokens=4 * 4096)
-    assert prices.seconds(main.by_name["combine.1"], main) == pytest.approx(700e-6)
-    (((own, rows, sizes), chip, useful, moved),) = priced
+    times = KernelTimes(config, "v5p", lambda _: None, tokens=4 * 4096)
+    assert times.seconds(main.by_name["combine.1"], main) == pytest.approx(700e-6)
+    (((own, rows, sizes), chip, useful, moved),) = estimated
     assert chip == "v5p" and (own.shape, rows.shape) == ((98_304, 256), (98_304, 5120))
     assert sizes.shape == (512,) and sizes.sum() == 98_304
     assert useful == flops / 8 and moved == 2 * (98_304 * (256 + 5120) + 512 * 256 * 5120)
@@ -70,8 +70,8 @@ ENTRY %main (x: bf16[64,256], w: DTYPE[4,256,128], s: f32[4,1,128]) -> bf16[64,1
         ("something", "bf16", None),
     ],
 )
-def test_a_call_is_priced_in_the_format_of_what_it_reads(name, dtype, op):
+def test_name_of_a_call_follows_from_its_operands(name, dtype, op):
     main = hlo.parse(CALLED.replace("DTYPE", dtype).replace("NAME", name)).computations["main"]
     call = main.by_name[f"{name}.1"]
     arrays = [array for operand in call.operands for array in hlo.arrays(main.by_name[operand].shape)]
-    assert _kernel(call, [dims for _, dims in arrays], {dtype for dtype, _ in arrays}) == op
+    assert kernel_name(call, [dims for _, dims in arrays], {dtype for dtype, _ in arrays}) == op
