@@ -1,5 +1,6 @@
-"""Runs what nobody vouches for in locked-up processes: programs (supervisor.py) and libraries' answers (worker.py)."""
+"""Runs untrusted code in restricted processes: programs (supervisor.py, answers.py) and library calls (worker.py)."""
 
+from dsv2_jax.sandbox.answers import program_in, solves
 from dsv2_jax.sandbox.supervisor import Outcome, judge, run
 
-__all__ = ["Outcome", "judge", "run"]
+__all__ = ["Outcome", "judge", "program_in", "run", "solves"]
