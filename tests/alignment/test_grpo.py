@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import pretrain
-from dsv2_jax import loading
+from dsv2_jax import loading, train
 from dsv2_jax.alignment import grpo, policy
 from dsv2_jax.alignment.sampler import Sampler
 from dsv2_jax.alignment.samples import Sample, arrays, mixed
@@ -39,7 +39,7 @@ def base(tmp_path_factory):
     moe = dataclasses.replace(tiny.model.moe, budget_sequences=1)
     tiny = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, moe=moe))
     data = Data(source=str(folder / "text.txt"), folder=folder / "data")
-    loop.train(
+    train.train(
         dataclasses.replace(
             tiny, workdir=folder / "base", tokens=30 * 8 * 32, data=data, batch=Batch(size=8, length=32)
         )
