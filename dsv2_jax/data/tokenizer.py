@@ -302,7 +302,7 @@ def _assemble(backend: tokenizers.Tokenizer, settings: dict[str, Any], file: Pat
     for i, token in backend.get_added_tokens_decoder().items():
         control = token.special or token.content in template.source
         forged = control and i in plain.encode(token.content, add_special_tokens=False).ids
-        check(not forged, f"{file} turns text into the control token {token.content!r}")
+        check(not forged, f"{file} encodes text as the control token {token.content!r}")
     tokenizer = Tokenizer(
         backend=backend,
         settings=settings,

@@ -122,7 +122,7 @@ def evaluate(loaded: "Loaded", wanted: Needle, capacity: "Capacity", devices: An
             dataclasses.replace(loaded.config.data, form="text", source=_source(loaded))
         ).held_out
     texts = [held_out[i]["text"].decode() for i in range(len(held_out))]
-    asked = haystacks(tokenizer, texts, wanted)
+    prompts = haystacks(tokenizer, texts, wanted)
     engine = Engine(
         loaded.params,
         loaded.model,
@@ -131,9 +131,9 @@ def evaluate(loaded: "Loaded", wanted: Needle, capacity: "Capacity", devices: An
         mesh=devices,
     )
     stop = (tokenizer.eos_id,)
-    results = engine.generate([Request(prompt=h.ids, max_new=new, stop_ids=stop, text=True) for h in asked])
-    right = np.array([is_answered(result.text, h.word) for result, h in zip(results, asked, strict=True)])
-    figures = summary(asked, right, wanted)
+    results = engine.generate([Request(prompt=h.ids, max_new=new, stop_ids=stop, text=True) for h in prompts])
+    right = np.array([is_answered(result.text, h.word) for result, h in zip(results, prompts, strict=True)])
+    figures = summary(prompts, right, wanted)
     if processes.is_first():
         show(figures)
         if wanted.picture is not None:
@@ -158,7 +158,7 @@ def is_answered(text: str, word: str) -> bool:
     return answer.startswith(word) and not answer[len(word) : len(word) + 1].isalnum()
 
 
-def summary(asked: Sequence[Haystack], right: np.ndarray, wanted: Needle) -> dict[str, Any]:
+def summary(prompts: Sequence[Haystack], right: np.ndarray, wanted: Needle) -> dict[str, Any]:
     """Shares of right answers; the rows of `grid` are lengths, its columns depths."""
     lengths, depths = list(wanted.lengths), np.linspace(0, 1, wanted.depths).tolist()
 
@@ -167,13 +167,13 @@ def summary(asked: Sequence[Haystack], right: np.ndarray, wanted: Needle) -> dic
 
     return {
         "exact_match": float(right.mean()),
-        "by_length": {n: share([h.length == n for h in asked]) for n in lengths},
-        "by_language": {name: share([h.language == name for h in asked]) for name in wanted.languages},
+        "by_length": {n: share([h.length == n for h in prompts]) for n in lengths},
+        "by_language": {name: share([h.language == name for h in prompts]) for name in wanted.languages},
         "lengths": lengths,
         "depths": depths,
-        "grid": [[share([(h.length, h.depth) == (n, d) for h in asked]) for d in depths] for n in lengths],
+        "grid": [[share([(h.length, h.depth) == (n, d) for h in prompts]) for d in depths] for n in lengths],
         "needles": wanted.needles,
-        "questions": len(asked),
+        "questions": len(prompts),
         "seed": wanted.seed,
     }
 

@@ -166,7 +166,7 @@ def save_params(run: Path, config: Config, params: dict, step: int = 0) -> None:
 
 @contextlib.contextmanager
 def reading(run: Path, step: int) -> Iterator[None]:
-    """A context for reading a checkpoint: turns what a library raises about its files into a one-line ValueError.
+    """A context for reading a checkpoint: converts what a library raises about its files to a one-line ValueError.
 
     RuntimeError, which devices and other processes raise, is not changed.
     """

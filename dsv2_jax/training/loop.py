@@ -71,7 +71,7 @@ def train(config: Config, stage: Stage) -> Ended:
                 if progress.tokens >= config.tokens:
                     break
                 if progress.step % config.cadence.evaluate == 0:
-                    log.held_out(progress, evaluate(config.cadence.evaluate_batches), whole=False)
+                    log.held_out(progress, evaluate(config.cadence.evaluate_batches), full=False)
                 if progress.step % config.cadence.save == 0:
                     log.flush()
                     checkpoints.save(state, data.train, progress)
@@ -79,7 +79,7 @@ def train(config: Config, stage: Stage) -> Ended:
             log.flush()
             finished = progress.tokens >= config.tokens
             if finished and not processes.agreed(bool(final_line(config, progress))):
-                log.held_out(progress, evaluate(None), whole=True)
+                log.held_out(progress, evaluate(None), full=True)
             checkpoints.save(state, data.train, progress)
     if finished and processes.is_first():
         plots.draw(run)

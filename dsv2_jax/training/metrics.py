@@ -142,8 +142,8 @@ class Log:
         while self._in_flight:
             self._write_oldest()
 
-    def held_out(self, progress: Progress, result: dict[str, Any], whole: bool) -> None:
-        """Writes an evaluation's figures; for the `whole` held-out split also the load of every expert."""
+    def held_out(self, progress: Progress, result: dict[str, Any], full: bool) -> None:
+        """Writes an evaluation's figures; for the `full` held-out split also the load of every expert."""
         self.flush()
         if not self._first:
             return
@@ -151,11 +151,11 @@ class Log:
         line = {f"held_out_{k}": v for k, v in result.items() if k != "load_LE"}
         if load_LE is not None:
             line |= {f"held_out_{k}": v for k, v in load_summary(np.asarray(load_LE)).items()}
-        if whole:
+        if full:
             line |= {"held_out_whole": True}
             line |= {"held_out_load_LE": np.round(load_LE, 4).tolist()} if load_LE is not None else {}
         self._write({"step": progress.step, "tokens": progress.tokens, **line})
-        part = "held-out split" if whole else "held-out sample"
+        part = "held-out split" if full else "held-out sample"
         figure = f"{result[self._headline]:.4f} {self._headline.replace('_', ' ')}"
         self._display.say(f"step {progress.step:,}  {part}: {figure}")
         self._clock = time.perf_counter(), progress.tokens  # leaves the evaluation's time out of the throughput

@@ -78,9 +78,9 @@ def test_evaluations_are_lines_too_and_give_the_pictures(config):
     result["load_LE"] = np.array([[0.0, 2.5], [1.0, 1.0]])
     with metrics.Log(config, Progress(), "pretraining", "bits_per_byte") as log:
         record(log, range(1, 11))
-        log.held_out(Progress(step=10, tokens=1280), result, whole=False)
+        log.held_out(Progress(step=10, tokens=1280), result, full=False)
         record(log, range(11, 101))
-        log.held_out(Progress(step=100, tokens=12800), result, whole=True)
+        log.held_out(Progress(step=100, tokens=12800), result, full=True)
     lines = [line for line in metrics.read(config.workdir) if "held_out_nll" in line]
     assert [line["step"] for line in lines] == [10, 100]
     assert (lines[0]["held_out_bits_per_byte"], lines[0]["held_out_load_max"]) == (1.5, 2.5)
