@@ -128,8 +128,10 @@ class Sampler:
         ]
 
     def _ended(self, answer: Result) -> tuple[int, ...]:
-        """The answer's ids with an end of sequence, where a reward model scores. It replaces the last token of an
-        unfinished answer, which keeps the length."""
+        """The answer's ids up to an end of sequence, where a reward model scores.
+
+        In an unfinished answer it replaces the last token, so that the length does not change.
+        """
         return answer.tokens if answer.reason == "stop" else (*answer.tokens[:-1], self._tokenizer.eos_id)
 
 

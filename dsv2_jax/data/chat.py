@@ -25,8 +25,8 @@ if TYPE_CHECKING:  # tokenizer.py imports this module
     from dsv2_jax.data.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
-# DeepSeek-V2's, for tokenizers without a template: {bos}system text, User: text, Assistant: text{eos}, blank lines
-# between
+# DeepSeek-V2's template, for tokenizers without one. Blank lines separate its parts: {bos}system text, User: text,
+# Assistant: text{eos}.
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"

@@ -97,7 +97,7 @@ class Tokenizer:
         return self.backend.token_to_id(_name(self.settings.get("pad_token")))
 
     def padded(self) -> "Tokenizer":
-        """A copy whose `pad_token` differs from the end of sequence, so that masking padding keeps the end's target.
+        """A copy whose `pad_token` differs from the end of sequence, so padding and ends of text differ.
 
         It is the settings' own if that differs, else a special token with "pad" in its name, else the begin of
         sequence, or None if begin and end are the same token.

@@ -109,9 +109,8 @@ class Log:
         self._config, self._headline, self._throughput = config, headline, throughput
         self._first = processes.is_first()
         self._in_flight: collections.deque = collections.deque()
-        self._clock: tuple[float, int] | None = (
-            None  # (time, tokens) of the last line; starts after the first step, which compiles
-        )
+        # (time, tokens) of the last line; starts after the first step, which compiles
+        self._clock: tuple[float, int] | None = None
         peak = peak_flops(config.compute.dtype)
         self._mfu_per_token = flops_per_token(config.model, config.batch.length) / peak if peak else None
         if not self._first:
