@@ -1,6 +1,6 @@
 """Packs documents into rows of fixed length; segments keep attention within a document.
 
-Text is cut at the end of a row without losing targets. Conversations are not cut (see `WholeRows`).
+Text is cut at the end of a row without losing targets. Conversations are not cut (see `UncutRows`).
 
 A document of n ids is n - 1 pairs of an id and the next one. The pairs, not the ids, are concatenated and cut at the
 ends of rows: the last id of a row still has its target, and the document continues in the next row as a new segment.
@@ -174,7 +174,7 @@ class CutRows(DocumentRows):
             pair, left, document = pair + count, left - count, document + 1
 
 
-class WholeRows(DocumentRows):
+class UncutRows(DocumentRows):
     """Rows of uncut documents by best fit: longest first, each into the fullest row that it fits in.
 
     A document longer than a row is dropped or cut to the row's length, as `too_long` says. Cut documents without a

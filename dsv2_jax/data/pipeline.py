@@ -19,7 +19,7 @@ import rich.progress
 from dsv2_jax.config import Config, check
 from dsv2_jax.data import chat, preferences, retrieval
 from dsv2_jax.data.corpora import Corpus, Source, published
-from dsv2_jax.data.packing import Batch, CutRows, Documents, Mixed, Rows, WholeRows, document_ids, join
+from dsv2_jax.data.packing import Batch, CutRows, Documents, Mixed, Rows, UncutRows, document_ids, join
 from dsv2_jax.data.tokenizer import Tokenizer
 
 
@@ -62,7 +62,7 @@ def packed_rows(config: Config, corpus: Corpus, split: str, tokenizer: Tokenizer
             weight=data.retrieval_weight,
         )
         return Mixed(text, lookups)
-    rows = WholeRows(documents, length, tokenizer.bytes_per_token, config.data.too_long)
+    rows = UncutRows(documents, length, tokenizer.bytes_per_token, config.data.too_long)
     check(len(rows) > 0, f"no conversation of the {split} split fits in the {length} tokens of a row (batch.length)")
     return rows
 

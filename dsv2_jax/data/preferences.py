@@ -12,7 +12,7 @@ import numpy as np
 from dsv2_jax.config import check
 from dsv2_jax.data import chat
 from dsv2_jax.data.corpora import Source
-from dsv2_jax.data.packing import Batch, Documents, WholeRows
+from dsv2_jax.data.packing import Batch, Documents, UncutRows
 from dsv2_jax.data.tokenizer import Tokenizer
 
 
@@ -54,7 +54,7 @@ def rows(source: Source, tokenizer: Tokenizer, length: int) -> "PreferenceRows":
     return packed
 
 
-class PreferenceRows(WholeRows):
+class PreferenceRows(UncutRows):
     """Rows of preferences; those longer than a row are dropped.
 
     Leaves [B, T]: tokens, positions and segments int32. At the last token of each answer, `ends_BT` float32 is 1, or -1

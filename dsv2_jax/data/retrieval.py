@@ -17,7 +17,7 @@ class RetrievalRows(Rows):
     """Rows of uncut documents of random lengths, short ones more often than long ones.
 
     Each document has one fact at a random position, and ends with a question about it and the answer. Short documents
-    make learning easier: a model first learns to copy any fact from the context, which is right more often there.
+    make learning easier: a model first learns to copy anything from the context, and there that is often right.
     """
 
     def __init__(self, text: np.ndarray, tokenizer: Tokenizer, length: int, *, count: int, weight: float) -> None:
