@@ -104,10 +104,11 @@ def extended_config(args: LongContext, seed: int, base: Path, name: str) -> Conf
 
 
 def train(config: Config) -> Path:
-    """Trains and returns the run's folder. SIGTERM ends the benchmark."""
+    """The run's folder, once it is finished; SIGTERM ends the benchmark."""
+    from dsv2_jax import train as command
     from dsv2_jax.training import loop
 
-    if not loop.train(config).finished:
+    if not command.train(config).finished:
         sys.exit(loop.STOPPED)
     return config.workdir
 

@@ -1,4 +1,4 @@
-"""python -m dsv2_jax.generate --checkpoint DIR --prompt TEXT: continues a text, streamed to the terminal."""
+"""python -m dsv2_jax.generate --checkpoint DIR --prompt TEXT: continues a text and streams it to the terminal."""
 
 import dataclasses
 import functools
@@ -20,17 +20,17 @@ class Generate:
     """Continues a text or rows of token ids."""
 
     checkpoint: Path  # a run's folder or a Hugging Face folder
-    prompt: str = ""  # the text to continue; without one the model begins a document
-    prompt_ids: Path | None = None  # instead of a text: a .npy of ids [B, T]
-    out_ids: Path | None = None  # with --prompt-ids: where prompt and new ids go, .npy [B, T + max_new]
-    max_new: int = 128  # tokens to add
+    prompt: str = ""  # the text to continue; without it the model starts a document
+    prompt_ids: Path | None = None  # a .npy of ids [B, T], in place of a text
+    out_ids: Path | None = None  # with --prompt-ids: output .npy of prompt and new ids [B, T + max_new]
+    max_new: int = 128  # new tokens
     temperature: float = 0.8  # 0 is greedy
-    top_p: float = 0.95  # the fewest tokens whose probabilities reach this stay in the draw
+    top_p: float = 0.95  # samples from the fewest tokens whose probabilities sum to this
     seed: int = 0
 
 
 def main() -> None:
-    """The command line."""
+    """Reads the command line and generates."""
     args = cli.parse(Generate, prog=cli.called("python -m dsv2_jax.generate"))
     from dsv2_jax import loading
     from dsv2_jax.parallel import xla
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def engine(loaded: Any, requests: Sequence[Request]) -> Engine:
-    """An engine as large as these requests need."""
+    """An engine with the capacity that these requests need."""
     longest = max(len(request.prompt) + request.max_new for request in requests)
     capacity = Capacity(
         rows=min(len(requests), 16), length=min(longest, loaded.model.max_position_embeddings), chunk=64
@@ -65,14 +65,14 @@ def engine(loaded: Any, requests: Sequence[Request]) -> Engine:
 
 
 def stream(loaded: Any, args: Generate, sampling: Sampling) -> None:
-    """Writes the prompt and what follows it to the terminal, as it comes."""
-    words = loaded.need_tokenizer()
+    """Writes the prompt and its continuation to the terminal, token by token."""
+    tokenizer = loaded.need_tokenizer()
     request = Request(
-        prompt=(words.bos_id, *words.encode(args.prompt)),
+        prompt=(tokenizer.bos_id, *tokenizer.encode(args.prompt)),
         max_new=args.max_new,
         sampling=sampling,
         seed=args.seed,
-        stop_ids=(words.eos_id,),
+        stop_ids=(tokenizer.eos_id,),
         text=True,
     )
     running = engine(loaded, [request])

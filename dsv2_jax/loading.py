@@ -1,4 +1,4 @@
-"""Opens what a command is pointed at, by one path: a run's folder, one of its steps, or a Hugging Face folder."""
+"""Loads a model from one path: a run's folder, one of its steps, or a Hugging Face folder."""
 
 import dataclasses
 from pathlib import Path
@@ -10,7 +10,8 @@ import numpy as np
 
 from dsv2_jax import hf, parameters
 from dsv2_jax.config import Batch, Compute, Config, Model, check
-from dsv2_jax.data import tokenizer
+from dsv2_jax.data import corpora
+from dsv2_jax.data import tokenizer as tokenizers
 from dsv2_jax.data.corpora import Corpus
 from dsv2_jax.data.tokenizer import Tokenizer
 from dsv2_jax.hf import arrays
@@ -18,19 +19,19 @@ from dsv2_jax.inference import programs
 from dsv2_jax.inference.quantize import Weights
 from dsv2_jax.model.layers import stored_dtype
 from dsv2_jax.ops.switch import compute_dtype
-from dsv2_jax.parallel import sharding
+from dsv2_jax.parallel import processes, sharding
 from dsv2_jax.parallel.mesh import sizes
-from dsv2_jax.training import checkpoint, integrity
+from dsv2_jax.training import checkpoint, integrity, run_folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A model ready to run. params: as the function that made it says. tokenizer: None if the folder has none."""
+    """A model ready to run. params: in the form of the function that loaded it. tokenizer: None if there is none."""
 
     model: Model
     params: Any
     tokenizer: Tokenizer | None
-    config: Config  # the run's own; of a Hugging Face folder one that evaluates it on the built-in corpus
+    config: Config  # the run's; for a Hugging Face folder one that evaluates it on the built-in corpus
 
     def need_tokenizer(self) -> Tokenizer:
         """The tokenizer. Raises ValueError if the folder has none."""
@@ -40,25 +41,23 @@ class Loaded:
 
 
 def load(folder: Path, mesh: jax.sharding.Mesh | None = None, *, masters: bool = True) -> Loaded:
-    """Reads config, tokenizer and parameters, the tree of `parameters.tree`: the form of training.
+    """Loads config, tokenizer and parameters in the form of training, `parameters.tree`.
 
-    With a mesh, each device reads its own shards. masters: float32; else matrices come in the dtype that the config
-    computes in, from which a forward pass computes the same.
-
-    Raises FileNotFoundError if there is no checkpoint, ValueError for files that are damaged, hold NaN or infinity, or
-    do not fit together.
+    With a mesh, each device reads its own shards. masters: float32 parameters; without, matrices have the dtype that
+    the config computes in, which gives the same forward pass. Raises FileNotFoundError if there is no checkpoint,
+    ValueError for files that are damaged, hold NaN or infinity, or do not fit together.
     """
-    config, words = _described(folder)
+    config, tokenizer = _described(folder)
     dtype = jnp.dtype(jnp.float32) if masters else compute_dtype(config.compute)
     if hf.is_hf(folder):
         _, params = hf.load_params(folder, mesh, dtype)
     elif dtype == jnp.float32:
-        _, params = checkpoint.restore_params(*checkpoint.locate(folder), mesh)
+        _, params = checkpoint.restore_params(*run_folder.locate(folder), mesh)
     else:
         params = _read_layers(_reader(folder, config.model), config.model, mesh, dtype)
     integrity.check_finite(params, str(folder))
     config = dataclasses.replace(config, mesh=sizes(mesh))
-    return Loaded(model=config.model, params=params, tokenizer=words, config=config)
+    return Loaded(model=config.model, params=params, tokenizer=tokenizer, config=config)
 
 
 def load_for_engine(
@@ -68,11 +67,12 @@ def load_for_engine(
     compute: Compute | None = None,
     weights: Weights = "compute",
 ) -> Loaded:
-    """Reads config, tokenizer and parameters, these matrix by matrix in the form of an engine of the same settings.
+    """Loads config, tokenizer and parameters in the form of an engine with these settings.
 
-    Good for the engine alone, and never all of the model in float32: see `programs.read`. Raises as `load` does.
+    Converts one matrix at a time, so float32 never exists for the full model (see `programs.read`). Raises as `load`
+    does.
     """
-    config, words = _described(folder)
+    config, tokenizer = _described(folder)
     compute = compute or Compute()
     setup = programs.Setup(model=config.model, compute=compute, form="compute", weights=weights, devices=mesh)
     if hf.is_hf(folder):
@@ -83,16 +83,16 @@ def load_for_engine(
         reader.check_intact()
     integrity.check_finite(params, str(folder))
     config = dataclasses.replace(config, mesh=sizes(mesh))
-    return Loaded(model=config.model, params=params, tokenizer=words, config=config)
+    return Loaded(model=config.model, params=params, tokenizer=tokenizer, config=config)
 
 
 def _reader(folder: Path, model: Model) -> arrays.Reader:
-    run, step = checkpoint.locate(folder)
+    run, step = run_folder.locate(folder)
     return arrays.Reader(run / "checkpoints" / str(step) / "params", parameters.tree(model))
 
 
 def _read_layers(reader: arrays.Reader, model: Model, mesh: jax.sharding.Mesh | None, dtype: Any) -> Any:
-    """The tree of `parameters.tree` with matrices in `dtype`; in float32 is one layer of a shard at a time."""
+    """`parameters.tree` with matrices in `dtype`; float32 exists for one layer of a shard at a time."""
     shardings = sharding.on(mesh, sharding.param_specs(model, sizes(mesh)))
 
     def leaf(part: str, name: str, shape: tuple[int, ...]) -> jax.Array:
@@ -115,66 +115,78 @@ def _read_layers(reader: arrays.Reader, model: Model, mesh: jax.sharding.Mesh | 
 
 
 def _described(folder: Path) -> tuple[Config, Tokenizer | None]:
-    """All of a folder but its parameters."""
+    """The config and the tokenizer of a folder."""
     model = model_of(folder)
     if hf.is_hf(folder):
         config = Config(
             workdir=folder, model=model, batch=Batch(size=8, length=min(1024, model.max_position_embeddings))
         )
-        words = tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
+        tokenizer = tokenizers.load(folder) if (folder / "tokenizer.json").is_file() else None
     else:
-        run, _ = checkpoint.locate(folder)
-        config = checkpoint.read_config(run)
-        words = tokenizer.load(run / "tokenizer") if (run / "tokenizer").is_dir() else None
-    if words is not None:
+        run, _ = run_folder.locate(folder)
+        config = run_folder.read_config(run)
+        tokenizer = tokenizers.load(run / "tokenizer") if (run / "tokenizer").is_dir() else None
+    if tokenizer is not None:
         check(
-            words.vocab_size <= model.vocab_size,
-            f"the tokenizer in {folder} has {words.vocab_size} ids, but the model's vocabulary has only "
+            tokenizer.vocab_size <= model.vocab_size,
+            f"the tokenizer in {folder} has {tokenizer.vocab_size} ids, but the model's vocabulary has only "
             f"{model.vocab_size}: they do not belong together",
         )
-    return config, words
+    return config, tokenizer
 
 
 def model_of(folder: Path) -> Model:
-    """The model that a folder for `load` holds, from its config alone. Raises as `load` does."""
+    """The model section of a folder's config. Raises as `load` does."""
     if not folder.is_dir():
         raise FileNotFoundError(f"no checkpoint in {folder}: there is no such folder")
     if hf.is_hf(folder):
         return hf.read_model(folder)
-    run, _ = checkpoint.locate(folder)
-    return checkpoint.read_config(run).model
+    run, _ = run_folder.locate(folder)
+    return run_folder.read_config(run).model
+
+
+def open_data(config: Config) -> tuple[Corpus, Tokenizer]:
+    """The corpus and the tokenizer of a training run whose folder is open; the folder gets a copy of the tokenizer.
+
+    Raises ValueError as `corpora.prepare` and `tokenizer_for` do, and if the folder has another tokenizer.
+    """
+    corpus = corpora.prepare(config.data)
+    tokenizer = tokenizer_for(config, corpus)
+    if processes.is_first():
+        run_folder.keep_tokenizer(config.workdir, tokenizer.save)
+    return corpus, tokenizer
 
 
 def tokenizer_for(config: Config, corpus: Corpus) -> Tokenizer:
-    """The tokenizer of a training run: the one of `config.init`, unless `data.tokenizer` names another.
+    """The tokenizer of a training run: that of `config.init`, unless `data.tokenizer` names another.
 
-    A run that goes on has it already, and its init may be gone. Raises ValueError when there is none, or when it has
-    more ids than the model.
+    A run that continues uses its own copy, because its init may be gone. Raises ValueError if there is none, or if it
+    has more ids than the model.
     """
     if config.init is None or config.data.tokenizer != "train":
-        return tokenizer.for_config(config.data, config.model.vocab_size, corpus)
+        return tokenizers.for_config(config.data, config.model.vocab_size, corpus)
     folder = config.workdir / "tokenizer"
-    if not checkpoint.whole_steps(config.workdir):
-        folder = config.init if hf.is_hf(config.init) else checkpoint.locate(config.init)[0] / "tokenizer"
-    return tokenizer.for_config(
+    if not run_folder.complete_steps(config.workdir):
+        folder = config.init if hf.is_hf(config.init) else run_folder.locate(config.init)[0] / "tokenizer"
+    return tokenizers.for_config(
         dataclasses.replace(config.data, tokenizer=str(folder)), config.model.vocab_size, corpus
     )
 
 
 def start_params(config: Config, mesh: jax.sharding.Mesh | None) -> Any:
-    """`params_for` of a run whose folder is open, and the same ones whenever it goes on.
+    """`params_for` of a run whose folder is open; stores their digest, or compares it when the run continues.
 
-    Raises ValueError if `config.init` holds others than when the run began.
+    Raises ValueError if `config.init` holds other parameters than when the run started.
     """
     params = params_for(config, mesh)
-    checkpoint.keep_init_digest(config.workdir, integrity.digest(params))
+    run_folder.keep_init_digest(config.workdir, integrity.digest(params))
     return params
 
 
 def params_for(config: Config, mesh: jax.sharding.Mesh | None) -> Any:
-    """The parameters of `config.init`. Raises ValueError if their shapes are not those of the config's model.
+    """The parameters of `config.init`. Raises ValueError if their shapes do not match the config's model.
 
-    A reward model that starts from a language model keeps its last norm and scores all alike: zeros.
+    A reward model that starts from a language model keeps the last norm and gets a score head of zeros.
     """
     assert config.init is not None
     loaded = load(config.init, mesh)

@@ -1,8 +1,8 @@
-"""The config of a training run: the preset's, with `--init` the checkpoint's model section, and the flags over both.
+"""The config of a training run: the preset, then with `--init` the checkpoint's model section, then the flags.
 
-A checkpoint's parameters mean something only under the model section that they were trained with: RoPE, scales and
-routing are no parameters. So it comes from the checkpoint whole, but for what the preset's stage is about
-(`configs.SETS`) and for how a stage trains (`TRAINING`). A run that goes on has its own, whatever became of its init.
+Parameters are valid only with the model section that they were trained with, because RoPE, scales and routing are
+settings. So the model section comes from the checkpoint, except for fields that the preset's stage changes
+(`configs.SETS`) and fields of training (`TRAINING`). A run that continues uses its own saved config.
 """
 
 import contextlib
@@ -14,8 +14,8 @@ from typing import Any, Literal
 from dsv2_jax import cli
 from dsv2_jax.config import Config, Model, check
 
-# Fields of the model section that a stage can be about. Those that a preset names in configs.SETS it sets over the
-# model of --init; all others are then the checkpoint's.
+# Fields of the model section that a stage may change. A preset that names one in configs.SETS sets it over the
+# checkpoint's value; the others keep the checkpoint's.
 ModelField = Literal[
     "head",
     "max_position_embeddings",
@@ -26,8 +26,8 @@ ModelField = Literal[
     "rope.mscale",
     "rope.mscale_all_dim",
 ]
-# Fields of the model section that say how a stage trains and not what the model computes: always the preset's. No
-# config.json of Hugging Face's carries them, and they depend on batch and mesh.
+# Fields of the model section that affect training but not what the model computes; always the preset's. They depend on
+# batch and mesh, and a Hugging Face config.json does not have them.
 TRAINING = (
     "moe.device_balance",
     "moe.communication_balance",
@@ -39,18 +39,18 @@ TRAINING = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Where:
-    """The flags that decide where the model section comes from."""
+    """The flags that select the source of the model section."""
 
     workdir: Path
     init: Path | None
 
 
 def configure(preset: Config, flags: Sequence[str], sets: Sequence[ModelField], prog: str) -> tuple[Config, list[str]]:
-    """The config that a preset and its flags ask for; and with `--init`, lines that say how the model departs from it.
+    """The config of a preset and flags; with `--init` also lines that list changes to the checkpoint's model section.
 
-    sets: what the preset sets in the model section of `--init`. Ends with one line and exit code 2 where flags are
-    wrong. Raises ValueError where a field would give the checkpoint's parameters other shapes, and as `loading.load`
-    does for an `--init` that is no checkpoint.
+    sets: the fields that the preset sets over the model section of `--init`. Exits with one line and code 2 for wrong
+    flags. Raises ValueError for a field that changes the parameters' shapes, and as `loading.load` does for an `--init`
+    that is not a checkpoint.
     """
     if {"-h", "--help"} & set(flags):
         return cli.parse(preset, flags, prog), []
@@ -61,7 +61,7 @@ def configure(preset: Config, flags: Sequence[str], sets: Sequence[ModelField], 
     if where.init is None:
         return cli.parse(preset, flags, prog), []
 
-    from dsv2_jax import hf, loading  # they take seconds, which no other mistake has to wait for
+    from dsv2_jax import hf, loading  # take seconds to import
 
     there = loading.model_of(where.init)
     theirs = {name: value for name, value in _fields(there).items() if name not in (*sets, *TRAINING)}
@@ -75,36 +75,37 @@ def configure(preset: Config, flags: Sequence[str], sets: Sequence[ModelField], 
 
 
 def _saved(run: Path) -> Config | None:
-    """The config of the run that would go on in this folder, if there is one."""
+    """The saved config of the run that would continue in this folder, or None."""
     if not (run / "config.json").is_file():
         return None
-    from dsv2_jax.training import checkpoint
+    from dsv2_jax.training import run_folder
 
-    return checkpoint.read_config(run) if checkpoint.whole_steps(run) else None
+    return run_folder.read_config(run) if run_folder.complete_steps(run) else None
 
 
 def _check_shapes(there: Model, here: Model, changed: dict[str, Any], init: Path) -> None:
-    """Raises ValueError naming the changed fields that give parameters other shapes; a score may replace the logits."""
+    """Raises ValueError naming the changed fields that change parameter shapes; a score head may replace the logits."""
     from dsv2_jax import parameters
 
     starts = dataclasses.replace(there, head=here.head) if here.head == "score" else there
     if parameters.tree(starts) == parameters.tree(here):
         return
-    blamed = [name for name, value in changed.items() if _reshapes(starts, name, value)]
-    told = ", ".join(f"model.{name} {changed[name]} in place of {_fields(there)[name]}" for name in blamed or changed)
-    check(False, f"{told}: with that the parameters in {init} would have other shapes; leave the checkpoint's")
+    names = [name for name, value in changed.items() if _reshapes(starts, name, value)] or changed
+    listed = ", ".join(f"model.{name} {changed[name]} in place of {_fields(there)[name]}" for name in names)
+    check(False, f"{listed}: the parameters in {init} have other shapes; keep the checkpoint's value")
 
 
 def _reshapes(model: Model, name: str, value: Any) -> bool:
+    """Whether this one change gives some parameter another shape."""
     from dsv2_jax import parameters
 
-    with contextlib.suppress(ValueError):  # not valid without the other changes: not the one to blame
+    with contextlib.suppress(ValueError):  # invalid without the other changes
         return parameters.tree(_replaced(model, name, value)) != parameters.tree(model)
     return False
 
 
 def _fields(section: Any, prefix: str = "") -> dict[str, Any]:
-    """All fields of a dataclass and of the sections in it: {"rope.factor": 40.0, ...}."""
+    """All fields of a dataclass and its nested sections: {"rope.factor": 40.0, ...}."""
     found: dict[str, Any] = {}
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)
@@ -114,11 +115,11 @@ def _fields(section: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _replaced(section: Any, name: str, value: Any) -> Any:
-    """The dataclass with another value of the field `name`, a name of `_fields`."""
+    """The dataclass with a new value of the field `name`, in the notation of `_fields`."""
     field, _, rest = name.partition(".")
     return dataclasses.replace(section, **{field: _replaced(getattr(section, field), rest, value) if rest else value})
 
 
 def _as_flags(fields: dict[str, Any]) -> list[str]:
-    """Flags that stand before the user's own, which win: only what comes of all of them has to pass the checks."""
+    """The fields as flags. They precede the user's flags, which win, so only the combined config is checked."""
     return [f"--model.{name}={value}" for name, value in fields.items()]

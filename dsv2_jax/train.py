@@ -3,15 +3,20 @@
 import functools
 import inspect
 import sys
+from typing import TYPE_CHECKING
 
 from dsv2_jax import cli, start
+from dsv2_jax.config import Config, check
 from dsv2_jax.presets import PRESETS, SETS
+
+if TYPE_CHECKING:
+    from dsv2_jax.training.stage import Ended
 
 
 def main() -> int:
-    """Reads the command line, trains, and says where everything is."""
+    """Reads the command line, trains, and prints where the results are."""
     if not sys.argv[1:]:
-        cli.fail(f"name a preset: {', '.join(PRESETS)}; --help says what they are")
+        cli.fail(f"name a preset: {', '.join(PRESETS)}; --help describes them")
     name, *flags = sys.argv[1:]
     if name in ("-h", "--help"):
         print(usage())
@@ -21,7 +26,7 @@ def main() -> int:
     prog = f"{cli.called('train.py')} {name}"
     config, lines = start.configure(PRESETS[name](), flags, SETS.get(name, ()), prog)
 
-    from dsv2_jax.parallel import processes, xla  # here, so that mistakes and --help are answered at once
+    from dsv2_jax.parallel import processes, xla  # imported here so that mistakes and --help are answered at once
     from dsv2_jax.training import loop
 
     xla.choose()
@@ -30,37 +35,35 @@ def main() -> int:
     with processes.joined(config.processes):
         if lines and processes.is_first():
             print("\n".join(lines), flush=True)
-        if config.grpo.group:
-            from dsv2_jax.alignment import grpo  # its rewards take seconds to import
+        ended = train(config)
+        if processes.is_first():
+            print("\n".join(ended.lines()))
+    return 0 if ended.finished else loop.STOPPED
 
-            outcome = grpo.train(config)
-        else:
-            outcome = loop.train(config)
-        first = processes.is_first()
-    run = config.workdir
-    if not outcome.finished:
-        if first:
-            print(f"stopped after step {outcome.progress.step:,} and saved; the same command goes on from there")
-        return loop.STOPPED
-    if not first:
-        return 0
-    print(f"checkpoint  {run / 'checkpoints' / str(outcome.progress.step)}")
-    print(f"metrics     {run / 'metrics.jsonl'}")
+
+def train(config: Config) -> "Ended":
+    """Trains the stage that the config describes: GRPO if `grpo.group` is set, else the stage of `data.form`.
+
+    Raises ValueError if only one of model and data is a reward model's, and as the stage does.
+    """
     if config.grpo.group:
-        print(f"samples     {run / 'samples.jsonl'}")
-        print(f"plots       {run / 'plots'}")
-        print(f"held out    {outcome.held_out['held_out_reward']:.4f} reward")
-        return 0
-    print(f"plots       {run / 'plots'}")
-    if config.model.head == "score":
-        print(f"held out    {outcome.held_out['held_out_accuracy']:.4f} accuracy")
-        return 0
-    print(f"held out    {outcome.held_out['held_out_bits_per_byte']:.4f} bits per byte")
-    return 0
+        from dsv2_jax.alignment import grpo  # its rewards take seconds to import
+
+        return grpo.train(config)
+    from dsv2_jax import pretraining
+    from dsv2_jax.alignment import reward, sft
+    from dsv2_jax.training import loop
+
+    check(
+        (config.model.head == "score") == (config.data.form == "preferences"),
+        "a reward model (model.head score) learns from preferences (data.form), and nothing else does",
+    )
+    stages = {"conversations": sft.STAGE, "preferences": reward.STAGE}
+    return loop.train(config, stages.get(config.data.form, pretraining.STAGE))
 
 
 def usage() -> str:
-    """How to call this, and the presets with what each is."""
+    """The usage text: the command line, and every preset with its first line."""
     width = max(map(len, PRESETS))
     called = cli.called("python train.py")
     presets = "\n".join(f"  {name:{width}}  {(inspect.getdoc(f) or '').splitlines()[0]}" for name, f in PRESETS.items())

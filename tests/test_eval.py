@@ -15,11 +15,10 @@ import pytest
 from hf_cases import GOLDEN, give_tokenizer, make_run, random_params
 
 from configs import models
-from dsv2_jax import eval as evaluation
 from dsv2_jax import hf, loading
 from dsv2_jax.config import Batch, Compute, Config
 from dsv2_jax.data import tokenizer
-from dsv2_jax.evaluation import perplexity
+from dsv2_jax.evaluation import perplexity, text
 from dsv2_jax.model import transformer
 from dsv2_jax.training import checkpoint
 
@@ -218,6 +217,5 @@ def test_a_loss_that_is_not_finite_is_no_figure(run, tmp_path):
     """Finite weights whose logits overflow."""
     folder = damaged(tmp_path / "huge", run, "norm_D", 3e38)
     (tmp_path / "text").write_text("hello there")
-    args = evaluation.Evaluate(checkpoint=folder, text=tmp_path / "text", length=16)
-    with pytest.raises(ValueError, match=r"the loss of .*huge on this text is (nan|inf), not a number"):
-        evaluation.evaluate(loading.load(folder), args, None)
+    with pytest.raises(ValueError, match=r"the loss of .*huge on this text is (nan|inf), not a finite number"):
+        text.evaluate(loading.load(folder), str(folder), None, text=tmp_path / "text", length=16)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from configs import models
 from dsv2_jax.data import tokenizer
 from dsv2_jax.hf import export, import_, is_hf, load_params
-from dsv2_jax.training import checkpoint
+from dsv2_jax.training import checkpoint, run_folder
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -107,7 +107,7 @@ def test_load_params_straight_from_the_folder(exported):
     run, hf, params = exported
     model, loaded = load_params(hf)
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
-    assert model.attention == checkpoint.read_config(run).model.attention
+    assert model.attention == run_folder.read_config(run).model.attention
     assert is_hf(hf)
     assert not is_hf(run)
 
@@ -187,7 +187,7 @@ def test_the_tokenizer_travels(tmp_path):
         settings = json.loads((tmp_path / "a" / file).read_text())
         assert (settings["bos_token_id"], settings["eos_token_id"]) == (ours.bos_id, ours.eos_id)
     import_(tmp_path / "a", tmp_path / "back")
-    config = checkpoint.read_config(tmp_path / "back")
+    config = run_folder.read_config(tmp_path / "back")
     assert tokenizer.load(Path(config.data.tokenizer)).encode(text) == ours.encode(text)
     export(tmp_path / "back", tmp_path / "b")
     assert contents(tmp_path / "a") == contents(tmp_path / "b")

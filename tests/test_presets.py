@@ -10,14 +10,15 @@ import jax.numpy as jnp
 import pytest
 
 from configs import PRESETS, layouts
-from dsv2_jax.alignment import grpo, policy, reward, sampler, verifiers
+from dsv2_jax import train
+from dsv2_jax.alignment import policy, reward, sampler, verifiers
 from dsv2_jax.config import AXES, SINGLE, Config, Data, Mesh
 from dsv2_jax.data import corpora, tokenizer
 from dsv2_jax.inference.request import Request
 from dsv2_jax.model import transformer
 from dsv2_jax.parallel import sharding
 from dsv2_jax.plan import program
-from dsv2_jax.training import checkpoint, loop
+from dsv2_jax.training import checkpoint, run_folder
 from dsv2_jax.training.loss import loss
 from dsv2_jax.training.step import train_step
 
@@ -114,7 +115,7 @@ def saved(run, config):
     if model.head == "score":
         params["head"] = {"norm_D": params["head"]["norm_D"], "w_score_D": jnp.ones(model.hidden_size)}
     checkpoint.save_params(run, dataclasses.replace(config, init=None), params)
-    checkpoint.keep_tokenizer(run, words.save)
+    run_folder.keep_tokenizer(run, words.save)
     return run
 
 
@@ -133,7 +134,7 @@ def test_a_shrunk_preset_takes_a_step(name, sources):
             for r in config.grpo.rewards
         )
         config = dataclasses.replace(config, grpo=dataclasses.replace(config.grpo, rewards=rewards))
-    outcome = grpo.train(config) if config.grpo.group else loop.train(config)
+    outcome = train.train(config)
     assert outcome.finished
     ramp = config.batch.size // (config.batch.ramp_from or config.batch.size)
     assert outcome.progress.step == (config.grpo.steps if config.grpo.group else ramp)

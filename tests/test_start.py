@@ -14,7 +14,7 @@ from configs import PRESETS, SETS, models
 from dsv2_jax import hf, loading, start, train
 from dsv2_jax.config import Batch, Model, Rope
 from dsv2_jax.data import corpora, pipeline
-from dsv2_jax.training import checkpoint, metrics
+from dsv2_jax.training import metrics, run_folder
 
 OTHERS = ("auto_map", "transformers_version")  # of other files and of another library
 RELEASED = {name: value for name, value in RELEASED_V2.items() if name not in OTHERS}
@@ -76,7 +76,7 @@ def test_a_run_extended_by_nano_long_is_fine_tuned_as_extended(tmp_path):
     run = dataclasses.replace(PRESETS["nano_long"](), workdir=tmp_path / "long", model=kept)
     (tmp_path / "long" / "checkpoints" / "300" / "params").mkdir(parents=True)
     (tmp_path / "long" / "checkpoints" / "300" / "params" / "_METADATA").touch()
-    checkpoint.write_config(run.workdir, run)
+    run_folder.write_config(run.workdir, run)
     for folder in (run.workdir, run.workdir / "checkpoints" / "300"):
         config, lines = configure("nano_sft", "--init", folder, "--batch.length", 4096)
         assert config.model == extended
@@ -97,7 +97,7 @@ def test_a_flag_wins_by_name(released):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--model.hidden_size", "64"], "model.hidden_size 64 in place of 5120: with that the parameters in"),
+        (["--model.hidden_size", "64"], "model.hidden_size 64 in place of 5120: the parameters in"),
         (["--model.moe.n_shared_experts", "1", "--model.rope.theta", "9"], "model.moe.n_shared_experts 1 in place of"),
         (["--model.attention.q_lora_rank", "0"], "model.attention.q_lora_rank 0 in place of 1536"),
         (["--batch.length", "200000"], "batch.length (200000) exceeds model.max_position_embeddings (163840)"),
@@ -187,7 +187,7 @@ def test_the_first_steps_loss_is_that_of_transformers(folder, fine_tuned, monkey
     assert f"model section as in {folder}\n" in capsys.readouterr().out
     (first,) = [line for line in metrics.read(base / "step") if "nll" in line]
     judge = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    wanted = nll_of_transformers(judge, checkpoint.read_config(base / "step"))
+    wanted = nll_of_transformers(judge, run_folder.read_config(base / "step"))
     assert wanted > 3
     assert first["nll"] == pytest.approx(wanted, abs=1e-4)
 
@@ -212,10 +212,10 @@ def test_a_run_goes_on_with_its_own_model_and_without_its_init(folder, fine_tune
     shutil.copytree(folder, gone)
     flags = [*flags, "--init", str(gone), "--workdir", str(tmp_path / "run")]
     run_train(monkeypatch, "v2_sft", [*flags, "--epochs", "0"])
-    model = checkpoint.read_config(tmp_path / "run").model
+    model = run_folder.read_config(tmp_path / "run").model
     shutil.rmtree(gone)
     run_train(monkeypatch, "v2_sft", [*flags, "--epochs", "0"])
-    assert checkpoint.read_config(tmp_path / "run").model == model
+    assert run_folder.read_config(tmp_path / "run").model == model
     without = [flag for flag in flags if flag not in ("--init", str(gone), str(folder))]
     config, _ = configure("v2_sft", *without, "--epochs", "0", "--tokens", 2 * 8 * 128)
     assert (config.init, config.model) == (gone, model)

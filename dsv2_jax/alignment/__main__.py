@@ -1,8 +1,8 @@
-"""The whole path of alignment at a size for a laptop: base, fine-tuning, reward model, GRPO with some seeds, a report.
+"""All stages of alignment at laptop size: base model, fine-tuning, reward model, GRPO with several seeds, a report.
 
     python -m dsv2_jax.alignment [--base runs/demo] [--workdir runs/align] [--seeds 0 1 2]
 
-Every stage is a run of train.py of its own, so the same command goes on where it was stopped.
+Each stage is a run of train.py, so the same command continues where it was stopped.
 """
 
 import dataclasses
@@ -20,17 +20,17 @@ from dsv2_jax.training import metrics
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Align:
-    """Fine-tunes a base model of the preset nano, trains a reward model and the policy, and writes a report."""
+    """Fine-tunes a base model of the preset nano, trains a reward model and policies, and writes a report."""
 
-    base: Path = Path("runs/demo")  # trained here if it is not there
+    base: Path = Path("runs/demo")  # trained first if it is missing
     workdir: Path = Path("runs/align")
-    seeds: tuple[int, ...] = (0, 1, 2)  # of GRPO; base, fine-tuning and reward model are shared
+    seeds: tuple[int, ...] = (0, 1, 2)  # one policy each; base, fine-tuning and reward model are shared
 
 
 def main() -> int:
-    """Runs the stages that are not done yet, and reports."""
+    """Runs the stages that are not finished, and writes the report."""
     align = cli.parse(Align, prog=cli.called("python -m dsv2_jax.alignment"))
-    if not any(line.get("held_out_whole") for line in metrics.read(align.base)):  # not there, or not finished
+    if not any(line.get("held_out_whole") for line in metrics.read(align.base)):  # missing or unfinished
         stage("nano", align.base)
     fine_tuned, scored = align.workdir / "sft", align.workdir / "reward"
     stage("nano_sft", fine_tuned, "--init", str(align.base))
@@ -45,15 +45,15 @@ def main() -> int:
 
 
 def stage(preset: str, run: Path, *flags: str) -> None:
-    """One run of train.py, unless it is finished; how long it took is kept beside it. Ends with its exit code."""
+    """Runs train.py unless the run is finished, and stores its duration. Ends with its exit code if it fails."""
     seconds = run / report.SECONDS
     if seconds.exists():
         return
     print(f"\n== {preset} -> {run}", flush=True)
     begin = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", "dsv2_jax.train", preset, "--workdir", run, *flags], check=False)
-    if done.returncode:
-        sys.exit(done.returncode)
+    finished = subprocess.run([sys.executable, "-m", "dsv2_jax.train", preset, "--workdir", run, *flags], check=False)
+    if finished.returncode:
+        sys.exit(finished.returncode)
     seconds.write_text(json.dumps(time.monotonic() - begin))
 
 

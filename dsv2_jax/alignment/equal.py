@@ -1,12 +1,12 @@
-"""Whether two answers of maths are equal, by math-verify. A worker of the sandbox runs this file.
+"""Compares two maths answers by math-verify. A worker of the sandbox runs this file.
 
-math-verify passes parts of a text, digits and operators only, to sympy's `parse_expr`, which evaluates them: no code
-comes from that, but numbers of any size do, and a process of its own has limits of time and memory.
+math-verify gives parts of a text, digits and operators only, to sympy's `parse_expr`, which evaluates them. That cannot
+run code, but it can compute numbers of any size, so it runs in a process with limits of time and memory.
 """
 
 import math_verify
 
-_SECONDS = 2  # of each step in Python; a long one in C is ended from outside
+_SECONDS = 2  # per step in Python; the parent ends a long step in C
 
 
 def equal(answer: str, response: str) -> bool:

@@ -1,8 +1,8 @@
-"""GRPO (section 4.2): sample groups from the policy, reward them, update on them, again, in one job.
+"""GRPO (section 4.2): sample groups of responses from the policy, reward them, update on them, repeat; in one job.
 
-An iteration asks the engine for a group of responses to each prompt, scores them, and takes some optimizer steps on
-them with pretraining's own step. The weights go from the training layout to the sampler's and nowhere else. What is
-sampled follows from the parameters, the seed and the step, so a run that was killed goes on bit for bit.
+An iteration samples a group of responses to each prompt from the engine, scores them, and takes optimizer steps on them
+with the `train_step` of pretraining. Only the weights move, from the training layout to the sampler's. Samples depend
+only on the parameters, the seed and the step, so a killed run continues bit for bit.
 """
 
 import dataclasses
@@ -20,39 +20,39 @@ from dsv2_jax.alignment.pool import RewardPool
 from dsv2_jax.alignment.sampler import Sampler
 from dsv2_jax.alignment.samples import Prompts, Sample, Samples, arrays
 from dsv2_jax.config import Config, check
-from dsv2_jax.data import corpora
 from dsv2_jax.data.packing import Batch
 from dsv2_jax.model import transformer
 from dsv2_jax.parallel import mesh as device_mesh
 from dsv2_jax.parallel import processes, sharding
 from dsv2_jax.parallel.feed import Feed
 from dsv2_jax.parallel.processes import Stop
-from dsv2_jax.training import checkpoint, loop, metrics, optimizer, plots
+from dsv2_jax.training import loop, metrics, optimizer, plots, run_folder
 from dsv2_jax.training.checkpoint import Checkpoints, Progress
 from dsv2_jax.training.lease import leased
+from dsv2_jax.training.stage import Ended
 from dsv2_jax.training.step import State, create, state_specs, train_step
+
+HEADLINE = "reward"  # the held-out figure that the log and the last line show
 
 
 @leased
-def train(config: Config) -> loop.Outcome:
-    """Trains the policy that `config.init` holds until `config.grpo.steps` steps or SIGTERM; `loop.train`'s manners.
+def train(config: Config) -> Ended:
+    """Trains the policy in `config.init` until `config.grpo.steps` steps or SIGTERM.
 
-    Writes, beside what every run writes, samples.jsonl: a line for every response with its rewards; and held_out.jsonl,
-    the same of evaluations. Raises ValueError for what does not fit, as `loop.train` does.
+    Restarts and writes as `loop.train` does, and also writes samples.jsonl, one line per response with its rewards, and
+    held_out.jsonl, the same for evaluations. Raises ValueError as `loop.train` does, and for settings that GRPO does
+    not support.
     """
     config = _checked(config)
     mesh = device_mesh.make(config.mesh)
-    config = checkpoint.open_run(config)
+    config = run_folder.open_run(config)
     with processes.first_before_others("data"):
-        corpus = corpora.prepare(config.data)
-        words = loading.tokenizer_for(config, corpus)
-        if processes.is_first():
-            checkpoint.keep_tokenizer(config.workdir, words.save)
-    prompts = Prompts(config, corpus, words)
+        corpus, tokenizer = loading.open_data(config)
+    prompts = Prompts(config, corpus, tokenizer)
     reference = loading.start_params(config, mesh)
     shardings = sharding.on(mesh, state_specs(config))
     host = jax.tree.map(lambda s: s.with_memory_kind("pinned_host"), shardings.optimizer)
-    steps = config.grpo.passes * config.grpo.prompts * config.grpo.group // config.batch.size  # of an iteration
+    steps = config.grpo.passes * config.grpo.prompts * config.grpo.group // config.batch.size  # per iteration
 
     def initial_state() -> State:
         return create(transformer.init(config.model, jax.random.key(config.seed)), config)
@@ -67,11 +67,11 @@ def train(config: Config) -> loop.Outcome:
         state, progress = checkpoints.restore(initial_state, prompts, shardings, start)
         with (
             RewardPool([name for name in config.grpo.rewards if name in verifiers.REWARDS]) as rewards,
-            metrics.Log(config, progress) as log,
+            metrics.Log(config, progress, "GRPO", HEADLINE, throughput=False) as log,
             Samples(config.workdir / "samples.jsonl", progress.step) as drawn,
             Samples(config.workdir / "held_out.jsonl", progress.step + 1) as greedy,
         ):
-            sampler = Sampler(config, words, mesh, rewards)
+            sampler = Sampler(config, tokenizer, mesh, rewards)
 
             def evaluate(state: State) -> State:
                 state = moved(state, host)
@@ -95,12 +95,15 @@ def train(config: Config) -> loop.Outcome:
                     log.flush()
                     checkpoints.save(state, prompts, progress)
             checkpoints.save(state, prompts, progress)
-    return _outcome(config, progress)
+    return _ended(config, progress)
 
 
 def _checked(config: Config) -> Config:
-    """The config with its tokens and the sizes of its mesh. Raises ValueError for what GRPO cannot do."""
-    check(config.init is not None, "GRPO starts from a trained model: give --init a run's or Hugging Face folder")
+    """The config with its tokens and its mesh resolved. Raises ValueError for settings that GRPO does not support."""
+    check(
+        config.init is not None,
+        "GRPO starts from a trained model: give --init the folder of a run or a Hugging Face folder",
+    )
     check(config.data.form == "prompts", f"GRPO reads prompts: data.form must be prompts, not {config.data.form}")
     for name in config.grpo.rewards:
         known = ", ".join(verifiers.REWARDS)
@@ -117,14 +120,21 @@ def _checked(config: Config) -> Config:
     return config
 
 
-def _outcome(config: Config, progress: Progress) -> loop.Outcome:
-    if progress.step < config.grpo.steps:
-        return loop.Outcome(progress=progress, finished=False, held_out={})
-    if processes.is_first():
-        plots.draw(config.workdir)
-    evaluations = [line for line in metrics.read(config.workdir) if "held_out_reward" in line]
-    held_out = {name: x for name, x in evaluations[-1].items() if name.startswith("held_out")} if evaluations else {}
-    return loop.Outcome(progress=progress, finished=True, held_out=held_out)
+def _ended(config: Config, progress: Progress) -> Ended:
+    finished, held_out = progress.step >= config.grpo.steps, {}
+    if finished:
+        if processes.is_first():
+            plots.draw(config.workdir)
+        evaluations = [line for line in metrics.read(config.workdir) if "held_out_reward" in line]
+        held_out = {name: x for line in evaluations[-1:] for name, x in line.items() if name.startswith("held_out")}
+    return Ended(
+        run=config.workdir,
+        progress=progress,
+        finished=finished,
+        held_out=held_out,
+        headline=HEADLINE,
+        files=("samples.jsonl",),
+    )
 
 
 def update(
@@ -137,7 +147,7 @@ def update(
     took: dict[str, float],
     log: metrics.Log,
 ) -> tuple[State, Progress]:
-    """All optimizer steps on these samples, in an order drawn for each pass."""
+    """All optimizer steps on these samples, shuffled anew in each pass over them."""
     begin = time.perf_counter()
     g = config.grpo
     rows, figures = arrays(samples, config)
@@ -160,8 +170,8 @@ def update(
     rows["reference_BT"], _ = scored(reference)
     rows["old_BT"] = old_BT
     figures |= took | disagreement(rows, samples, experts_BTLK, g.truncate)
-    for turn in range(g.passes):
-        order = np.random.default_rng([config.seed, progress.step, turn]).permutation(len(samples))
+    for epoch in range(g.passes):
+        order = np.random.default_rng([config.seed, progress.step, epoch]).permutation(len(samples))
         for batch in batches(order):
             lr = optimizer.learning_rate(config, progress.step, progress.tokens)
             state, on_device = train_step(state, feed(batch), lr, config=config, loss=policy.loss, mesh=mesh)
@@ -175,11 +185,11 @@ def update(
 
 
 def disagreement(rows: Batch, samples: list[Sample], experts_BTLK: Any, truncate: float) -> dict[str, float]:
-    """How far the update's forward pass is from the sampler's, over the responses' tokens.
+    """How far the trainer's forward pass is from the sampler's, over the responses' tokens.
 
-    `sampler_gap`, the mean difference of log-probabilities, and its largest; `router_disagreement`, the share of
-    (token, layer) whose sets of experts differ, prompts included; with a truncation also `importance`, the mean weight
-    of the tokens' terms, and `truncated`, the share of them whose weight was cut.
+    `sampler_gap` and `sampler_gap_max`: mean and maximum absolute difference of log-probabilities.
+    `router_disagreement`: the share of (token, layer) with different sets of experts, prompts included. With a
+    truncation, `importance`: the mean weight of a token's term, and `truncated`: the share of weights at the limit.
     """
     ahead = (rows["old_BT"] - rows["sampler_BT"])[rows["weights_BT"] > 0]
     figures = {"sampler_gap": float(np.abs(ahead).mean()), "sampler_gap_max": float(np.abs(ahead).max())}

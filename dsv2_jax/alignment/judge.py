@@ -1,4 +1,4 @@
-"""Reward models as rewards of GRPO (section 4.2): whole conversations scored, on the policy's devices."""
+"""Reward models as rewards of GRPO (section 4.2): they score full conversations on the policy's devices."""
 
 import dataclasses
 import functools
@@ -20,20 +20,23 @@ from dsv2_jax.parallel.feed import Feed
 
 
 class Judge:
-    """A reward model. All processes call it alike."""
+    """A reward model. All processes must call it with the same arguments."""
 
-    def __init__(self, folder: Path, config: Config, words: Tokenizer, mesh: jax.sharding.Mesh | None):
-        """Raises ValueError if the folder holds no reward model, or one for other tokens or shorter texts."""
+    def __init__(self, folder: Path, config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh | None):
+        """tokenizer: the policy's. Raises ValueError if the folder holds no reward model, or one with another
+        tokenizer, another chat template or too few positions."""
         loaded = loading.load(folder, mesh)
-        check(loaded.model.head == "score", f"{folder} holds no reward model (model.head score), so it rewards nothing")
+        check(loaded.model.head == "score", f"{folder} holds no reward model (model.head must be score)")
         theirs = loaded.need_tokenizer()
-        check(theirs.identity == words.identity, f"the reward model in {folder} has another tokenizer than the policy")
-        same = theirs.template.source == words.template.source
+        check(
+            theirs.identity == tokenizer.identity, f"the reward model in {folder} has another tokenizer than the policy"
+        )
+        same = theirs.template.source == tokenizer.template.source
         check(same, f"the reward model in {folder} has another chat template than the policy")
         length, positions = config.batch.length, loaded.model.max_position_embeddings
         check(
             length <= positions,
-            f"the reward model in {folder} has {positions} positions, but conversations may have {length} tokens "
+            f"the reward model in {folder} has {positions} positions, but conversations have up to {length} tokens "
             "(batch.length)",
         )
         self._config, self._params, self._mesh = dataclasses.replace(config, model=loaded.model), loaded.params, mesh
@@ -41,7 +44,7 @@ class Judge:
         self._feed = Feed(mesh, config.mesh, self._rows)
 
     def __call__(self, sequences: Sequence[Sequence[int]]) -> np.ndarray:
-        """The score of each sequence of at most `batch.length` ids, at its last one; float32."""
+        """The score at the last id of each sequence of at most `batch.length` ids, float32 [N]."""
         count, length = len(sequences), self._config.batch.length
         rows = blank_batch(-(-count // self._rows) * self._rows, length)
         for row, ids in enumerate(sequences):
@@ -60,7 +63,7 @@ class Judge:
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh"))
 def _scores(params: Any, batch: dict[str, Array], *, config: Config, mesh: jax.sharding.Mesh | None) -> Array:
-    """At every position of a batch [A, B, T], float32."""
+    """Scores at every position of a batch [A, B, T], float32."""
 
     def run(params: Any, batch: dict[str, Array]) -> Array:
         return jax.lax.map(lambda one: reward.scores(params, one, config)[0], batch)

@@ -1,8 +1,8 @@
-"""Whether a text has a form. A worker of the sandbox runs this file, since a pattern can take time without end."""
+"""Matches a text against a pattern. A worker of the sandbox runs this file, because a match can take unbounded time."""
 
 import re
 
 
 def matches(pattern: str, text: str) -> bool:
-    """Whether the regular expression `pattern` matches all of `text`; its dot also matches the ends of lines."""
+    """Whether the regular expression `pattern` matches all of `text`; a dot also matches newlines."""
     return re.fullmatch(pattern, text, re.DOTALL) is not None

@@ -1,12 +1,13 @@
-"""GRPO's objective (section 4.2, eq. 32 to 34), of log-probabilities: no network, no sampling.
+"""GRPO's objective (section 4.2, eq. 32 to 34) as a function of log-probabilities: no network, no sampling.
 
-Equation 32 as printed weighs a whole response by one ratio, pi(o|q) / pi_old(o|q), and averages over the group. The
-default here is the reading that trainers have settled on (TRL's `loss_type="grpo"`): a ratio for every token, the mean
-over a response's tokens, then over responses. `level="sequence"` is the equation to the letter, its KL term the mean
-over the response's tokens. Letters: P prompts, G responses of a group, N responses in all, T tokens of a response.
+Equation 32 as printed weights a response by one ratio, pi(o|q) / pi_old(o|q), and averages over the group. The default
+here is the common reading (TRL's `loss_type="grpo"`): one ratio per token, the mean over a response's tokens, then over
+responses. `level="sequence"` is the printed equation, with the KL term averaged over the response's tokens.
+
+    P prompts    G responses of a group    N responses of all groups    T tokens of a response
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,37 +16,43 @@ from jax import Array
 Level = Literal["token", "sequence"]
 
 
+class LogProbabilities(NamedTuple):
+    """Log-probabilities of the responses' tokens, float32 [N, T], under the three policies of the objective."""
+
+    policy: Array  # the one that is trained
+    old: Array  # the one that sampled the responses
+    reference: Array  # the one that the KL divergence is measured against
+
+
 def advantages(rewards_PG: Array) -> Array:
     """(r - mean) / std over each group (eq. 34), float32 [P, G].
 
-    The standard deviation is the group's own (divided by G). A group whose rewards are all alike says nothing: zeros.
+    The standard deviation divides by G. A group with equal rewards gives zeros.
     """
     rewards_PG = jnp.asarray(rewards_PG, jnp.float32)
     centred_PG = rewards_PG - rewards_PG.mean(axis=1, keepdims=True)
-    alike_P1 = rewards_PG.max(axis=1, keepdims=True) == rewards_PG.min(axis=1, keepdims=True)
+    equal_P1 = rewards_PG.max(axis=1, keepdims=True) == rewards_PG.min(axis=1, keepdims=True)
     std_P1 = jnp.sqrt((centred_PG**2).mean(axis=1, keepdims=True))
-    return jnp.where(alike_P1, 0.0, centred_PG / jnp.where(alike_P1, 1.0, std_P1))
+    return jnp.where(equal_P1, 0.0, centred_PG / jnp.where(equal_P1, 1.0, std_P1))
 
 
 def kl(policy: Array, reference: Array) -> Array:
-    """pi_ref / pi - log(pi_ref / pi) - 1 of log-probabilities, elementwise: never negative (eq. 33)."""
+    """pi_ref / pi - log(pi_ref / pi) - 1 from log-probabilities, elementwise; never negative (eq. 33)."""
     ahead = reference - policy
     return jnp.exp(ahead) - ahead - 1
 
 
-def truncated_ratio(old: Array, sampler: Array, most: float) -> Array:
-    """How much likelier the trainer's old policy finds a token than the sampler that drew it, at most `most`.
+def truncated_ratio(old: Array, sampler: Array, limit: float) -> Array:
+    """min(pi_old / pi_sampler, limit) from log-probabilities, elementwise, without gradient.
 
-    Weighs a token's loss, so that the sampler's other arithmetic (a MoE's above all) does not bias the gradient. Takes
-    log-probabilities; has no gradient.
+    It weights a token's loss to correct for the difference between the trainer's and the sampler's arithmetic, which
+    is largest in MoE models.
     """
-    return jax.lax.stop_gradient(jnp.minimum(jnp.exp(old - sampler), most))
+    return jax.lax.stop_gradient(jnp.minimum(jnp.exp(old - sampler), limit))
 
 
 def objective(
-    policy_NT: Array,
-    old_NT: Array,
-    reference_NT: Array,
+    logp_NT: LogProbabilities,
     advantages_N: Array,
     mask_NT: Array,
     *,
@@ -54,12 +61,12 @@ def objective(
     level: Level = "token",
     correction_NT: Array | None = None,
 ) -> tuple[Array, dict[str, Array]]:
-    """Minus GRPO's objective, summed over responses (its mean over all of a step is the step's loss), and metrics.
+    """Minus GRPO's objective, summed over responses, and metrics; the step's loss is the mean over its responses.
 
-    Log-probabilities of the responses' tokens under the policy, the one that sampled, and the reference, float32; mask
-    1 where a token is one; clip is epsilon and beta the weight of the KL divergence. correction_NT weighs the tokens'
-    first term (see `truncated_ratio`; with the level `sequence` its mean over a response does). Metrics are sums over
-    responses too: `kl` and `clipped` (share of a response's tokens, or of responses, where clipping took the gradient).
+    mask_NT is 1 at a response's tokens and 0 at padding. clip is epsilon; beta weights the KL divergence. correction_NT
+    multiplies the clipped ratio's term (see `truncated_ratio`); at the level `sequence` its mean over the response
+    does. Metrics are sums over responses: `kl`, and `clipped`, the share of tokens (or responses) without gradient
+    because of clipping.
     """
     lengths_N = jnp.maximum(mask_NT.sum(axis=1), 1)
 
@@ -67,8 +74,8 @@ def objective(
         return (x_NT * mask_NT).sum(axis=1) / lengths_N
 
     weights_NT = jnp.ones_like(mask_NT) if correction_NT is None else correction_NT
-    kl_N = mean(kl(policy_NT, reference_NT))
-    ahead_NT = (policy_NT - old_NT) * mask_NT
+    kl_N = mean(kl(logp_NT.policy, logp_NT.reference))
+    ahead_NT = (logp_NT.policy - logp_NT.old) * mask_NT
     if level == "token":
         term_NT, clipped_NT = _clipped(jnp.exp(ahead_NT), advantages_N[:, None], clip)
         term_N, clipped_N = mean(term_NT * weights_NT), mean(clipped_NT)
@@ -79,6 +86,6 @@ def objective(
 
 
 def _clipped(ratio: Array, advantage: Array, clip: float) -> tuple[Array, Array]:
-    """min(ratio A, clip(ratio, 1 - epsilon, 1 + epsilon) A), and 1 where the second is smaller."""
+    """(min(ratio A, clip(ratio, 1 - epsilon, 1 + epsilon) A), 1 where the second is smaller)."""
     free, bound = ratio * advantage, jnp.clip(ratio, 1 - clip, 1 + clip) * advantage
     return jnp.minimum(free, bound), (bound < free).astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""The policy in GRPO's update: its log-probabilities of given responses, and the loss that its gradient comes from."""
+"""The policy in GRPO's update: the log-probabilities of given responses, and the loss."""
 
 import functools
 from typing import Any
@@ -24,21 +24,22 @@ def loss(
     total_weight: Array | float,
     share: Array | float,
 ) -> tuple[Array, dict[str, Array]]:
-    """GRPO's loss and the balance losses of one micro-batch, under `training.loss.loss`'s convention.
+    """GRPO's loss and the balance losses of one micro-batch, by the convention of `training.loss.loss`.
 
-    A row is a response behind its prompt. weights_BT: one over the response's tokens at each of them, so that
-    total_weight counts responses; kept_BT, if there, is 0 in those that have no loss. Nothing is dropped: the policy
-    would not be the one that sampled.
+    A row is a prompt followed by a response. weights_BT is 1 / (tokens of the response) at each of its tokens, so
+    total_weight counts responses; the optional kept_BT is 0 in responses without loss. No tokens are dropped, because
+    the sampler drops none.
     """
     del exempt_B
     g = config.grpo
     policy_BT, entropy_BT, statistics = _policy(params, batch, config)
     mask_BT = (batch["weights_BT"] > 0).astype(jnp.float32) * batch.get("kept_BT", 1.0)
     correction_BT = objective.truncated_ratio(batch["old_BT"], batch["sampler_BT"], g.truncate) if g.truncate else None
+    logp_BT = objective.LogProbabilities(policy_BT, batch["old_BT"], batch["reference_BT"])
+    advantages_B = batch["advantages_BT"][:, 0]
     value, figures = objective.objective(
-        policy_BT, batch["old_BT"], batch["reference_BT"], batch["advantages_BT"][:, 0], mask_BT,
-        clip=g.clip, beta=g.beta, level=g.level, correction_NT=correction_BT,
-    )  # fmt: skip
+        logp_BT, advantages_B, mask_BT, clip=g.clip, beta=g.beta, level=g.level, correction_NT=correction_BT
+    )
     figures["entropy"] = (entropy_BT * batch["weights_BT"]).sum()
     figures = {name: x / total_weight for name, x in figures.items()}
     figures["objective"] = value / total_weight
@@ -49,7 +50,10 @@ def loss(
 def log_probabilities(
     params: Any, batch: dict[str, Array], *, config: Config, mesh: jax.sharding.Mesh | None
 ) -> tuple[Array, Array | None]:
-    """Of every target of a batch [A, B, T], float32; and the experts that its tokens go to, int16 [A, B, T, L, K]."""
+    """(log-probabilities of the targets, float32 [A, B, T]; the tokens' experts, int16 [A, B, T, L, K]).
+
+    The experts are None for a model without MoE layers.
+    """
 
     def run(params: Any, batch: dict[str, Array]) -> tuple[Array, Array | None]:
         def one(batch: dict[str, Array]) -> tuple[Array, Array | None]:

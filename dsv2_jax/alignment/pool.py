@@ -1,4 +1,4 @@
-"""Rewards of many answers at once: a pool of worker processes on every host, each host with a share of the answers."""
+"""Computes the rewards of many answers in parallel: worker processes on every host share them out."""
 
 import concurrent.futures
 import multiprocessing
@@ -15,16 +15,16 @@ from dsv2_jax.parallel import processes
 
 
 class RewardPool:
-    """Scores answers by rewards of `verifiers.REWARDS`; a context manager that ends its workers.
+    """Scores answers by rewards of `verifiers.REWARDS`; a context manager that ends its worker processes on exit.
 
-    Workers are processes, not threads: a reward may hold the interpreter lock, and math-verify's time limit needs a
-    main thread. They start when they are first needed, one for each CPU of this process at most.
+    Workers are processes, not threads, because a reward may hold the interpreter lock and math-verify's time limit
+    needs a main thread. They start on first use, at most one for each CPU of this process.
     """
 
     def __init__(self, names: Sequence[str], workers: int | None = None) -> None:
-        """workers: at most so many; None: as many as this process may use CPUs."""
+        """workers: the largest number of worker processes; None for the number of CPUs that this process may use."""
         self._names = tuple(names)
-        # Not forked: this process has JAX's threads. And no fork server: a SIGTERM to the group would end it.
+        # Not fork: this process runs JAX's threads. Not forkserver: a SIGTERM to the process group would end it.
         self._workers = concurrent.futures.ProcessPoolExecutor(
             workers or len(os.sched_getaffinity(0)),
             mp_context=multiprocessing.get_context("spawn"),
@@ -38,32 +38,32 @@ class RewardPool:
         self._workers.shutdown(cancel_futures=True)
 
     def __call__(self, items: Sequence[Item], texts: Sequence[str]) -> dict[str, np.ndarray]:
-        """Each reward of each answer, float64 [N] by name, the same in every process.
+        """Every reward of N answers: {name: float64 [N]}, equal in all processes.
 
-        Every answer is scored once, by one process, so a verdict that depends on time is the same in all. Raises what
-        a reward raises, and RuntimeError if the system kills a worker.
+        One process scores each answer, so rewards that depend on time are equal in all processes too. Raises what a
+        reward raises, and RuntimeError if the system kills a worker.
         """
         count, own = processes.count(), processes.index()
-        verdicts_NR = np.zeros((len(items), len(self._names)))
+        rewards_NR = np.zeros((len(items), len(self._names)))
         if self._names:
             with processes.together("rewards"):
                 mine = [(self._names, items[i], texts[i]) for i in range(own, len(items), count)]
                 found = list(self._workers.map(_scores, mine))
-                verdicts_NR[own::count] = np.reshape(found, (-1, len(self._names)))
-            of_each_PNR = processes.gathered(verdicts_NR)
+                rewards_NR[own::count] = np.reshape(found, (-1, len(self._names)))
+            all_PNR = processes.gathered(rewards_NR)
             answers = np.arange(len(items))
-            verdicts_NR = of_each_PNR[answers % count, answers]
-        return dict(zip(self._names, verdicts_NR.T, strict=True))
+            rewards_NR = all_PNR[answers % count, answers]
+        return dict(zip(self._names, rewards_NR.T, strict=True))
 
 
-def _scores(asked: tuple[Sequence[str], Item, str]) -> list[float]:
-    names, item, text = asked
+def _scores(job: tuple[Sequence[str], Item, str]) -> list[float]:
+    names, item, text = job
     return [verifiers.REWARDS[name](item, text) for name in names]
 
 
 def _begin() -> None:
-    """What a worker does first: it leaves signals to the process that started it, and ends when that one is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal or a launcher may send them to the whole group
+    """Prepares a worker: it ignores signals, which the parent handles, and ends when the parent ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal or a launcher sends them to the process group
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -1,4 +1,4 @@
-"""What GRPO has done to a model, for people to read: figures over seeds, answers before and after, a picture."""
+"""A report on GRPO: figures over seeds, answers before and after, a plot."""
 
 import json
 from pathlib import Path
@@ -13,12 +13,12 @@ import numpy as np
 
 from dsv2_jax.training import metrics
 
-SECONDS = "seconds.json"  # in a run's folder: how long it took
-_SHOWN = 16  # questions whose answers the report shows
+SECONDS = "seconds.json"  # file in a run's folder with its duration
+_SHOWN = 16  # questions in the table of answers
 
 
 def write(workdir: Path, fine_tuned: Path, scored: Path, policies: list[Path]) -> str:
-    """Writes report.md and its picture into `workdir`; returns the Markdown. Takes the folders of finished runs."""
+    """Writes report.md and grpo.png into `workdir`, from the folders of finished runs; returns the Markdown."""
     evaluations = [[line for line in metrics.read(run) if "held_out_solved" in line] for run in policies]
     names = [name for name in evaluations[0][0] if name.startswith("held_out_solved")]
     table = [
@@ -54,7 +54,7 @@ def write(workdir: Path, fine_tuned: Path, scored: Path, policies: list[Path]) -
             "",
             "Minutes: " + ", ".join(f"{name} {x / 60:.1f}" for name, x in times.items()),
             "",
-            "![reward, KL, length and entropy](grpo.png)",
+            "![reward, solved questions, KL and response length](grpo.png)",
             "",
             f"## Answers before and after, {policies[0].name}",
             "",
@@ -67,7 +67,7 @@ def write(workdir: Path, fine_tuned: Path, scored: Path, policies: list[Path]) -
 
 
 def _answers(run: Path) -> list[str]:
-    """A table of held-out questions with the answers of the first and the last evaluation."""
+    """A Markdown table of held-out questions with the answers of the first and the last evaluation."""
     lines = [json.loads(line) for line in (run / "held_out.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [line["step"] for line in lines]
     first, last = ([line for line in lines if line["step"] == step] for step in (min(steps), max(steps)))
@@ -78,21 +78,21 @@ def _answers(run: Path) -> list[str]:
 
 
 def _verdict(line: dict[str, Any]) -> str:
-    """An answer, and whether it is right."""
+    """An answer with a mark for right or wrong."""
     right = next(iter(line["rewards"].values())) >= 1
     return f"{_cell(line['response'])} {'✓' if right else '✗'}"
 
 
 def _cell(text: str) -> str:
-    """Text for a cell of a table."""
+    """Text as a cell of a Markdown table."""
     return " ".join(text.replace("|", "\\|").split())
 
 
 def _picture(policies: list[Path], path: Path) -> None:
-    """Reward, KL, length and entropy over steps, a line for each seed."""
+    """Plots reward, share of solved questions, KL and response length over steps, one line per seed."""
     panels = {
         "reward": "reward, sampled", "held_out_solved": "held-out, solved", "kl": "KL to SFT",
-        "response_tokens": "tokens of a response",
+        "response_tokens": "tokens per response",
     }  # fmt: skip
     figure, every = plt.subplots(len(panels), 1, figsize=(8, 9), sharex=True, layout="constrained")
     for axes, (name, label) in zip(every, panels.items(), strict=True):

@@ -1,7 +1,9 @@
-"""The reward model's loss and its accuracy (section 4.2): a score at an answer's last token.
+"""The reward model's stage (section 4.2): its loss, its accuracy, and the score at an answer's last token.
 
-Pair-wise, Bradley-Terry: -log sigmoid(score(better) - score(worse) - margin). Point-wise: (score - value)^2. Letters: P
-preferences of a row; the rest as in parameters.py.
+    pairs (Bradley-Terry)    -log sigmoid(score(better) - score(worse) - margin)
+    scored answers           (score - value)^2
+
+P preferences of a row; other letters as in parameters.py.
 """
 
 import functools
@@ -13,22 +15,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from dsv2_jax import loading, pretraining
 from dsv2_jax.config import Config
 from dsv2_jax.evaluation import perplexity
 from dsv2_jax.model import transformer
 from dsv2_jax.parallel import collectives, pipeline
 from dsv2_jax.parallel.feed import Feed
 from dsv2_jax.training.loss import balanced
+from dsv2_jax.training.stage import Stage
 
-_FEWEST = 4  # tokens of an answer behind its prompt: begin, something, end; bounds the preferences of a row
+_MIN_TOKENS = 4  # of a prompt with its answer: begin, prompt, answer, end; bounds the preferences of a row
 
 
 def scores(
     params: Any, batch: dict[str, Array], config: Config, micro_batches: int = 1
 ) -> tuple[Array, dict[str, Array]]:
-    """The score at every position, float32 [B, T], of float32 parameters; and the layers' statistics.
+    """(scores at every position, float32 [B, T]; the layers' statistics), from float32 parameters.
 
-    micro_batches: those that follow each other in the rows, for a pipeline; of one, a stage gets a part of T.
+    micro_batches: how many micro-batches the rows hold, for a pipeline; each of its stages returns a part of T.
     """
     out, w_score_D = transformer.forward_masters(
         params,
@@ -51,11 +55,11 @@ def loss(
     share: Array | float,
     micro_batches: int = 1,
 ) -> tuple[Array, dict[str, Array]]:
-    """One micro-batch's part of a step's loss and metrics, under the convention of `training.loss.loss`.
+    """One micro-batch's part of a step's loss and metrics, by the convention of `training.loss.loss`.
 
-    batch: the leaves of `PreferenceRows`. Metrics: `preference_loss`, its mean; `accuracy`, the share of pairs
-    in order (a tie is none; of scored answers those within a half of their value); `lead`, by how much the better ones
-    lead; `tokens` (preferences); the balance losses as ever. Nothing is dropped.
+    batch: the leaves of `PreferenceRows`. Metrics: `preference_loss`; `accuracy`, the share of pairs whose better
+    answer scores higher (for scored answers, the share within 0.5 of their value); `lead`, the better answer's score
+    minus the other's; `tokens`, the number of preferences; the balance losses. No tokens are dropped.
     """
     del exempt_B
     mesh, (_, t) = config.mesh, batch["ends_BT"].shape
@@ -64,8 +68,8 @@ def loss(
         batch = {name: pipeline.part(leaf, mesh) for name, leaf in batch.items()}
 
     def by_preference(x_BT: Array) -> Array:
-        one = functools.partial(jax.ops.segment_sum, num_segments=max(1, t * mesh.context // _FEWEST))
-        # Both answers' ends may lie on devices far apart.
+        one = functools.partial(jax.ops.segment_sum, num_segments=max(1, t * mesh.context // _MIN_TOKENS))
+        # The ends of the two answers may be on different devices.
         return collectives.add(jax.vmap(one)(x_BT, batch["pairs_BT"]), ("context", "pipeline"), mesh)
 
     lead_BP = by_preference(score_BT * batch["ends_BT"])
@@ -73,16 +77,16 @@ def loss(
     pair_BP = by_preference((batch["ends_BT"] < 0).astype(jnp.float32)) > 0
     each_BP = jnp.where(pair_BP, jax.nn.softplus(value_BP - lead_BP), (lead_BP - value_BP) ** 2)
     right_BP = jnp.where(pair_BP, lead_BP > 0, jnp.abs(lead_BP - value_BP) < 0.5)
-    alike = mesh.size("pipeline", "context", "tensor")  # devices that hold the same preferences
+    copies = mesh.size("pipeline", "context", "tensor")  # devices that hold the same preferences
 
     def mean(x_BP: Array) -> Array:
-        return (x_BP * weight_BP).sum() / (total_weight * alike)
+        return (x_BP * weight_BP).sum() / (total_weight * copies)
 
     metrics = {
         "preference_loss": mean(each_BP),
         "accuracy": mean(right_BP.astype(jnp.float32)),
         "lead": mean(lead_BP),
-        "tokens": weight_BP.sum() / alike,
+        "tokens": weight_BP.sum() / copies,
     }
     return balanced(metrics["preference_loss"], metrics, statistics, share)
 
@@ -95,9 +99,19 @@ def evaluate(
     feed: Feed | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, Any]:
-    """Means over all preferences of the batches, as `loss` has them, their number, and `load_LE` with experts."""
+    """Means of the metrics of `loss` over all preferences, their number, and with experts `load_LE` as in the loss."""
     sums = perplexity.sums(params, batches, config=config, feed=feed, mesh=mesh, loss=loss)
     count = sums.pop("tokens")
     means = {name: float(sums[name]) / count for name in ("preference_loss", "accuracy", "lead")}
     loads = {"load_LE": np.asarray(sums["load_LE"]) / count} if "load_LE" in sums else {}
     return means | {"preferences": int(count)} | loads
+
+
+STAGE = Stage(
+    name="reward model",
+    loss=loss,
+    evaluate=evaluate,
+    data=pretraining.data,
+    parameters=loading.start_params,
+    headline="accuracy",
+)

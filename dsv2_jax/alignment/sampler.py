@@ -1,4 +1,4 @@
-"""GRPO's other half: responses drawn from the engine with the policy's weights, and rewarded."""
+"""Sampling in GRPO: the engine draws responses with the policy's weights, and rewards score them."""
 
 import time
 from collections.abc import Sequence
@@ -21,50 +21,50 @@ from dsv2_jax.ops import switch
 from dsv2_jax.ops.switch import Implementation
 from dsv2_jax.parallel.mesh import BATCH
 
-_MOST_ROWS = 64  # responses that are drawn at a time, of each group of devices
+_MAX_ROWS = 64  # responses that a replica samples at a time
 
 
 def capacity(config: Config, implementation: Implementation) -> Capacity:
-    """The engine's capacity: all responses of an iteration at once, up to 64 for each group of devices.
+    """The engine's capacity: all responses of an iteration at once, at most 64 per replica.
 
-    implementation: of `switch.implementation`. The engine computes a prompt once for its group, in full pages. Pages
-    are small where no kernel needs large ones.
+    implementation: of `switch.implementation`. The responses of a group share the full pages of their prompt, so pages
+    are as small as the implementation allows.
     """
-    each = -(-config.grpo.prompts * config.grpo.group // config.mesh.size(*BATCH))
+    rows = -(-config.grpo.prompts * config.grpo.group // config.mesh.size(*BATCH))
     return Capacity(
-        rows=min(_MOST_ROWS, each), length=config.batch.length, page=128 if implementation == "pallas" else 16
+        rows=min(_MAX_ROWS, rows), length=config.batch.length, page=128 if implementation == "pallas" else 16
     )
 
 
 class Sampler:
-    """Draws and rewards responses, the same in every process. Between calls it holds no weights of the policy."""
+    """Samples and rewards responses, equal in every process. It holds the policy's weights only during a call."""
 
-    def __init__(self, config: Config, words: Tokenizer, mesh: jax.sharding.Mesh | None, rewards: RewardPool):
-        """rewards: those that are no reward models. Raises ValueError for a reward model that does not fit."""
+    def __init__(self, config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh | None, rewards: RewardPool):
+        """rewards: computes the verifiers. Raises ValueError for a reward model that does not fit the policy."""
         g = config.grpo
-        self._config, self._words = config, words
+        self._config, self._tokenizer = config, tokenizer
         self._engine = Engine(
             None,
             config.model,
             compute=config.compute,
             capacity=capacity(config, switch.implementation(config.compute)),
-            tokenizer=words,
+            tokenizer=tokenizer,
             mesh=mesh,
             routes=config.model.moe_layers > 0,
         )
         self._rewards = rewards
-        others = (name for name in g.rewards if name not in verifiers.REWARDS)
-        self._judges = {name: Judge(Path(name), config, words, mesh) for name in others}
+        folders = (name for name in g.rewards if name not in verifiers.REWARDS)
+        self._judges = {name: Judge(Path(name), config, tokenizer, mesh) for name in folders}
 
     def __call__(self, prompts: Prompts, params: Any, step: int) -> tuple[list[Sample], dict[str, float]]:
-        """The groups of the next prompts, and the seconds that each phase took."""
+        """The responses to the next prompts, group by group, and figures of speed and time."""
         begin = time.perf_counter()
         g = self._config.grpo
-        asked = [question for question in [next(prompts) for _ in range(g.prompts)] for _ in range(g.group)]
-        seeds = np.random.default_rng([self._config.seed, step]).integers(0, 2**31, len(asked))
-        answers = self._ask(params, asked, 1.0, seeds)
+        questions = [question for question in [next(prompts) for _ in range(g.prompts)] for _ in range(g.group)]
+        seeds = np.random.default_rng([self._config.seed, step]).integers(0, 2**31, len(questions))
+        answers = self._sample(params, questions, 1.0, seeds)
         sampled = time.perf_counter()
-        samples = self._rewarded(asked, answers)
+        samples = self._rewarded(questions, answers)
         tokens = sum(len(s.answer) for s in samples)
         return samples, {
             "sampled_tokens_per_second": tokens / (sampled - begin),
@@ -75,11 +75,12 @@ class Sampler:
     def evaluate(self, prompts: Prompts, params: Any) -> tuple[list[Sample], dict[str, float]]:
         """Greedy answers to held-out prompts, and their figures.
 
-        `held_out_reward`, the mean combined reward. If the first of the rewards is a verifier, `held_out_solved`, the
-        share of answers to which it gives 1; and of several tasks that share for each.
+        `held_out_reward` is the mean combined reward. If the first reward is a verifier, `held_out_solved` is the share
+        of answers that get 1 from it, with `held_out_solved_<task>` for each of several tasks.
         """
-        asked = prompts.held_out(self._config.grpo.evaluate_prompts)
-        samples = self._rewarded(asked, self._ask(params, asked, 0.0, np.zeros(len(asked), int)))
+        questions = prompts.held_out(self._config.grpo.evaluate_prompts)
+        answers = self._sample(params, questions, 0.0, np.zeros(len(questions), int))
+        samples = self._rewarded(questions, answers)
         first = self._config.grpo.rewards[0]
         figures = {"held_out_reward": float(np.mean([mixed(s, self._config.grpo) for s in samples]))}
         if first in self._judges:
@@ -91,7 +92,9 @@ class Sampler:
                 figures[f"held_out_solved_{task}"] = _solved([s for s in samples if s.item.get("task") == task], first)
         return samples, figures
 
-    def _ask(self, params: Any, asked: Sequence[Question], temperature: float, seeds: np.ndarray) -> list[Result]:
+    def _sample(
+        self, params: Any, questions: Sequence[Question], temperature: float, seeds: np.ndarray
+    ) -> list[Result]:
         self._engine.replace(params)
         answers = self._engine.generate(
             [
@@ -100,18 +103,18 @@ class Sampler:
                     max_new=self._config.grpo.max_new,
                     sampling=Sampling(temperature=temperature),
                     seed=int(seed),
-                    stop_ids=(self._words.eos_id,),
+                    stop_ids=(self._tokenizer.eos_id,),
                 )
-                for (_, ids), seed in zip(asked, seeds, strict=True)
+                for (_, ids), seed in zip(questions, seeds, strict=True)
             ]
         )
-        self._engine.release()  # their memory is the update's
+        self._engine.release()  # frees the memory for the update
         return answers
 
-    def _rewarded(self, asked: Sequence[Question], answers: Sequence[Result]) -> list[Sample]:
-        texts = [self._words.decode(t for t in answer.tokens if t != self._words.eos_id) for answer in answers]
-        rewards = self._rewards([item for item, _ in asked], texts)
-        judged = [(*ids, *self._ended(answer)) for (_, ids), answer in zip(asked, answers, strict=True)]
+    def _rewarded(self, questions: Sequence[Question], answers: Sequence[Result]) -> list[Sample]:
+        texts = [self._tokenizer.decode(t for t in answer.tokens if t != self._tokenizer.eos_id) for answer in answers]
+        rewards = self._rewards([item for item, _ in questions], texts)
+        judged = [(*ids, *self._ended(answer)) for (_, ids), answer in zip(questions, answers, strict=True)]
         rewards |= {name: judge(judged) for name, judge in self._judges.items()}
         return [
             Sample(
@@ -124,13 +127,15 @@ class Sampler:
                 finished=answer.reason == "stop",
                 experts=answer.experts,
             )
-            for row, ((item, ids), answer, text) in enumerate(zip(asked, answers, texts, strict=True))
+            for row, ((item, ids), answer, text) in enumerate(zip(questions, answers, texts, strict=True))
         ]
 
     def _ended(self, answer: Result) -> tuple[int, ...]:
-        """The answer as a reward model reads it, at an end of sequence: that of an unfinished one takes the place of
-        its last token, so that it is no longer than the answer."""
-        return answer.tokens if answer.reason == "stop" else (*answer.tokens[:-1], self._words.eos_id)
+        """The answer's ids up to an end of sequence, where a reward model scores.
+
+        In an unfinished answer it replaces the last token, so that the length does not change.
+        """
+        return answer.tokens if answer.reason == "stop" else (*answer.tokens[:-1], self._tokenizer.eos_id)
 
 
 def _solved(samples: Sequence[Sample], reward: str) -> float:

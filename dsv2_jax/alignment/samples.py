@@ -1,4 +1,4 @@
-"""What GRPO asks, what comes back, and both as arrays to train on."""
+"""GRPO's prompts, its sampled responses, and both as arrays to train on."""
 
 import dataclasses
 import json
@@ -19,15 +19,15 @@ from dsv2_jax.data.packing import Batch, blank_batch
 from dsv2_jax.data.tokenizer import Tokenizer
 from dsv2_jax.parallel import processes
 
-Question = tuple[dict[str, Any], tuple[int, ...]]  # an item of the data, and its prompt's ids
+Question = tuple[dict[str, Any], tuple[int, ...]]  # a data item and its prompt's ids
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One response. answer: its ids, the end of sequence included; logprobs: the sampler's of them.
+    """One response. answer: its ids with the end of sequence; logprobs: the sampler's log-probabilities of these.
 
-    finished: whether it ends with the end of sequence; if not, grpo.max_new cut it. experts: int16 [n - 1, L, K], those
-    of all n tokens but the last, prompt included, if the sampler told them.
+    finished: whether it ends with the end of sequence; if not, it reached grpo.max_new. experts: int16 [n - 1, L, K] of
+    the n tokens of prompt and answer but the last, or None.
     """
 
     item: dict[str, Any]
@@ -41,20 +41,20 @@ class Sample:
 
 
 class Prompts(grain.DatasetIterator[Question]):
-    """Prompts without end, in an order that the seed draws anew each epoch. Its state is the number of the next one.
+    """An endless iterator of prompts in the chat template, shuffled by the seed in each epoch.
 
-    Prompts are rendered in the chat template. Those that leave no room for a response are passed over; raises
-    ValueError if that is all of them, and for an item without what the rewards need.
+    Its state is the index of the next prompt. Prompts too long for a response of grpo.max_new tokens are skipped.
+    Raises ValueError if all of them are, and for an item without the fields that the rewards need.
     """
 
-    def __init__(self, config: Config, corpus: Corpus, words: Tokenizer):
+    def __init__(self, config: Config, corpus: Corpus, tokenizer: Tokenizer):
         super().__init__()
-        self._config, self._words, self._next = config, words, 0
+        self._config, self._tokenizer, self._next = config, tokenizer, 0
         train = self._questions(corpus.train)
         self._held_out = self._questions(corpus.held_out)
         check(
             bool(train and self._held_out),
-            f"no prompt leaves room for grpo.max_new ({config.grpo.max_new}) tokens in batch.length "
+            f"every prompt is too long for grpo.max_new ({config.grpo.max_new}) tokens within batch.length "
             f"({config.batch.length})",
         )
         self._order = grain.MapDataset.source(train).seed(config.seed).shuffle().repeat()
@@ -66,12 +66,12 @@ class Prompts(grain.DatasetIterator[Question]):
         return question
 
     def held_out(self, count: int) -> list[Question]:
-        """So many held-out questions, or all, spread evenly over them."""
+        """`count` held-out questions, evenly spaced over the split, or all if there are fewer."""
         count = min(count, len(self._held_out))
         return [self._held_out[i * len(self._held_out) // count] for i in range(count)]
 
     def get_state(self) -> dict[str, Any]:
-        """JSON."""
+        """The state as a JSON value."""
         return {"corpus": self._digest, "seed": self._config.seed, "next": self._next}
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -79,7 +79,7 @@ class Prompts(grain.DatasetIterator[Question]):
         for name, value in self.get_state().items():
             check(
                 name == "next" or state.get(name) == value,
-                f"the saved place in the prompts is of {name} {state.get(name)!r}, and this run has {value!r}",
+                f"the saved position in the prompts is for {name} {state.get(name)!r}, and this run has {value!r}",
             )
         self._next = state["next"]
 
@@ -88,27 +88,27 @@ class Prompts(grain.DatasetIterator[Question]):
         for number in range(len(source)):
             item = json.loads(source[number]["text"])
             verifiers.check_item(self._config.grpo.rewards, item, source[number]["name"].decode())
-            asked = item["prompt"]
-            messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
-            ids = chat.encode(messages, self._words, generation=True).ids
+            prompt = item["prompt"]
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            ids = chat.encode(messages, self._tokenizer, generation=True).ids
             if len(ids) + self._config.grpo.max_new <= self._config.batch.length:
                 found.append((item, tuple(ids.tolist())))
         return found
 
 
 def mixed(sample: Sample, grpo: Grpo) -> float:
-    """c1 r1 + c2 r2 + ... of a response, less the penalty of one that is unfinished, if the settings ask for it."""
+    """c1 r1 + c2 r2 + ... of a response, minus the penalty if it is unfinished and the settings penalize that."""
     total = sum(c * sample.rewards[name] for name, c in zip(grpo.rewards, grpo.weights, strict=True))
     return total - grpo.penalty * (grpo.unfinished == "penalize" and not sample.finished)
 
 
 def arrays(samples: list[Sample], config: Config) -> tuple[Batch, dict[str, float]]:
-    """A row for every response behind its prompt, and figures of the rewards.
+    """Rows to train on, each a prompt followed by a response, and figures of the rewards.
 
-    Rows: `blank_batch`'s leaves, `sampler_BT` (the sampler's log-probabilities) and `advantages_BT` (alike in a row),
-    float32; with `grpo.replay` also `experts_BTLK`, the sampler's, int16; with `grpo.unfinished mask` also `kept_BT`
-    float32, 0 in the rows of unfinished responses, which count in advantages all the same. The weights of a response's
-    tokens are one over their number. Samples come group by group.
+    Leaves: those of `blank_batch` but `bytes_BT`; `sampler_BT`, the sampler's log-probabilities, and `advantages_BT`,
+    equal along a row, float32; with `grpo.replay`, `experts_BTLK` int16, the sampler's; with `grpo.unfinished mask`,
+    `kept_BT` float32, 0 in the rows of unfinished responses. Advantages are computed from all responses, unfinished
+    ones too. weights_BT is 1 / (tokens of the response) at each of these. samples must be ordered group by group.
     """
     length, group = config.batch.length, config.grpo.group
     rows = blank_batch(len(samples), length) | {"sampler_BT": np.zeros((len(samples), length), np.float32)}
@@ -146,9 +146,9 @@ def arrays(samples: list[Sample], config: Config) -> tuple[Batch, dict[str, floa
 
 
 class Samples:
-    """A JSONL file of responses, for people to read; a context manager. Drops what is there from `step` on.
+    """A readable JSONL file of responses; a context manager. Opening it drops the lines of `step` and later ones.
 
-    Of several processes only the first one writes.
+    Only the first process writes.
     """
 
     def __init__(self, path: Path, step: int):
@@ -172,7 +172,7 @@ class Samples:
         self._file.close()
 
     def add(self, step: int, samples: list[Sample]) -> None:
-        """A line for every response."""
+        """Appends one line per response."""
         for sample in samples:
             line = {"step": step, "prompt": sample.item["prompt"], "response": sample.text, "rewards": sample.rewards}
             line["finished"] = sample.finished

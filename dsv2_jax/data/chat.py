@@ -1,7 +1,7 @@
-"""Conversations in a checkpoint's chat template: their text, their ids, and which of these the assistant says.
+"""Conversations in a checkpoint's chat template: their text, their ids, and the mask of the assistant's answers.
 
-A template is a Jinja program that came with the checkpoint. It runs in Jinja's sandbox, with the variables and
-functions that transformers gives it. Only the template writes control tokens: a message is text, whatever it spells.
+A template is a Jinja program from the checkpoint. It runs in Jinja's sandbox, with the variables and functions that
+transformers provides. Only the template writes control tokens; the content of a message is always encoded as text.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ import numpy as np
 
 from dsv2_jax.config import check
 
-if TYPE_CHECKING:  # tokenizers carry the template
+if TYPE_CHECKING:  # tokenizer.py imports this module
     from dsv2_jax.data.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
-# DeepSeek-V2's, for tokenizers without one: {bos}system text, blank line, User: text, blank line, Assistant: text{eos}
+# DeepSeek-V2's template, for tokenizers without one. Blank lines separate its parts: {bos}system text, User: text,
+# Assistant: text{eos}.
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
@@ -36,28 +37,28 @@ TEMPLATE = (
 
 Messages = Sequence[dict[str, str]]  # each {"role": one of ROLES, "content": text}
 
-# Marks around parts of a rendered text, opening and closing. They are halves of surrogate pairs, which no text holds.
+# Marks that open and close parts of a rendered text: halves of surrogate pairs, which valid text does not contain.
 _MARKS = {"answer": ("\ud800", "\ud801"), "other": ("\ud802", "\ud803"), "generation": ("\ud804", "\ud805")}
 _KIND = {mark: kind for kind, pair in _MARKS.items() for mark in pair}
 _HALF = re.compile("[\ud800-\udfff]")
 
-# What templates keep of a message: all of it, all but blanks at its ends, what follows the reasoning.
+# What templates keep of a message: all, all but spaces at its ends, or the part after the reasoning.
 _KEPT: tuple[Callable[[str], str], ...] = (str, str.strip)
 _KEPT_OF_ANSWERS = (*_KEPT, lambda text: text.rpartition("</think>")[2], lambda t: t.rpartition("</think>")[2].strip())
 
 
 class Encoded(NamedTuple):
-    """ids int32 [n]; answers bool [n]: the ids that an assistant says, its end of turn included."""
+    """ids int32 [n]; answers bool [n]: the ids of the assistant's answers, with their end tokens."""
 
     ids: np.ndarray
     answers: np.ndarray
 
 
 class Attributed(NamedTuple):
-    """A conversation as text, and who wrote which characters.
+    """A conversation as text, and the origin of its characters.
 
     said: (start, stop) of every message's text, in order; the template wrote the rest. answers: (start, stop, limit) of
-    what the assistant says; before `limit` the template may still end its turn.
+    the assistant's answers; the template may put an end token between `stop` and `limit`.
     """
 
     text: str
@@ -66,10 +67,10 @@ class Attributed(NamedTuple):
 
 
 class Template:
-    """A chat template, compiled. names: of the tokenizer's special tokens, such as `bos_token`."""
+    """A compiled chat template. names: the tokenizer's special tokens by key, such as `bos_token`."""
 
     def __init__(self, source: str, names: dict[str, str]):
-        """Raises ValueError if the source is no template."""
+        """Raises ValueError if the source is not valid Jinja."""
         self.source, self._names = source, names
         try:
             self._template = _environment().from_string(source)
@@ -77,20 +78,20 @@ class Template:
             raise ValueError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from None
 
     def render(self, messages: Messages, *, generation: bool = False) -> str:
-        """The conversation as text; with `generation`, up to where the assistant's next answer begins.
+        """The conversation as text; with `generation`, followed by the prompt for the assistant's next answer.
 
-        Raises ValueError for messages that the template refuses.
+        Raises ValueError for messages that the template rejects.
         """
         return _HALF.sub("", self._run(messages, generation, datetime.datetime.now()))
 
     def attribute(self, messages: Messages, *, generation: bool = False) -> Attributed:
-        """The same text with its authors.
+        """The text of `render` with the origin of its characters.
 
-        The template is run again with marks around what it keeps of each message; without the marks it must give the
-        same text. Raises ValueError where it does not, and as `render` does.
+        Runs the template again with marks around the kept part of each message, and checks that the text without marks
+        is the same. Raises ValueError if it is not, and as `render` does.
         """
-        check(not any(_HALF.search(m["content"]) for m in messages), "a message holds half a surrogate pair")
-        now = datetime.datetime.now()  # one time for all runs
+        check(not any(_HALF.search(m["content"]) for m in messages), "a message holds an unpaired surrogate")
+        now = datetime.datetime.now()  # equal in all runs of the template
         text = _HALF.sub("", self._run(messages, generation, now))
         for of_answers, of_others in itertools.product(_KEPT_OF_ANSWERS, _KEPT):
             kept = [(of_answers if m["role"] == "assistant" else of_others)(m["content"]) for m in messages]
@@ -100,10 +101,12 @@ class Template:
             said = [(start, stop) for kind, start, stop in spans if kind != "generation"]
             answers = [(start, stop, stop) for kind, start, stop in spans if kind == "generation"]
             return Attributed(text, said, answers or self._answers(messages, spans, now, text))
-        raise ValueError(f"the chat template rewrites what a message says, which is not supported {_where(messages)}")
+        raise ValueError(
+            f"the chat template changes the content of messages, which is not supported {_where(messages)}"
+        )
 
     def _run(self, messages: Messages, generation: bool, now: datetime.datetime) -> str:
-        """What the template renders, with marks around what it calls a generation."""
+        """The template's output, with marks around its generation blocks."""
         try:
             return self._template.render(
                 messages=messages,
@@ -114,13 +117,13 @@ class Template:
                 **self._names,
             )
         except Exception as error:  # a template may raise anything
-            told = " ".join(str(error).split())
-            raise ValueError(f"the chat template refuses these messages: {told} {_where(messages)}") from None
+            reason = " ".join(str(error).split())
+            raise ValueError(f"the chat template refuses these messages: {reason} {_where(messages)}") from None
 
     def _spans(
         self, messages: Messages, kept: list[str], generation: bool, now: datetime.datetime, text: str
     ) -> list[tuple[str, int, int]] | None:
-        """(kind, start, stop) of marked parts of the text, in order; None if this is not what the template keeps."""
+        """(kind, start, stop) of the marked parts, in order; None if the template keeps other parts than `kept`."""
 
         def given(contents: list[str]) -> Messages:
             return [m | {"content": content} for m, content in zip(messages, contents, strict=True)]
@@ -133,7 +136,7 @@ class Template:
                 return None
             shown = {text[start:stop] for kind, start, stop in found[1] if kind != "generation"}
             rest = [m["content"] if content in shown else "" for m, content in zip(messages, kept, strict=True)]
-            # A message that lost its marks must not show in parts.
+            # A message that lost its marks must not appear in parts.
             same = shown == set(kept) or text == _HALF.sub("", self._run(given(rest), generation, now))
         except ValueError:
             return None
@@ -142,12 +145,12 @@ class Template:
     def _answers(
         self, messages: Messages, spans: list[tuple[str, int, int]], now: datetime.datetime, text: str
     ) -> list[tuple[int, int, int]]:
-        """An answer begins where a request for it ends: before its text, if the template puts something between."""
+        """Spans of the answers; each starts after the template's generation prompt, which may precede its text."""
         if all(kind != "answer" for kind, _, _ in spans):
             return []
         before = list(itertools.takewhile(lambda m: m["role"] != "assistant", messages)) or messages
         try:
-            request, without = (_HALF.sub("", self._run(before, asks, now)) for asks in (True, False))
+            request, without = (_HALF.sub("", self._run(before, generation, now)) for generation in (True, False))
         except ValueError:
             request = without = ""
         request = request.removeprefix(without) if request.startswith(without) else ""
@@ -155,14 +158,14 @@ class Template:
         limits = [*(start for _, start, _ in spans[1:]), len(text)]
         for (kind, start, stop), limit in zip(spans, limits, strict=True):
             if kind == "answer":
-                asked = text.rfind(request, end, start) if request else -1
-                answers.append((asked + len(request) if asked >= 0 else start, stop, limit))
+                found = text.rfind(request, end, start) if request else -1
+                answers.append((found + len(request) if found >= 0 else start, stop, limit))
             end = stop
         return answers
 
 
 def checked(value: Any, where: str) -> list[dict[str, str]]:
-    """The value as messages. Raises ValueError, which begins with `where`, if it is none or has nothing to learn."""
+    """The value as messages. Raises ValueError, starting with `where`, if it is not a list of messages."""
     check(isinstance(value, list) and bool(value), f"{where} must be a list of messages with a role and a content")
     for message in value:
         check(
@@ -176,11 +179,11 @@ def checked(value: Any, where: str) -> list[dict[str, str]]:
 
 
 def encode(messages: Messages, tokenizer: Tokenizer, *, generation: bool = False) -> Encoded:
-    """The ids of the conversation in the tokenizer's template; with `generation`, up to where an answer begins.
+    """The ids of the conversation in the tokenizer's template; with `generation`, followed by the generation prompt.
 
-    Text between control tokens is split as one piece, as transformers splits it, so a token may begin in the template
-    and end in a message. An answer's ids begin behind the template's request for it, and end with the end of sequence
-    that the template puts after it (without one, with the first control token there). Raises ValueError as
+    Text between control tokens is tokenised as one piece, as in transformers, so a token may start in the template and
+    end in a message. An answer's ids start after the template's generation prompt. They end with the end of sequence
+    that the template puts after the answer, or with the first control token there. Raises ValueError as
     `Template.attribute` does.
     """
     text, said, answers = tokenizer.template.attribute(messages, generation=generation)
@@ -194,7 +197,7 @@ def encode(messages: Messages, tokenizer: Tokenizer, *, generation: bool = False
         ends = [end for end, id in ends if id == tokenizer.eos_id] or [end for end, _ in ends]
         learnt[start : ends[0] if ends else stop] = True
     ids: list[int] = []
-    starts: list[int] = []  # of each id's text
+    starts: list[int] = []  # where each id's text starts
     done = 0
     for start, stop, id in (*controls, (len(text), len(text), None)):
         pieces = tokenizer.plain.encode(text[done:start], add_special_tokens=False)
@@ -208,12 +211,12 @@ def encode(messages: Messages, tokenizer: Tokenizer, *, generation: bool = False
 
 
 def _where(messages: Messages) -> str:
-    """Which messages an error is about."""
+    """Identifies the conversation in an error message."""
     return f"(the conversation that begins with {str(messages[0]['content'])[:40]!r})"
 
 
 def _unmarked(marked: str) -> tuple[str, list[tuple[str, int, int]]] | None:
-    """The text without its marks, and (kind, start, stop) of what stands between two; None if pairs are broken."""
+    """(the text without marks, (kind, start, stop) of the marked parts); None for unbalanced marks."""
     parts, length = [], 0
     opened: list[tuple[str, int]] = []
     spans = []
@@ -232,7 +235,7 @@ def _unmarked(marked: str) -> tuple[str, list[tuple[str, int, int]]] | None:
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """`namespace` of templates, without attributes that reach into Python."""
+    """The `namespace` of templates, without access to Python's private attributes."""
 
     def __setitem__(self, name: str, value: Any) -> None:
         if name.startswith("_"):
@@ -241,7 +244,7 @@ class _Namespace(jinja2.utils.Namespace):
 
 
 class _Generation(jinja2.ext.Extension):
-    """{% generation %}: what a template itself says is the assistant's, between marks."""
+    """{% generation %}: puts marks around the part that a template declares as the assistant's."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -253,7 +256,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    """Jinja's sandbox with the blocks, filters and functions that templates know from transformers."""
+    """Jinja's sandbox with the blocks, filters and functions that transformers provides to templates."""
 
     def raise_exception(message: str) -> None:
         raise jinja2.exceptions.TemplateError(message)

@@ -1,4 +1,4 @@
-"""Text in: local files or the built-in bilingual corpus become a TFDS dataset of documents with a held-out split.
+"""Prepares a corpus: local files or the built-in bilingual corpus become a TFDS data set with a held-out split.
 
 A conversation is a document too: its messages as JSON.
 """
@@ -23,7 +23,7 @@ from dsv2_jax.storage import published
 
 
 class Document(NamedTuple):
-    """One text and where it comes from. held_out: whether it is for evaluation; None: its hash decides."""
+    """A text and its name. held_out: whether it is held out; None to decide by its hash."""
 
     name: str
     text: str
@@ -40,9 +40,9 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """A prepared corpus. The digest is of the documents' contents and of how they are split."""
+    """A prepared corpus. digest: of the documents' contents and the split."""
 
-    folder: Path  # holds the array_record files, corpus.json, and the sources' notices
+    folder: Path  # with the array_record files, corpus.json, and the sources' notices
     train: Source
     held_out: Source
     digest: str
@@ -50,26 +50,26 @@ class Corpus:
 
 
 def prepare(data: Data) -> Corpus:
-    """Builds the corpus of `data` under `data.folder/corpora`, or opens it when it is already there.
+    """Opens the corpus of `data` under `data.folder/corpora`; builds it on first use.
 
     A document is a file, a JSONL line, or in the built-in corpus a source file, a help topic, a scene or a chapter. Of
-    each kind (in a folder: of each folder at its top) `data.held_out_fraction` of the bytes is held out, whole
-    documents in the order of a hash of their content, those that do not fit passed over; so the split does not depend
-    on the order of files, and scenes or chapters of one book can be on either side. When no text fits, that fraction
-    of the longest one is held out: its end, cut at the nearest line. Conversations, preferences and prompts are never
-    cut: when none fits, the smallest is held out.
+    each top-level folder (each kind of the built-in corpus) `data.held_out_fraction` of the bytes are held out:
+    documents in the order of a hash of their content, skipping those that exceed the rest. So the split does not depend
+    on the order of files, and scenes or chapters of one book may be in both splits. If no text fits, the end of the
+    longest one is held out, cut at a line. Conversations, preferences and prompts are not cut: if none fits, the
+    smallest is held out.
 
-    Local files are read on every call, which is how a changed one is noticed. Raises ValueError for a missing path,
-    text that is not UTF-8, a broken JSONL line, a corpus without text, and one that leaves nothing to hold out.
+    Local files are read on every call, to detect changes. Raises ValueError for a missing path, text that is not UTF-8,
+    invalid JSONL, a corpus without text, and one too small to hold out a part.
     """
     root = data.folder / "corpora"
     if data.source != "builtin":
         return _prepare(LocalText, root, local(Path(data.source), data.text_field, data.form), data)
     if data.form != "text":
-        from dsv2_jax.data import instructions  # whose library takes seconds to import
+        from dsv2_jax.data import instructions  # reasoning-gym takes seconds to import
 
         tasks, texts = instructions.chosen(data.tasks, data.form), iter(())
-        if instructions.NEXT_LINE in tasks:  # of what pretraining learns, not of what it is evaluated on
+        if instructions.NEXT_LINE in tasks:  # from the training split only
             source = prepare(dataclasses.replace(data, form="text", tasks=())).train
             texts = (source[number]["text"].decode() for number in range(len(source)))
         made = instructions.make(data.form, tasks, texts)
@@ -86,15 +86,15 @@ def prepare(data: Data) -> Corpus:
         if not folder.exists():
             texts, notices = builtin.collect(fetched)
             listed = [Document(name, text) for name, text in texts]
-            _build(BuiltinText, folder, lambda: listed, _plan(lambda: listed, data), notices)
+            _build(BuiltinText, folder, lambda: listed, _split(lambda: listed, data), notices)
     return _open(folder, data)
 
 
 def _prepare(kind: "type[_Builder]", root: Path, documents: Callable[[], Iterable[Document]], data: Data) -> Corpus:
-    plan = _plan(documents, data)
-    folder = root / plan.digest
+    split = _split(documents, data)
+    folder = root / split.digest
     if not folder.exists():
-        _build(kind, folder, documents, plan, notices={})
+        _build(kind, folder, documents, split, notices={})
     return _open(folder, data)
 
 
@@ -116,11 +116,10 @@ def _open(folder: Path, data: Data) -> Corpus:
 
 
 def local(source: Path, text_field: str, form: str = "text") -> Callable[[], Iterator[Document]]:
-    """Reads a text file (a document), a JSONL file (a document a line), or all such files of a folder, at each call.
+    """A function that reads the documents: a text file is one, a JSONL file has one per line, a folder has such files.
 
-    With a form other than `text`, JSONL files only, whose lines hold what `data.form` says; the document is then the
-    line, or its conversation, as JSON. Raises ValueError for a path that does not exist and, while reading, for what is
-    not UTF-8 or not such JSON.
+    With a form other than `text`, only JSONL files with the fields of `data.form` are read; the document is the line,
+    or its conversation, as JSON. Raises ValueError for a missing path, and while reading for invalid UTF-8 or JSON.
     """
     check(source.exists(), f"data.source {source} does not exist; give `builtin`, a file or a folder")
     if source.is_file():
@@ -144,7 +143,7 @@ def local(source: Path, text_field: str, form: str = "text") -> Callable[[], Ite
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, int, Any]]:
-    """Every line that is not blank: (where it stands, its number, its value)."""
+    """(location for messages, line number, value) of every line that is not blank."""
     offset = 0
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
@@ -170,7 +169,10 @@ def _text(value: Any, where: str, text_field: str) -> str:
 def _conversation(value: Any, where: str, _: str) -> str:
     check(isinstance(value, dict) and "messages" in value, f"{where} has no key 'messages'")
     messages = chat.checked(value["messages"], f"{where}: 'messages'")
-    check(any(m["role"] == "assistant" for m in messages), f"{where}: no message is the assistant's to learn from")
+    check(
+        any(m["role"] == "assistant" for m in messages),
+        f"{where}: no message is the assistant's, so there is nothing to learn",
+    )
     for message in messages:
         _check_unicode(message["content"], f"{where}: a message")
     return json.dumps(messages)
@@ -180,7 +182,7 @@ def _check_unicode(text: str, where: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{where} holds half a surrogate pair") from None
+        raise ValueError(f"{where} holds an unpaired surrogate") from None
 
 
 def _prompt(value: Any, where: str, _: str) -> str:
@@ -217,19 +219,19 @@ def _decode(raw: bytes, path: Path, offset: int) -> str:
         raise ValueError(f"{path} is not UTF-8 text: byte {offset + error.start} ({error.reason})") from None
 
 
-class _CorpusPlan(NamedTuple):
-    """What the first pass over the documents decides."""
+class _Split(NamedTuple):
+    """The split, decided in a first pass over the documents."""
 
     digest: str
-    held_out: frozenset[bytes]  # hashes of the documents kept for evaluation
-    cut: tuple[bytes, int] | None = None  # the hash of the one document that is cut, and where its held-out end begins
+    held_out: frozenset[bytes]  # hashes of the held-out documents
+    cut: tuple[bytes, int] | None = None  # (hash of the document that is cut, start of its held-out end)
 
 
 def _hash(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
-def _plan(documents: Callable[[], Iterable[Document]], data: Data) -> _CorpusPlan:
+def _split(documents: Callable[[], Iterable[Document]], data: Data) -> _Split:
     sizes: dict[str, dict[bytes, int]] = collections.defaultdict(dict)  # by the first part of the name, then by hash
     longest, decided = "", set()
     for name, text, kept in documents():
@@ -239,7 +241,7 @@ def _plan(documents: Callable[[], Iterable[Document]], data: Data) -> _CorpusPla
             longest = max(longest, text, key=lambda t: (len(t), t))
     check(bool(sizes), f"data.source {data.source} holds no text: the corpus is empty")
     every = {key: size for group in sizes.values() for key, size in group.items()}
-    split = b"".join(sorted(decided)) or repr(data.held_out_fraction).encode()
+    rule = b"".join(sorted(decided)) or repr(data.held_out_fraction).encode()
     held_out = set(decided)
     for group in sizes.values() if not decided else ():
         left = sum(group.values()) * data.held_out_fraction
@@ -250,19 +252,19 @@ def _plan(documents: Callable[[], Iterable[Document]], data: Data) -> _CorpusPla
     cut = None
     if not held_out and data.form == "text":
         cut = _hash(longest), _end(longest, data)
-        split += cut[0] if len(every) > 1 else b""  # of a single document the fraction says it all
+        rule += cut[0] if len(every) > 1 else b""  # a single document is determined by the fraction
     elif not held_out:
         check(
             len(every) > 1,
             f"data.source {data.source} holds a single line of {data.form}: evaluation needs another one",
         )
         held_out = {min(every, key=lambda k: (every[k], k))}
-    digest = hashlib.blake2b(split + b"".join(sorted(every)), digest_size=8).hexdigest()
-    return _CorpusPlan(digest, frozenset(held_out), cut)
+    digest = hashlib.blake2b(rule + b"".join(sorted(every)), digest_size=8).hexdigest()
+    return _Split(digest, frozenset(held_out), cut)
 
 
 def _end(text: str, data: Data) -> int:
-    """Where the last `data.held_out_fraction` of the text begins, at the nearest line before. Raises ValueError."""
+    """The start of the last `data.held_out_fraction` of a text, at a line. Raises ValueError for a short text."""
     aim = int(len(text) * (1 - data.held_out_fraction))
     cut = text.rfind("\n", 0, aim) + 1 or aim
     check(
@@ -273,12 +275,12 @@ def _end(text: str, data: Data) -> int:
 
 
 class _Builder(tfds.core.GeneratorBasedBuilder):
-    """Writes documents, already read and checked, as the splits `train` and `held_out`."""
+    """Writes checked documents as the splits `train` and `held_out`."""
 
     VERSION = tfds.core.Version("1.0.0")
 
-    def __init__(self, documents: Callable[[], Iterable[Document]], plan: _CorpusPlan, **keywords: Any) -> None:
-        self._documents, self._plan = documents, plan
+    def __init__(self, documents: Callable[[], Iterable[Document]], split: _Split, **keywords: Any) -> None:
+        self._documents, self._division = documents, split
         super().__init__(**keywords)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -286,18 +288,18 @@ class _Builder(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(builder=self, features=features, description=self.__doc__)
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
-        del dl_manager  # everything is read before
+        del dl_manager  # nothing is downloaded
         return {"train": self._generate_examples(False), "held_out": self._generate_examples(True)}
 
     def _generate_examples(self, held_out: bool) -> Iterator[tuple[str, dict[str, str]]]:
-        plan = self._plan
+        split = self._division
         for number, (name, text, _) in enumerate(self._documents()):
             if not text.strip():
                 continue
             key, part = _hash(text), text
-            if plan.cut and plan.cut[0] == key:
-                part = text[plan.cut[1] :] if held_out else text[: plan.cut[1]]
-            elif (key in plan.held_out) != held_out:
+            if split.cut and split.cut[0] == key:
+                part = text[split.cut[1] :] if held_out else text[: split.cut[1]]
+            elif (key in split.held_out) != held_out:
                 continue
             yield str(number), {"name": name, "text": part}
 
@@ -318,17 +320,17 @@ def _build(
     kind: type[_Builder],
     folder: Path,
     documents: Callable[[], Iterable[Document]],
-    plan: _CorpusPlan,
+    split: _Split,
     notices: dict[str, str],
 ) -> None:
     with published(folder, first_wins=True) as scratch:
-        builder = kind(documents, plan, data_dir=scratch, file_format="array_record")
+        builder = kind(documents, split, data_dir=scratch, file_format="array_record")
         tfds.disable_progress_bar()
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download, and there is none
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints a message about a download
             builder.download_and_prepare()
         shutil.rmtree(scratch / "downloads")
         for name, text in notices.items():
             (scratch / "notices").mkdir(exist_ok=True)
             (scratch / "notices" / name).write_text(text)
-        facts = {"digest": plan.digest, "documents": Path(builder.data_dir).relative_to(scratch).as_posix()}
+        facts = {"digest": split.digest, "documents": Path(builder.data_dir).relative_to(scratch).as_posix()}
         (scratch / "corpus.json").write_text(json.dumps(facts, indent=2))

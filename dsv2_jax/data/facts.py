@@ -1,6 +1,6 @@
-"""Facts to look up, in words: retrieval rows train on them, and needles in a haystack test with them.
+"""The facts of retrieval rows (training) and of needles in a haystack (evaluation).
 
-A model that has read retrieval rows has practised the test's wording; the text around the test's facts is new to it.
+A model trained on retrieval rows knows the wording of the test, but not the text around the test's facts.
 """
 
 import re
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Phrases(NamedTuple):
-    """How a needle and its question are worded; places fill {place}, and a secret word {word}."""
+    """The wording of a needle and its question; {place} is one of places, {word} one of secrets."""
 
     needle: str
     question: str

@@ -1,9 +1,9 @@
-"""Questions and answers to learn instructions from: verifiable tasks of reasoning-gym, and lines of the corpus.
+"""Built-in instruction data: questions and answers from verifiable tasks of reasoning-gym and from the corpus.
 
-Everything is made anew from fixed seeds. Nothing comes from a benchmark: the generators that rephrase test items of one
-(GSM8K among them) are not used. Tasks are sized so that a model of some million parameters can learn them. Whether a
-question is for evaluation is decided by its words alone (see `held_out`), so that conversations, preferences and
-prompts agree: what one of them is evaluated on, none of them learns.
+All data are generated from fixed seeds. None comes from a benchmark: generators that rephrase test items (such as
+GSM8K's) are not used. Tasks are sized for models of a few million parameters. A question's text decides whether it is
+held out (see `held_out`), so conversations, preferences and prompts agree: no form trains on another's held-out
+questions.
 """
 
 import functools
@@ -31,18 +31,18 @@ TASKS: dict[str, dict[str, Any]] = {
     "family_relationships": {},
     "leg_counting": {"min_animals": 1, "max_animals": 2, "min_instances": 1, "max_instances": 3},
 }
-NEXT_LINE = "next_line"  # of the built-in corpus: no task with a verifier, but conversations are made of it too
-_DRAWN = 10_000  # questions of a task
-_TAUGHT = 3000  # of them in conversations and preferences: the others are left to GRPO
-_TURNS = (1, 1, 2, 3)  # questions of a conversation, in turn
+NEXT_LINE = "next_line"  # a task from the built-in corpus, for conversations only: it has no verifier
+_DRAWN = 10_000  # questions per task
+_TAUGHT = 3000  # of these in conversations and preferences; GRPO uses all
+_LENGTHS = (1, 1, 2, 3)  # questions per conversation, cyclically
 _SEED = 1
-_HELD_OUT = 8  # one question of so many
-_LINE = (20, 80)  # characters of a line that is asked about, and of its answer
-_GAP = 40  # lines of a document between two questions about it
+_HELD_OUT = 8  # one question in 8 is held out
+_LINE = (20, 80)  # shortest and longest line of a `next_line` question, in characters
+_GAP = 40  # lines between two `next_line` questions of a document
 
 
 class Made(NamedTuple):
-    """A document of the built-in data: its name, what it holds, and whether it is for evaluation."""
+    """A document of the built-in data: its name, its JSON value, and whether it is held out."""
 
     name: str
     value: Any
@@ -50,40 +50,40 @@ class Made(NamedTuple):
 
 
 class Question(NamedTuple):
-    """What the user asks, and an item whose `answer` the assistant should give."""
+    """A question's text, and its item, whose `answer` is right."""
 
-    asked: str
+    text: str
     item: dict[str, Any]
 
 
-def held_out(asked: str) -> bool:
-    """Whether this question is kept for evaluation: by a hash of its words in any order, one of 8.
+def held_out(question: str) -> bool:
+    """Whether a question is held out: one in 8, by a hash of its sorted words.
 
-    So 3 + 4 and 4 + 3 are on one side. Letters that stand alone do not count: they are names of variables.
+    So 3 + 4 and 4 + 3 are in the same split. Single letters, which name variables, are ignored.
     """
-    words = " ".join(sorted(re.findall(r"\d+|\w{2,}", asked)))
+    words = " ".join(sorted(re.findall(r"\d+|\w{2,}", question)))
     return hashlib.blake2b(words.encode(), digest_size=8).digest()[0] % _HELD_OUT == 0
 
 
 def questions(task: str, count: int, seed: int) -> Any:
-    """So many questions of a task: reasoning-gym's dataset, which also scores answers."""
+    """`count` questions of a task: a data set of reasoning-gym, which can also score answers."""
     return reasoning_gym.create_dataset(task, size=count, seed=seed, **TASKS[task])
 
 
 @functools.cache
 def drawn(task: str) -> list[Question]:
-    """The questions that all forms are made of: those to learn as often as they were drawn, the others once."""
+    """The questions of all forms. Held-out questions occur once; training questions keep their repetitions."""
     found, seen = [], set()
     for item in questions(task, _DRAWN, _SEED):
-        asked = item["question"].strip()
-        if not (held_out(asked) and asked in seen):
-            found.append(Question(asked, item))
-        seen.add(asked)
+        text = item["question"].strip()
+        if not (held_out(text) and text in seen):
+            found.append(Question(text, item))
+        seen.add(text)
     return found
 
 
 def chosen(tasks: Sequence[str], form: str) -> tuple[str, ...]:
-    """These tasks, or all that a form has for none. Raises ValueError for one that there is not."""
+    """The given tasks, or without any all tasks of a form. Raises ValueError for an unknown task."""
     known = (*TASKS, NEXT_LINE) if form == "conversations" else tuple(TASKS)
     for task in tasks:
         check(task in known, f"data.tasks: no task {task!r} for {form}; there are {', '.join(known)}")
@@ -91,7 +91,7 @@ def chosen(tasks: Sequence[str], form: str) -> tuple[str, ...]:
 
 
 def make(form: str, tasks: Sequence[str], texts: Iterable[str]) -> Iterator[Made]:
-    """Every document of a form (`data.form`). texts: of the corpus, for `NEXT_LINE`."""
+    """All documents of a form (`data.form`). texts: of the corpus, for `NEXT_LINE`."""
     for task in tasks:
         if form == "conversations":
             yield from conversations(task, next_lines(texts) if task == NEXT_LINE else drawn(task)[:_TAUGHT])
@@ -99,19 +99,19 @@ def make(form: str, tasks: Sequence[str], texts: Iterable[str]) -> Iterator[Made
             yield from (prompts if form == "prompts" else preferences)(task)
 
 
-def conversations(task: str, asked: Iterable[Question]) -> Iterator[Made]:
-    """`messages` of every conversation; some have several questions, all to learn from or all for evaluation."""
+def conversations(task: str, questions: Iterable[Question]) -> Iterator[Made]:
+    """The `messages` of every conversation; the questions of one are all of the same split."""
     by_split: dict[bool, list[Question]] = {False: [], True: []}
-    for question in asked:
-        by_split[held_out(question.asked)].append(question)
+    for question in questions:
+        by_split[held_out(question.text)].append(question)
     for kept, those in by_split.items():
         left, number = iter(those), 0
-        while turns := list(itertools.islice(left, _TURNS[number % len(_TURNS)])):
+        while some := list(itertools.islice(left, _LENGTHS[number % len(_LENGTHS)])):
             messages = [
                 message
-                for question in turns
+                for question in some
                 for message in (
-                    {"role": "user", "content": question.asked},
+                    {"role": "user", "content": question.text},
                     {"role": "assistant", "content": question.item["answer"]},
                 )
             ]
@@ -120,13 +120,13 @@ def conversations(task: str, asked: Iterable[Question]) -> Iterator[Made]:
 
 
 def prompts(task: str) -> Iterator[Made]:
-    """An item of every question: `prompt`, and what the reward `task` needs."""
-    for number, (asked, item) in enumerate(drawn(task)):
-        yield Made(f"{task}/{number}", {**item, "task": task, "prompt": asked}, held_out(asked))
+    """An item per question: `prompt`, and the fields that the reward `task` needs."""
+    for number, (text, item) in enumerate(drawn(task)):
+        yield Made(f"{task}/{number}", {**item, "task": task, "prompt": text}, held_out(text))
 
 
 def preferences(task: str) -> Iterator[Made]:
-    """A preference for every question of conversations: its own answer before that of another question of the task."""
+    """A preference per question of the conversations: its own answer over another question's answer."""
     items = list(itertools.islice(prompts(task), _TAUGHT))
     for number, (name, item, kept) in enumerate(items):
         others = (items[(number + ahead) % len(items)].value["answer"] for ahead in range(1, len(items)))
@@ -136,7 +136,7 @@ def preferences(task: str) -> Iterator[Made]:
 
 
 def next_lines(texts: Iterable[str]) -> Iterator[Question]:
-    """Which line follows a line, of lines of middle length, some of each text."""
+    """Questions for the next line, from lines of medium length, several per text."""
     shortest, longest = _LINE
     for text in texts:
         lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -146,5 +146,5 @@ def next_lines(texts: Iterable[str]) -> Iterator[Question]:
 
 
 def text_of(made: Made) -> str:
-    """The document as the corpus keeps it."""
+    """The document's text in the corpus."""
     return json.dumps(made.value)

@@ -1,10 +1,10 @@
-"""Documents to rows of fixed length, in which no position looks into another document.
+"""Packs documents into rows of fixed length; segments keep attention within a document.
 
-Text is cut where a row ends, and no target is lost; conversations stand whole in a row (see `WholeRows`).
+Text is cut at the end of a row without losing targets. Conversations are not cut (see `UncutRows`).
 
-A document of n ids is n - 1 pairs of an id and the one after it. The pairs, not the ids, are laid end to end and cut
-at the rows' borders: the last id before a border still has its target, and the document goes on in the next row as a
-new segment. So nothing needs masking at a seam; only the padding behind the last document has weight 0.
+A document of n ids is n - 1 pairs of an id and the next one. The pairs, not the ids, are concatenated and cut at the
+ends of rows: the last id of a row still has its target, and the document continues in the next row as a new segment.
+So no target needs masking; only the padding after the last document has weight 0.
 
     B rows of a batch    T positions of a row
 """
@@ -22,9 +22,9 @@ Batch = dict[str, np.ndarray]
 
 
 class Documents(NamedTuple):
-    """Token ids of all documents, int32, one behind the other, and where each one ends, int64.
+    """The concatenated token ids of all documents, int32, and the end of each document, int64.
 
-    learnt bool: which ids count as targets; None: all that follow another.
+    learnt bool: which ids are targets; None for all but the first of each document.
     """
 
     ids: np.ndarray
@@ -33,21 +33,23 @@ class Documents(NamedTuple):
 
 
 def document_ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """A document as the model reads it, int32: begin, text, end."""
+    """The ids of a document, int32: begin of sequence, text, end of sequence."""
     return np.array([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id], np.int32)
 
 
 def join(documents: Iterable[np.ndarray]) -> Documents:
-    """Documents of at least two ids each, in memory."""
+    """Concatenates documents of at least two ids each, in memory."""
     listed = list(documents)
     ends = np.cumsum([len(ids) for ids in listed], dtype=np.int64)
     return Documents(np.concatenate(listed) if listed else np.zeros(0, np.int32), ends)
 
 
 def blank_batch(rows: int, length: int) -> Batch:
-    """A batch of nothing but padding: `tokens_BT`, `targets_BT`, `positions_BT`, `segments_BT`, `bytes_BT` int32 and
-    `weights_BT` float32. Segments count a row's documents from 1, and 0 is padding; positions count from 0 in each
-    segment; the weight is what a target counts, mostly 1, and bytes are those of UTF-8 text that it stands for."""
+    """A batch of padding: int32 tokens, targets, positions, segments and bytes, float32 weights, each `<name>_BT`.
+
+    segments_BT numbers a row's documents from 1; 0 is padding. positions_BT counts from 0 in each segment. weights_BT
+    is a target's weight in the loss, mostly 1. bytes_BT is the length of a target's text in UTF-8.
+    """
     names = ("tokens_BT", "targets_BT", "positions_BT", "segments_BT", "bytes_BT")
     batch = {name: np.zeros((rows, length), np.int32) for name in names}
     return batch | {"weights_BT": np.zeros((rows, length), np.float32)}
@@ -61,7 +63,7 @@ def write_segment(
     bytes_per_token: np.ndarray,
     weights: np.ndarray | float,
 ) -> None:
-    """Writes n + 1 ids as n pairs into a blank batch, from (row, position) on; weights [n]: of the targets."""
+    """Writes n + 1 ids as n pairs into a blank batch, starting at (row, position); weights [n] are the targets'."""
     row, at = place
     here, count = (row, slice(at, at + len(ids) - 1)), len(ids) - 1
     batch["tokens_BT"][here] = ids[:-1]
@@ -73,9 +75,9 @@ def write_segment(
 
 
 class PackedRows(abc.ABC):
-    """Rows of documents, any of them in any order; a row may end in padding.
+    """Random access to rows of packed documents; a row may end in padding.
 
-    too_long: documents that were longer than a row, and were dropped or cut for it.
+    too_long: the number of documents that were longer than a row and therefore dropped or cut.
     """
 
     too_long = 0
@@ -88,10 +90,10 @@ class PackedRows(abc.ABC):
 
     @abc.abstractmethod
     def fill(self, batch: Batch, row: int, index: int) -> None:
-        """Writes row `index` to that row of a blank batch."""
+        """Writes row `index` into row `row` of a blank batch."""
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
-        """A batch of these rows; padding where the index is negative."""
+        """A batch of these rows; a negative index gives a row of padding."""
         batch = self._blank(len(indices))
         for row, index in enumerate(indices):
             if index >= 0:
@@ -101,7 +103,10 @@ class PackedRows(abc.ABC):
     def batches(
         self, rows: int, indices: np.ndarray | None = None, mine: Sequence[int] | np.ndarray | None = None
     ) -> Iterator[Batch]:
-        """These rows, or all, in order, `rows` a batch, of which the places `mine`; the last ends in padding."""
+        """Batches of `rows` rows, all or those of `indices`, in order; the last one ends in padding.
+
+        mine: the rows of each batch to return; None for all.
+        """
         wanted = np.arange(len(self)) if indices is None else indices
         wanted = np.concatenate([wanted, np.full(-len(wanted) % rows, -1)]).reshape(-1, rows)
         for chosen in wanted if mine is None else wanted[:, mine]:
@@ -112,7 +117,7 @@ class PackedRows(abc.ABC):
 
 
 class Mixed(PackedRows):
-    """The rows of both, which are of one length, one behind the other."""
+    """The rows of two sources of equal row length, concatenated."""
 
     def __init__(self, first: PackedRows, second: PackedRows) -> None:
         super().__init__(first._length)
@@ -123,21 +128,21 @@ class Mixed(PackedRows):
         return len(self._first) + len(self._second)
 
     def fill(self, batch: Batch, row: int, index: int) -> None:
-        behind = index - len(self._first)
-        (self._first if behind < 0 else self._second).fill(batch, row, index if behind < 0 else behind)
+        rest = index - len(self._first)
+        (self._first if rest < 0 else self._second).fill(batch, row, index if rest < 0 else rest)
 
 
 class DocumentRows(PackedRows):
-    """Rows of documents that are there already."""
+    """PackedRows of tokenised documents."""
 
     def __init__(self, documents: Documents, length: int, bytes_per_token: np.ndarray) -> None:
-        """bytes_per_token int [vocabulary]: the bytes of text of each id."""
+        """bytes_per_token int [vocabulary]: the UTF-8 bytes of each id's text."""
         super().__init__(length)
         self._documents, self._bytes = documents, bytes_per_token
 
     @abc.abstractmethod
     def _pieces(self, index: int) -> Iterator[tuple[int, int]]:
-        """What stands in a row: (the first id of a run of pairs, how many pairs), one after the other."""
+        """The contents of a row in order: (index of the first id, number of pairs)."""
 
     def fill(self, batch: Batch, row: int, index: int) -> None:
         ids, learnt = self._documents.ids, self._documents.learnt
@@ -150,11 +155,11 @@ class DocumentRows(PackedRows):
 
 
 class CutRows(DocumentRows):
-    """Rows without gaps: a document goes on in the next row where one ends. The last may end in padding."""
+    """PackedRows without padding but in the last: a document that does not fit continues in the next row."""
 
     def __init__(self, documents: Documents, length: int, bytes_per_token: np.ndarray) -> None:
         super().__init__(documents, length, bytes_per_token)
-        # Document d has one pair less than ids, so the pairs before it are the ids before it less d.
+        # Each document has one pair less than ids, so d documents have d pairs less.
         self._pairs_before = np.concatenate([[0], documents.ends - np.arange(1, len(documents.ends) + 1)])
 
     def __len__(self) -> int:
@@ -165,15 +170,15 @@ class CutRows(DocumentRows):
         document = int(np.searchsorted(self._pairs_before, pair, side="right")) - 1
         while left and document < len(self._documents.ends):
             count = min(int(self._pairs_before[document + 1]) - pair, left)
-            yield pair + document, count  # each document before this one has an id that begins no pair
+            yield pair + document, count  # the last id of each earlier document starts no pair
             pair, left, document = pair + count, left - count, document + 1
 
 
-class WholeRows(DocumentRows):
-    """Rows of whole documents, longest first, each in the fullest row that has room for it.
+class UncutRows(DocumentRows):
+    """PackedRows of uncut documents by best fit: longest first, each into the fullest row that it fits in.
 
-    A document that is longer than a row is dropped or cut to its length, by `too_long`; so is one that then has
-    nothing to learn.
+    A document longer than a row is dropped or cut to the row's length, as `too_long` says. Cut documents without a
+    target are dropped.
     """
 
     def __init__(
@@ -188,25 +193,25 @@ class WholeRows(DocumentRows):
         self._counts = np.minimum(self._counts, length)
         keep = ~over if too_long == "drop" else np.array([self._learns(d) for d in range(len(ends))], bool)
         self._rows: list[list[int]] = []
-        with_room: list[list[int]] = [[] for _ in range(length + 1)]  # rows by the room that they have left
-        rooms: list[int] = []  # of which there are any, rising
+        rows_by_free: list[list[int]] = [[] for _ in range(length + 1)]  # rows by their number of free positions
+        sizes: list[int] = []  # the numbers of free positions that some row has, ascending
         for document in np.argsort(-self._counts, kind="stable"):
             count = int(self._counts[document])
             if not keep[document]:
                 continue
-            at = bisect.bisect_left(rooms, count)
-            room = rooms[at] if at < len(rooms) else length
-            if at < len(rooms):
-                row = with_room[room].pop()
-                if not with_room[room]:
-                    rooms.pop(at)
+            at = bisect.bisect_left(sizes, count)
+            free = sizes[at] if at < len(sizes) else length
+            if at < len(sizes):
+                row = rows_by_free[free].pop()
+                if not rows_by_free[free]:
+                    sizes.pop(at)
             else:
                 row = len(self._rows)
                 self._rows.append([])
             self._rows[row].append(int(document))
-            if not with_room[room - count]:
-                bisect.insort(rooms, room - count)
-            with_room[room - count].append(row)
+            if not rows_by_free[free - count]:
+                bisect.insort(sizes, free - count)
+            rows_by_free[free - count].append(row)
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -1,8 +1,7 @@
-"""Batches out: an endless, resumable stream for training, and finite ones for evaluation.
+"""Batches: an endless, resumable iterator for training, and finite ones for evaluation.
 
-A corpus is tokenised once and kept on disk, so that any row of it can be read at any time. grain shuffles the rows'
-numbers anew each epoch; what a step reads follows from its number alone, so the whole state is a number, the same for
-every process, and a batch never holds neighbouring rows of one document but by chance.
+A corpus is tokenised once and stored on disk, which gives random access to its rows. grain shuffles the row indices in
+each epoch. A batch depends only on its index, so the iterator's state is one number, equal in every process.
 """
 
 import hashlib
@@ -20,17 +19,17 @@ import rich.progress
 from dsv2_jax.config import Config, check
 from dsv2_jax.data import chat, preferences, retrieval
 from dsv2_jax.data.corpora import Corpus, Source, published
-from dsv2_jax.data.packing import Batch, CutRows, Documents, Mixed, PackedRows, WholeRows, document_ids, join
+from dsv2_jax.data.packing import Batch, CutRows, Documents, Mixed, PackedRows, UncutRows, document_ids, join
 from dsv2_jax.data.tokenizer import Tokenizer
 
 
 def train_batches(
     config: Config, corpus: Corpus, tokenizer: Tokenizer, *, mine: Sequence[int] | np.ndarray | None = None
 ) -> "TrainBatches":
-    """Micro-batches without end: all of their rows, or only the places `mine` (for the arrays see `blank_batch`).
+    """An endless iterator of micro-batches (leaves as in `blank_batch`): all rows of each, or the rows `mine`.
 
-    The order depends on `config.seed`, the corpus, the tokenizer, the rows and the length of a micro-batch alone, and
-    changes with each epoch.
+    The order depends only on `config.seed`, the corpus, the tokenizer, and the rows and length of a micro-batch; it
+    differs between epochs.
     """
     rows = config.batch.micro_size or config.batch.size
     packed = packed_rows(config, corpus, "train", tokenizer, config.batch.length)
@@ -43,10 +42,10 @@ def train_batches(
 
 
 def packed_rows(config: Config, corpus: Corpus, split: str, tokenizer: Tokenizer, length: int) -> PackedRows:
-    """The rows of a split, `train` or `held_out`: text without gaps, conversations whole.
+    """The rows of a split, `train` or `held_out`: text is cut at the ends of rows, conversations are not.
 
-    Those to train on may be mixed with rows that ask for facts (`data.retrieval_share`). Raises ValueError if no
-    conversation fits in a row.
+    Training rows of text may include retrieval rows (`data.retrieval_share`). Raises ValueError if no conversation fits
+    in a row.
     """
     if corpus.form == "preferences":
         return preferences.rows(getattr(corpus, split), tokenizer, length)
@@ -55,23 +54,23 @@ def packed_rows(config: Config, corpus: Corpus, split: str, tokenizer: Tokenizer
         text, data = CutRows(documents, length, tokenizer.bytes_per_token), config.data
         if split == "held_out" or not data.retrieval_share:
             return text
-        asking = retrieval.RetrievalRows(
+        lookups = retrieval.RetrievalRows(
             documents.ids,
             tokenizer,
             length,
             count=math.ceil(len(text) * data.retrieval_share / (1 - data.retrieval_share)),
             weight=data.retrieval_weight,
         )
-        return Mixed(text, asking)
-    rows = WholeRows(documents, length, tokenizer.bytes_per_token, config.data.too_long)
+        return Mixed(text, lookups)
+    rows = UncutRows(documents, length, tokenizer.bytes_per_token, config.data.too_long)
     check(len(rows) > 0, f"no conversation of the {split} split fits in the {length} tokens of a row (batch.length)")
     return rows
 
 
 class TrainBatches(grain.DatasetIterator[Batch]):
-    """Counts batches. Its state is JSON: the number of the next one, and the facts that fix their order.
+    """An iterator of batches with a JSON state: the index of the next batch, and the settings that fix the order.
 
-    epoch_tokens: rows x length of one pass over the data. left_out: conversations or preferences too long for a row.
+    epoch_tokens: rows x length of one epoch. left_out: the number of conversations or preferences too long for a row.
     """
 
     def __init__(
@@ -87,7 +86,7 @@ class TrainBatches(grain.DatasetIterator[Batch]):
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        """The same in every process of a run, and good for any other number of them."""
+        """The state, equal in every process and valid for any number of processes."""
         return {**self._order, "next": self._next}
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -95,7 +94,7 @@ class TrainBatches(grain.DatasetIterator[Batch]):
         for name, value in self._order.items():
             check(
                 state.get(name) == value,
-                f"the saved place in the data is of {name} {state.get(name)!r}, and this run has {value!r}",
+                f"the saved position in the data is for {name} {state.get(name)!r}, and this run has {value!r}",
             )
         self._next = state["next"]
 
@@ -110,10 +109,10 @@ def held_out_batches(
     limit: int | None = None,
     mine: Sequence[int] | np.ndarray | None = None,
 ) -> Iterator[Batch]:
-    """The held-out split once, in a fixed order, `length` (else `config.batch.length`) positions a row.
+    """One pass over the held-out split in a fixed order; rows have `length` or `config.batch.length` positions.
 
-    With a limit, only so many batches, of rows spread evenly over the split. The last batch is filled up with padding.
-    Of each batch all rows, or only the places `mine`.
+    limit: the number of batches, whose rows are evenly spaced over the split; None for all. The last batch ends in
+    padding. mine: the rows of each batch to return; None for all.
     """
     packed = packed_rows(config, corpus, "held_out", tokenizer, length or config.batch.length)
     count = min(limit * rows, len(packed)) if limit else len(packed)
@@ -127,16 +126,16 @@ def batches_of_text(
     length: int,
     mine: Sequence[int] | np.ndarray | None = None,
 ) -> Iterator[Batch]:
-    """Every text as a document, in order, each batch [rows, length]; the last one is filled up with padding.
+    """Batches [rows, length] of the texts, one document each, in order; the last batch ends in padding.
 
-    Of each batch all rows, or only the places `mine`.
+    mine: the rows of each batch to return; None for all.
     """
     documents = join(document_ids(tokenizer, text) for text in texts)
     return CutRows(documents, length, tokenizer.bytes_per_token).batches(rows, mine=mine)
 
 
 def tokenised(corpus: Corpus, split: str, tokenizer: Tokenizer) -> Documents:
-    """The documents of a split, `train` or `held_out`, tokenised once and mapped from files beside the corpus."""
+    """The documents of a split, `train` or `held_out`, tokenised once and memory-mapped from the corpus folder."""
     key = tokenizer.identity + (tokenizer.template.source if corpus.form == "conversations" else "")
     folder = corpus.folder / f"{split}-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"
     if not folder.exists():

@@ -1,7 +1,7 @@
-"""What a reward model learns from: answers of which one is better, or that are worth a number.
+"""Training data of a reward model: pairs of a better and a worse answer, or answers with a score.
 
-Both answers of a pair stand in one row, each behind the prompt and as a segment of its own, and so does every other
-pair that has room there.
+The two answers of a pair are in one row, each as a segment that starts with the prompt. A row holds as many pairs as
+fit.
 """
 
 import json
@@ -12,14 +12,14 @@ import numpy as np
 from dsv2_jax.config import check
 from dsv2_jax.data import chat
 from dsv2_jax.data.corpora import Source
-from dsv2_jax.data.packing import Batch, Documents, WholeRows
+from dsv2_jax.data.packing import Batch, Documents, UncutRows
 from dsv2_jax.data.tokenizer import Tokenizer
 
 
 class Preference(NamedTuple):
-    """answers: the ids of whole conversations, the better one first; a single one has the `value` as its score.
+    """A pair or a scored answer. answers: the ids of full conversations, the better one first.
 
-    value: else by how much the better one should lead.
+    value: the score of a single answer; the margin between the scores of a pair.
     """
 
     answers: tuple[np.ndarray, ...]
@@ -27,7 +27,7 @@ class Preference(NamedTuple):
 
 
 def read(text: str, tokenizer: Tokenizer) -> Preference:
-    """A document of the form `preferences`."""
+    """Parses a document of the form `preferences`."""
     item: Any = json.loads(text)
     if "score" in item:
         return Preference((_answered(item["messages"], tokenizer),), float(item["score"]))
@@ -40,41 +40,41 @@ def read(text: str, tokenizer: Tokenizer) -> Preference:
 
 
 def _answered(messages: chat.Messages, tokenizer: Tokenizer) -> np.ndarray:
-    """The ids of a conversation up to the last one that the assistant says, where GRPO's answers end too."""
+    """The ids of a conversation up to the last one of the assistant's answer, where GRPO's responses end too."""
     encoded = chat.encode(messages, tokenizer)
     last = np.flatnonzero(encoded.answers)[-1:] if messages[-1]["role"] == "assistant" else []
     return encoded.ids[: last[0] + 1] if len(last) else encoded.ids
 
 
 def rows(source: Source, tokenizer: Tokenizer, length: int) -> "PreferenceRows":
-    """The rows of a split. Raises ValueError if no preference fits in one."""
+    """The rows of a split. Raises ValueError if no preference fits in a row."""
     found = [read(source[number]["text"].decode(), tokenizer) for number in range(len(source))]
     packed = PreferenceRows(found, length)
     check(len(packed) > 0, f"no preference fits in the {length} tokens of a row (batch.length)")
     return packed
 
 
-class PreferenceRows(WholeRows):
-    """Rows of whole preferences; those longer than a row are dropped.
+class PreferenceRows(UncutRows):
+    """Rows of preferences; those longer than a row are dropped.
 
-    Leaves [B, T]: tokens, positions, segments int32; `ends_BT` float32, at the last token of an answer 1, of the worse
-    one of a pair -1; `pairs_BT` int32, there the number of its preference in the row; `values_BT` and `weights_BT`
-    float32, the preference's value and a 1 at the end of its first answer.
+    Leaves [B, T]: tokens, positions and segments int32. At the last token of each answer, `ends_BT` float32 is 1, or -1
+    for the worse answer of a pair, and `pairs_BT` int32 is the preference's index in the row. At the last token of the
+    first answer, `values_BT` float32 is the preference's value and `weights_BT` float32 is 1. All are 0 elsewhere.
     """
 
     def __init__(self, preferences: list[Preference], length: int) -> None:
-        # To the packing a preference is a document of one id more than it has positions.
+        # The packing counts pairs, one less than ids, so a preference is a document with one more id.
         sizes = np.array([sum(map(len, p.answers)) for p in preferences], np.int64)
         ends = np.cumsum(sizes + 1)
         super().__init__(Documents(np.zeros(0, np.int32), ends), length, np.zeros(1, np.int32), "drop")
         self._preferences = preferences
 
     def _blank(self, rows: int) -> Batch:
-        whole = {
+        batch = {
             name: np.zeros((rows, self._length), np.int32) for name in ("tokens_BT", "positions_BT", "segments_BT")
         }
-        whole |= {"pairs_BT": np.zeros((rows, self._length), np.int32)}
-        return whole | {n: np.zeros((rows, self._length), np.float32) for n in ("ends_BT", "values_BT", "weights_BT")}
+        batch |= {"pairs_BT": np.zeros((rows, self._length), np.int32)}
+        return batch | {n: np.zeros((rows, self._length), np.float32) for n in ("ends_BT", "values_BT", "weights_BT")}
 
     def fill(self, batch: Batch, row: int, index: int) -> None:
         at = segment = 0

@@ -1,7 +1,6 @@
-"""Rows to learn looking things up from: pieces of a corpus with a fact in them, and a question about it behind.
+"""PackedRows that train retrieval: pieces of a corpus with a fact inside and a question about it at the end.
 
-Facts and questions are those of `data/facts.py`. A row is computed from its index when it is read, so it is always the
-same.
+Facts and questions are those of `facts.py`. A row is a function of its index, computed when it is read.
 """
 
 import random
@@ -15,44 +14,44 @@ from dsv2_jax.data.tokenizer import Tokenizer
 
 
 class RetrievalRows(PackedRows):
-    """Rows of whole documents, of any length that fits, short ones more often than long.
+    """PackedRows of uncut documents of random lengths, short ones more often than long ones.
 
-    A fact stands somewhere in a document, and is asked for and answered at its end. A single fact, and often little
-    else: what is looked up first is anything above, and that must be worth something for more to be learnt.
+    Each document has one fact at a random position, and ends with a question about it and the answer. Short documents
+    make learning easier: a model first learns to copy anything from the context, and there that is often right.
     """
 
     def __init__(self, text: np.ndarray, tokenizer: Tokenizer, length: int, *, count: int, weight: float) -> None:
-        """text int [N]: ids to hide facts in. count: of rows. weight: of an answer's tokens in the loss.
+        """text int [N]: ids of the text around the facts. count: of rows. weight: of an answer's tokens in the loss.
 
-        Raises ValueError if a row has no room for a fact and its question.
+        Raises ValueError if a row is too short for a fact and its question.
         """
         super().__init__(length)
         self._text, self._tokenizer, self._count, self._weight = text, tokenizer, count, weight
         shortest = len(self._document(random.Random(0), 0)[0]) - 1
-        check(shortest <= length, f"a row of {length} tokens (batch.length) has no room for a fact and its question")
+        check(shortest <= length, f"a row of {length} tokens (batch.length) is too short for a fact and its question")
 
     def __len__(self) -> int:
         return self._count
 
     def fill(self, batch: Batch, row: int, index: int) -> None:
-        """Documents, each of some of the room that is left, until there is none for another."""
+        """Adds documents of random lengths until the next one does not fit."""
         draw, at, segment = random.Random(f"retrieval {index}"), 0, 1
         while True:
-            room = self._length - at
-            ids, answers = self._document(draw, room)
-            if len(ids) - 1 > room:
+            free = self._length - at
+            ids, answers = self._document(draw, free)
+            if len(ids) - 1 > free:
                 return
             weights = np.where(answers[1:], self._weight, 1.0)
             write_segment(batch, (row, at), segment, ids, self._tokenizer.bytes_per_token, weights)
             at, segment = at + len(ids) - 1, segment + 1
 
-    def _document(self, draw: random.Random, room: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids int32 [n], and which of them answer, bool [n]: at most `room` pairs, or as many as the fact needs."""
+    def _document(self, draw: random.Random, limit: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids int32 [n], the mask of the answer bool [n]), with at most `limit` pairs unless the fact needs more."""
         encode, phrases = self._tokenizer.encode, LANGUAGES[draw.choice(sorted(LANGUAGES))]
         place, word = draw.choice(phrases.places), draw.choice(phrases.secrets)
         fact = encode(phrases.needle.format(place=place, word=word))
         question, answer = encode(phrases.question.format(place=place)), encode(f" {word}\n")
-        most = min(room - len(fact) - len(question) - len(answer), len(self._text))
+        most = min(limit - len(fact) - len(question) - len(answer), len(self._text))
         hay = int(max(0, most) ** draw.random())
         start = draw.randint(0, len(self._text) - hay)
         special = (self._tokenizer.bos_id, self._tokenizer.eos_id)

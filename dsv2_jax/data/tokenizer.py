@@ -1,8 +1,8 @@
-"""Text to ids and back: byte-fallback BPE learnt from the corpus, or any lossless Hugging Face `tokenizer.json`.
+"""Tokenizers: byte-fallback BPE trained on the corpus, or any lossless Hugging Face `tokenizer.json`.
 
-Both run in the `tokenizers` library, so training, evaluation and whoever loads an export split text the same way.
-SentencePiece is the trainer: what it learns is rewritten as a `tokenizer.json` with plain spaces where it has U+2581,
-so that a U+2581 of the text itself is not lost.
+Both run in the `tokenizers` library, so training, evaluation and users of an export split text the same way.
+SentencePiece trains; its model is converted to a `tokenizer.json` with spaces in place of U+2581, so that a U+2581 in
+the text is not lost.
 """
 
 import collections
@@ -30,12 +30,12 @@ from dsv2_jax.storage import published
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 
 _SPACE = "\u2581"  # SentencePiece's
-_RECIPE = "1"  # raise it when training would give other ids
-_SMALLEST_VOCABULARY = 320  # 256 bytes, three special ids, and some room to learn
-_SAMPLE_BYTES = 64_000_000  # more text teaches a BPE nothing new
-_CHUNK = 1000  # characters of what SentencePiece calls a sentence
+_RECIPE = "1"  # increment when a change of the training gives other ids
+_SMALLEST_VOCABULARY = 320  # 256 bytes, three special ids, and some learnt pieces
+_SAMPLE_BYTES = 64_000_000  # more text does not improve a BPE
+_CHUNK = 1000  # characters per sentence of SentencePiece
 
-# Runs of blanks, line ends, several scripts, code, digits, control characters and U+2581 itself.
+# Tests runs of spaces, newlines, several scripts, code, digits, control characters and U+2581.
 _PROBE = (
     "The quick brown fox's 3.14159 jumps;  over\tthe lazy dog.\n\n    if x[0] != 'y':\r\n        return None  # ok\n"
     "滚滚长江东逝水，浪花淘尽英雄。\u3000天下大势 🙂👨‍👩‍👧 naïve e\u0301 \u2581 \x01\x7f\u00a0\ufeff русский ١٢  \n "
@@ -50,9 +50,9 @@ class Tokenizer:
     settings: dict[str, Any]  # the contents of tokenizer_config.json
     bos_id: int
     eos_id: int
-    bytes_per_token: np.ndarray  # int32 [vocab_size]: UTF-8 bytes an id stands for; 0 of special ids
-    template: chat.Template  # of conversations: the one in the settings, else DeepSeek-V2's
-    plain: tokenizers.Tokenizer  # the same without added tokens, and with offsets that nothing trims
+    bytes_per_token: np.ndarray  # int32 [vocab_size]: UTF-8 bytes of an id's text; 0 for special ids
+    template: chat.Template  # the chat template in the settings, or DeepSeek-V2's
+    plain: tokenizers.Tokenizer  # the same without added tokens and post-processing, for exact offsets
 
     @property
     def vocab_size(self) -> int:
@@ -61,20 +61,20 @@ class Tokenizer:
 
     @property
     def identity(self) -> str:
-        """Equal for tokenizers that give every document the same ids."""
+        """A text that is equal for tokenizers that give every document the same ids."""
         return f"{self.bos_id} {self.eos_id} {self.backend.to_str()}"
 
     def encode(self, text: str) -> list[int]:
-        """The ids of the text, no special ones added. A special token's name in the text is text like any other."""
+        """The ids of the text, without special ids. The name of a special token in the text is encoded as text."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids; special ids show their names, bytes that are not UTF-8 show as U+FFFD."""
+        """The text of the ids; special ids give their names, invalid UTF-8 gives U+FFFD."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     @functools.cached_property
     def _added(self) -> tuple[re.Pattern[str], list[int]]:
-        """A pattern with a group for each added token, begin and end among them, the longest first; and their ids."""
+        """A pattern with a group per added token, longest first, begin and end of sequence included; and their ids."""
         ends = {i: tokenizers.AddedToken(self.backend.id_to_token(i)) for i in (self.bos_id, self.eos_id)}
         added = (ends | self.backend.get_added_tokens_decoder()).items()
         groups, ids = [], []
@@ -85,7 +85,7 @@ class Tokenizer:
         return re.compile("|".join(groups)), ids
 
     def controls(self, text: str, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """(start, stop, id) of every added token that text[start:stop] spells."""
+        """(start, stop, id) of every name of an added token in text[start:stop]."""
         pattern, ids = self._added
         for match in pattern.finditer(text, start, stop):
             assert match.lastindex
@@ -93,14 +93,14 @@ class Tokenizer:
 
     @property
     def pad_id(self) -> int | None:
-        """The id of the settings' `pad_token`, if they name one."""
+        """The id of the settings' `pad_token`, or None."""
         return self.backend.token_to_id(_name(self.settings.get("pad_token")))
 
     def padded(self) -> "Tokenizer":
-        """The same with a `pad_token` that is not the end of sequence, so that no text ends with it.
+        """A copy whose `pad_token` differs from the end of sequence, so padding and ends of text differ.
 
-        The settings' own if it is another; else a special token with pad in its name; else the begin of sequence. None
-        where the two ends are one token.
+        It is the settings' own if that differs, else a special token with "pad" in its name, else the begin of
+        sequence, or None if begin and end are the same token.
         """
         special = self.backend.get_added_tokens_decoder().items()
         named = [i for i, token in special if token.special and "pad" in token.content.lower()]
@@ -115,17 +115,17 @@ class Tokenizer:
         (folder / "tokenizer_config.json").write_text(json.dumps(self.settings, indent=2, ensure_ascii=False))
 
     def save_hf(self, folder: Path) -> None:
-        """`save` for an export: the settings name a chat template in any case, so all who load it render alike."""
+        """`save` for an export: always with the chat template, so that every loader renders the same text."""
         template = self.settings.get("chat_template") or self.template.source
         dataclasses.replace(self, settings=self.settings | {"chat_template": template}).save(folder)
 
 
 def load(path: Path) -> Tokenizer:
-    """Reads a `tokenizer.json`, a SentencePiece `.model`, or a folder with either (the first, when it has both).
+    """Loads a `tokenizer.json`, a SentencePiece `.model`, or a folder with either (`tokenizer.json` first).
 
-    The names of the ids for begin and end come from `tokenizer_config.json` beside it, else they are DeepSeek's; the
-    chat template from `chat_template.jinja` or the same file, else it is DeepSeek-V2's. Raises ValueError for a path
-    without a tokenizer, a damaged file, and one that loses or changes text.
+    The names of the begin and end tokens come from `tokenizer_config.json` in the same folder, or are DeepSeek's. The
+    chat template comes from `chat_template.jinja` or the same config, or is DeepSeek-V2's. Raises ValueError for a path
+    without a tokenizer, a damaged file, and a tokenizer that loses or changes text.
     """
     check(path.exists(), f"no tokenizer at {path}: there is no such file or folder")
     file = path
@@ -133,25 +133,25 @@ def load(path: Path) -> Tokenizer:
         candidates = [path / "tokenizer.json", path / "tokenizer.model"]
         file = next((c for c in candidates if c.is_file()), path)
         check(file != path, f"no tokenizer in {path}: it has neither tokenizer.json nor tokenizer.model")
-    beside, template = file.with_name("tokenizer_config.json"), file.with_name("chat_template.jinja")
-    settings = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else _settings()
-    if template.exists():  # in transformers' own order
+    config, template = file.with_name("tokenizer_config.json"), file.with_name("chat_template.jinja")
+    settings = json.loads(config.read_text(encoding="utf-8")) if config.exists() else _settings()
+    if template.exists():  # takes precedence, as in transformers
         settings["chat_template"] = template.read_text(encoding="utf-8")
     if file.suffix == ".model":
         return _assemble(_from_sentencepiece(file), settings, file)
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises nothing more precise
+    except Exception as error:  # the library raises no specific type
         raise ValueError(f"{file} is not a tokenizer.json: {error}") from None
     return _assemble(backend, settings, file)
 
 
 def train(texts: Iterable[str], vocab_size: int, folder: Path) -> Tokenizer:
-    """Learns a byte-fallback BPE and writes it into the folder, with SentencePiece's own `tokenizer.model` beside.
+    """Trains a byte-fallback BPE and writes it into the folder, with SentencePiece's `tokenizer.model`.
 
-    The same texts give the same ids. Digits stand one by one; a quarter of the ids at most are single characters, the
-    rarer ones become bytes. A corpus too small for `vocab_size` gives fewer ids, not an error. Raises ValueError below
-    320 ids and for texts without a character to learn from.
+    Equal texts give equal ids. Each digit is a token. At most a quarter of the ids are single characters; rarer
+    characters become bytes. A corpus too small for `vocab_size` gives fewer ids. Raises ValueError for fewer than 320
+    ids and for empty texts.
     """
     check(
         vocab_size >= _SMALLEST_VOCABULARY,
@@ -161,7 +161,7 @@ def train(texts: Iterable[str], vocab_size: int, folder: Path) -> Tokenizer:
     chunks = [chunk for text in _sample(texts) for chunk in _chunks(text)]
     counts = collections.Counter(itertools.chain.from_iterable(chunks))
     check(any(character not in "\n\0" for character in counts), "no text to train a tokenizer on")
-    # SentencePiece leaves out at most 2% of the characters of a text; Chinese in a small vocabulary needs more.
+    # SentencePiece can leave out at most 2% of a text's characters; Chinese with a small vocabulary needs more.
     common = {c for c, _ in counts.most_common(min(vocab_size // 4, (vocab_size - 259) // 2))}
     cut = {ord(c): "\0" for c in counts if c not in common}
     sentences = [part for chunk in chunks for part in chunk.translate(cut).split("\0") if part]
@@ -196,9 +196,9 @@ def train(texts: Iterable[str], vocab_size: int, folder: Path) -> Tokenizer:
 
 
 def for_config(data: Data, vocab_size: int, corpus: Corpus) -> Tokenizer:
-    """The tokenizer that the settings name: trained on the corpus once and kept under `data.folder`, or loaded.
+    """The tokenizer of the settings: loaded, or trained on the corpus once and stored under `data.folder`.
 
-    Raises ValueError when it has more ids than the model.
+    Raises ValueError if it has more ids than the model.
     """
     if data.tokenizer != "train":
         tokenizer = load(Path(data.tokenizer))
@@ -218,7 +218,7 @@ def for_config(data: Data, vocab_size: int, corpus: Corpus) -> Tokenizer:
 
 
 def _sample(texts: Iterable[str]) -> Iterator[str]:
-    """The first texts, as many as teach something. Prepared corpora come shuffled, so they are a fair sample."""
+    """The first `_SAMPLE_BYTES` of the texts. Prepared corpora are shuffled, so this is a random sample."""
     left = _SAMPLE_BYTES
     for text in texts:
         yield text[:left]
@@ -228,7 +228,7 @@ def _sample(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _chunks(text: str) -> Iterator[str]:
-    """The text in pieces of whole lines; longer lines are cut."""
+    """The text in pieces of full lines; longer lines are cut."""
     part = ""
     for line in text.splitlines(keepends=True):
         for at in range(0, len(line), _CHUNK):
@@ -255,7 +255,7 @@ def _settings() -> dict[str, Any]:
 
 
 def _from_sentencepiece(file: Path) -> tokenizers.Tokenizer:
-    """The same vocabulary and merges for the other library; a begin id comes first when special ids are asked for."""
+    """Converts a SentencePiece model to `tokenizers`; with special ids, texts start with the begin id."""
     proto = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
     try:
         proto.ParseFromString(file.read_bytes())
@@ -266,8 +266,8 @@ def _from_sentencepiece(file: Path) -> tokenizers.Tokenizer:
         trainer.model_type == trainer.BPE
         and trainer.byte_fallback
         and not (normalizer.precompiled_charsmap or normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces),
-        f"{file} would change text; only byte-fallback BPE without normalisation, dummy prefix or removal of spaces "
-        "is read from a SentencePiece model (else give the tokenizer.json)",
+        f"{file} would change text; a SentencePiece model must be byte-fallback BPE without normalisation, dummy "
+        "prefix or removal of spaces (or give a tokenizer.json)",
     )
     learnt = {p.piece.replace(_SPACE, " "): p.score for p in proto.pieces if p.type == kinds.NORMAL}
     vocabulary = {
@@ -290,7 +290,7 @@ def _from_sentencepiece(file: Path) -> tokenizers.Tokenizer:
 
 
 def _assemble(backend: tokenizers.Tokenizer, settings: dict[str, Any], file: Path) -> Tokenizer:
-    backend.encode_special_tokens = True  # a corpus that spells a special token must not forge one
+    backend.encode_special_tokens = True  # text must not produce control tokens
     ends = {}
     for key in ("bos_token", "eos_token"):
         name = _name(settings.get(key))
@@ -302,7 +302,7 @@ def _assemble(backend: tokenizers.Tokenizer, settings: dict[str, Any], file: Pat
     for i, token in backend.get_added_tokens_decoder().items():
         control = token.special or token.content in template.source
         forged = control and i in plain.encode(token.content, add_special_tokens=False).ids
-        check(not forged, f"{file} makes the control token {token.content!r} of text that spells it")
+        check(not forged, f"{file} encodes text as the control token {token.content!r}")
     tokenizer = Tokenizer(
         backend=backend,
         settings=settings,
@@ -314,22 +314,22 @@ def _assemble(backend: tokenizers.Tokenizer, settings: dict[str, Any], file: Pat
     )
     ids = tokenizer.encode(_PROBE)
     lossless = tokenizer.decode(ids) == _PROBE and tokenizer.bytes_per_token[ids].sum() == len(_PROBE.encode())
-    check(lossless, f"{file} does not give text back as it was, so bits per byte would be wrong; choose a lossless one")
+    check(lossless, f"{file} does not reproduce text, so bits per byte would be wrong; use a lossless tokenizer")
     return tokenizer
 
 
 def _name(token: Any) -> str:
-    """A token of tokenizer_config.json, which holds its name or an object with it; empty for none."""
+    """The name of a token in tokenizer_config.json, which is a string or an object; empty for none."""
     return (token["content"] if isinstance(token, dict) else token) or ""
 
 
 def _template(settings: dict[str, Any], file: Path) -> chat.Template:
-    """The chat template that the settings hold: the one named default where they hold several."""
+    """The chat template of the settings; of several, the one named default."""
     source = settings.get("chat_template") or chat.TEMPLATE
     if isinstance(source, list):
         source = {entry.get("name"): entry.get("template") for entry in source}.get("default")
     if not isinstance(source, str):
-        raise ValueError(f"the chat_template of {file} is neither a text nor a list with a default")
+        raise ValueError(f"the chat_template of {file} is neither a string nor a list with a default")
     tokens = {key: value for key, value in settings.items() if key.endswith("_token")}
     names = {key: _name(value) for key, value in tokens.items() if value and not isinstance(value, bool)}
     try:
@@ -339,7 +339,7 @@ def _template(settings: dict[str, Any], file: Path) -> chat.Template:
 
 
 def _bytes_per_token(backend: tokenizers.Tokenizer, decoder: dict[str, Any], file: Path) -> np.ndarray:
-    """int32 [vocab_size]. Byte-level tokenizers spell a byte as a character, byte-fallback ones as `<0x0A>`."""
+    """UTF-8 bytes of each id, int32 [vocab_size]. A byte is a character in byte-level tokenizers, else `<0x0A>`."""
     kinds = {part["type"] for part in decoder.get("decoders", [decoder]) if part}
     byte_level = "ByteLevel" in kinds
     check(byte_level or "ByteFallback" in kinds, f"{file} is neither a byte-level nor a byte-fallback tokenizer")

@@ -1,4 +1,4 @@
-"""Runs benchmark tasks, one after the other, and says of each what came of it."""
+"""Runs benchmark tasks one after another and collects a score or a reason for each."""
 
 import functools
 import json
@@ -24,16 +24,16 @@ TASKS = Path(__file__).parent / "tasks"
 
 @functools.cache
 def manager() -> TaskManager:
-    """lm-eval's tasks and ours; it takes seconds to list them."""
+    """lm-eval's tasks and ours; listing them takes seconds."""
     return TaskManager(include_path=str(TASKS))
 
 
 def check_names(rows: Sequence[Row]) -> None:
-    """Raises ValueError for a task that nobody knows."""
+    """Raises ValueError for an unknown task."""
     known = manager()
     for row in rows:
-        there = bool(row.missing) or row.task in known.task_index
-        check(there, f"no task {row.task!r}{nearest(row.task, known.all_tasks)}")
+        exists = bool(row.missing) or row.task in known.task_index
+        check(exists, f"no task {row.task!r}{nearest(row.task, known.all_tasks)}")
 
 
 def run(
@@ -46,16 +46,17 @@ def run(
     offline: bool,
     samples: Path | None,
 ) -> list[report.Score]:
-    """A score for each row, and for each part of a group that is not the paper's.
+    """Scores of the rows; a group of lm-eval's without a score of its own gives one per task.
 
-    limit: documents of a task, None for all. chat: write conversations. max_new: tokens of an answer, 0: as tasks say.
-    samples: a folder for every document with its answer, JSON lines.
+    limit: documents per task, None for all. chat: format the texts as conversations. max_new: tokens of an answer, 0
+    for the task's number. samples: a folder for JSON lines of every document with its answer. A task that cannot run
+    gives a score with a note.
     """
     if offline:
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     known, console = manager(), rich.console.Console(stderr=True, quiet=not processes.is_first())
-    evaluate: Any = lm_eval.simple_evaluate  # its decorator hides what it takes
+    evaluate: Any = lm_eval.simple_evaluate  # its decorator hides the signature
     scores = []
     for row in rows:
         if row.missing:
@@ -74,7 +75,7 @@ def run(
                 log_samples=samples is not None,
                 bootstrap_iters=0 if limit else 1000,
             )
-        except (UnfitError, ImportError, OSError) as error:  # or data or a library are not at hand
+        except (UnfitError, ImportError, OSError) as error:  # or its data or a library is missing
             why = " ".join(str(error).split())[:160]
             scores.append(report.Score(row=row, note=f"not run: {type(error).__name__}: {why}"))
             continue
@@ -85,7 +86,7 @@ def run(
 
 
 def _scores(row: Row, found: dict[str, Any]) -> list[report.Score]:
-    """The row's own task first; of a group without figures of its own, its tasks."""
+    """The score of the row's task; for a group without figures of its own, those of its tasks."""
     names = [row.task] if _numbers(found["results"].get(row.task, {})) else sorted(found["results"])
     scores = []
     for name in filter(lambda n: _numbers(found["results"][n]), names):

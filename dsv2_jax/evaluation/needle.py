@@ -1,8 +1,8 @@
-"""Needles in a haystack (section 3.1.4, figure 4): is a fact found, wherever it stands in a text of any length?
+"""Needles in a haystack (section 3.1.4, figure 4): can a model find a fact at any depth of a long text?
 
-A haystack is held-out text; needles are sentences that name a place's secret word. The question at the end asks for
-them one by one, and an answer counts when it is the word. Most tokenizers have a token for each of these words: what is
-tested is whether it is found, not whether a small model can spell it.
+A haystack is held-out text; needles are sentences that name a place's secret word. Each prompt ends with a question
+about one needle, and an answer is right if it is the word. Most tokenizers have a token for each of these words, so the
+test measures retrieval, not a small model's spelling.
 """
 
 import dataclasses
@@ -26,25 +26,25 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Needle:
-    """Which haystacks are asked."""
+    """The haystacks to build and ask about."""
 
-    lengths: tuple[int, ...] = ()  # tokens of a prompt, question included; none: 1/8 to all of the model's positions
-    depths: int = 5  # places of the needle from the beginning to the end, evenly spread
-    needles: int = 1  # facts hidden in a haystack; the first stands at the depth, the others anywhere
+    lengths: tuple[int, ...] = ()  # tokens per prompt, question included; none: 1/8 to all of the model's positions
+    depths: int = 5  # positions of the needle, evenly spaced from beginning to end
+    needles: int = 1  # facts per haystack; the first is at the depth, the others at random positions
     languages: tuple[str, ...] = ("english", "chinese")
-    repeats: int = 4  # haystacks for each length, depth and language
+    repeats: int = 4  # haystacks per length, depth and language
     seed: int = 0
-    picture: Path | None = None  # where the heat map goes, .png
+    picture: Path | None = None  # output file for the heat map, .png
 
     def __post_init__(self) -> None:
-        check(self.depths > 1 and self.repeats > 0, "haystack: depths must be 2 or more, repeats 1")
-        check(0 < self.needles <= 10, f"haystack.needles must lie in 1 to 10, not {self.needles}")
-        odd = [name for name in self.languages if name not in LANGUAGES]
-        check(not odd, f"haystack.languages: there are {', '.join(LANGUAGES)}, not {', '.join(odd)}")
+        check(self.depths > 1 and self.repeats > 0, "haystack.depths must be 2 or more, haystack.repeats 1 or more")
+        check(0 < self.needles <= 10, f"haystack.needles must be in 1 to 10, not {self.needles}")
+        unknown = [name for name in self.languages if name not in LANGUAGES]
+        check(not unknown, f"haystack.languages can be {', '.join(LANGUAGES)}, not {', '.join(unknown)}")
 
 
 class Haystack(NamedTuple):
-    """A prompt as token ids, the word that it asks for, and where it belongs in the picture."""
+    """A prompt as token ids, the right answer, and its cell of the heat map."""
 
     ids: tuple[int, ...]
     word: str
@@ -53,60 +53,64 @@ class Haystack(NamedTuple):
     language: str
 
 
-def haystacks(words: "Tokenizer", texts: Sequence[str], wanted: Needle) -> list[Haystack]:
-    """All prompts, the same for the same seed. Raises ValueError for a length too short for its needles."""
+def haystacks(tokenizer: "Tokenizer", texts: Sequence[str], wanted: Needle) -> list[Haystack]:
+    """All prompts; equal for equal seeds. Raises ValueError for a length too short for its needles."""
     draw = random.Random(wanted.seed)
-    text_ids = [words.encode(text) for text in texts]
+    text_ids = [tokenizer.encode(text) for text in texts]
     check(any(text_ids), "there is no held-out text to hide a needle in")
     found = []
     for length in wanted.lengths:
         for depth in np.linspace(0, 1, wanted.depths).tolist():
             for language in wanted.languages:
                 for _ in range(wanted.repeats):
-                    found += _ask(words, text_ids, wanted, (length, depth, language), draw)
+                    found += _prompts(tokenizer, text_ids, wanted, (length, depth, language), draw)
     return found
 
 
-def _ask(
-    words: "Tokenizer", texts: Sequence[list[int]], wanted: Needle, cell: tuple[int, float, str], draw: random.Random
+def _prompts(
+    tokenizer: "Tokenizer",
+    texts: Sequence[list[int]],
+    wanted: Needle,
+    cell: tuple[int, float, str],
+    draw: random.Random,
 ) -> list[Haystack]:
-    """A haystack with its needles, once for each question about it."""
+    """One haystack with its needles, as one prompt per question."""
     length, depth, language = cell
     phrases = LANGUAGES[language]
     places = draw.sample(phrases.places, wanted.needles)
     secrets = draw.sample(phrases.secrets, wanted.needles)
-    needles = [words.encode(phrases.needle.format(place=p, word=w)) for p, w in zip(places, secrets, strict=True)]
-    questions = [words.encode(phrases.question.format(place=place)) for place in places]
-    room = length - 1 - sum(map(len, needles)) - max(map(len, questions))
-    check(room > 0, f"haystack.lengths: {length} tokens do not hold the needles and their question")
+    needles = [tokenizer.encode(phrases.needle.format(place=p, word=w)) for p, w in zip(places, secrets, strict=True)]
+    questions = [tokenizer.encode(phrases.question.format(place=place)) for place in places]
+    size = length - 1 - sum(map(len, needles)) - max(map(len, questions))
+    check(size > 0, f"haystack.lengths: {length} tokens are too few for the needles and their question")
     hay: list[int] = []
     order = draw.sample(range(len(texts)), len(texts))
-    while len(hay) < room:  # a long haystack may read the held-out split several times
+    while len(hay) < size:  # a long haystack may repeat the held-out split
         for number in order:
-            hay += texts[number][: room - len(hay)]
-    at = [int(depth * room), *(draw.randrange(room + 1) for _ in needles[1:])]
+            hay += texts[number][: size - len(hay)]
+    at = [int(depth * size), *(draw.randrange(size + 1) for _ in needles[1:])]
     for place, needle in sorted(zip(at, needles, strict=True), reverse=True):
         hay[place:place] = needle
-    prompts = [(words.bos_id, *hay, *question) for question in questions]
+    prompts = [(tokenizer.bos_id, *hay, *question) for question in questions]
     return [Haystack(p, w, length, depth, language) for p, w in zip(prompts, secrets, strict=True)]
 
 
 def evaluate(loaded: "Loaded", wanted: Needle, capacity: "Capacity", devices: Any) -> dict[str, Any]:
-    """Shares of questions that are answered exactly: of all, by language, and [lengths, depths].
+    """Shares of right answers: overall, by language, and by length and depth.
 
-    Haystacks are of the held-out split of the checkpoint's own data. The first process prints the table and draws the
-    picture.
+    Haystacks are made of the held-out split of the checkpoint's own data. The first process prints the table and draws
+    the heat map. Raises ValueError for lengths that exceed the model's positions.
     """
     from dsv2_jax.data import corpora
     from dsv2_jax.inference.engine import Engine
     from dsv2_jax.inference.request import Request
     from dsv2_jax.parallel import processes
 
-    words = loaded.need_tokenizer()
+    tokenizer = loaded.need_tokenizer()
     secrets = [f" {word}\n" for phrases in LANGUAGES.values() for word in phrases.secrets]
-    new = max(len(words.encode(secret)) for secret in secrets)
-    whole = loaded.model.max_position_embeddings - new
-    wanted = wanted if wanted.lengths else dataclasses.replace(wanted, lengths=tuple(whole // n for n in (8, 4, 2, 1)))
+    new = max(len(tokenizer.encode(secret)) for secret in secrets)
+    most = loaded.model.max_position_embeddings - new
+    wanted = wanted if wanted.lengths else dataclasses.replace(wanted, lengths=tuple(most // n for n in (8, 4, 2, 1)))
     longest = max(wanted.lengths) + new
     check(
         longest <= loaded.model.max_position_embeddings,
@@ -118,18 +122,18 @@ def evaluate(loaded: "Loaded", wanted: Needle, capacity: "Capacity", devices: An
             dataclasses.replace(loaded.config.data, form="text", source=_source(loaded))
         ).held_out
     texts = [held_out[i]["text"].decode() for i in range(len(held_out))]
-    asked = haystacks(words, texts, wanted)
+    prompts = haystacks(tokenizer, texts, wanted)
     engine = Engine(
         loaded.params,
         loaded.model,
         capacity=dataclasses.replace(capacity, length=capacity.length or longest),
-        tokenizer=words,
+        tokenizer=tokenizer,
         mesh=devices,
     )
-    stop = (words.eos_id,)
-    results = engine.generate([Request(prompt=h.ids, max_new=new, stop_ids=stop, text=True) for h in asked])
-    right = np.array([is_answered(result.text, h.word) for result, h in zip(results, asked, strict=True)])
-    figures = summary(asked, right, wanted)
+    stop = (tokenizer.eos_id,)
+    results = engine.generate([Request(prompt=h.ids, max_new=new, stop_ids=stop, text=True) for h in prompts])
+    right = np.array([is_answered(result.text, h.word) for result, h in zip(results, prompts, strict=True)])
+    figures = summary(prompts, right, wanted)
     if processes.is_first():
         show(figures)
         if wanted.picture is not None:
@@ -144,18 +148,18 @@ def show(figures: dict[str, Any]) -> None:
         table.add_row(f"{length:,}", *[f"{100 * share:.0f}%" for share in row])
     console = rich.console.Console()
     console.print(table)
-    told = ", ".join(f"{name} {100 * share:.1f}%" for name, share in figures["by_language"].items())
-    console.print(f"all {100 * figures['exact_match']:.1f}%: {told}", highlight=False)
+    languages = ", ".join(f"{name} {100 * share:.1f}%" for name, share in figures["by_language"].items())
+    console.print(f"all {100 * figures['exact_match']:.1f}%: {languages}", highlight=False)
 
 
 def is_answered(text: str, word: str) -> bool:
-    """Whether the answer begins with the word, and the word ends there."""
+    """Whether the answer starts with the word, followed by no letter or digit."""
     answer = text.strip()
     return answer.startswith(word) and not answer[len(word) : len(word) + 1].isalnum()
 
 
-def summary(asked: Sequence[Haystack], right: np.ndarray, wanted: Needle) -> dict[str, Any]:
-    """Shares of right answers. `grid`: rows are lengths, columns depths."""
+def summary(prompts: Sequence[Haystack], right: np.ndarray, wanted: Needle) -> dict[str, Any]:
+    """Shares of right answers; the rows of `grid` are lengths, its columns depths."""
     lengths, depths = list(wanted.lengths), np.linspace(0, 1, wanted.depths).tolist()
 
     def share(chosen: list[bool]) -> float:
@@ -163,19 +167,19 @@ def summary(asked: Sequence[Haystack], right: np.ndarray, wanted: Needle) -> dic
 
     return {
         "exact_match": float(right.mean()),
-        "by_length": {n: share([h.length == n for h in asked]) for n in lengths},
-        "by_language": {name: share([h.language == name for h in asked]) for name in wanted.languages},
+        "by_length": {n: share([h.length == n for h in prompts]) for n in lengths},
+        "by_language": {name: share([h.language == name for h in prompts]) for name in wanted.languages},
         "lengths": lengths,
         "depths": depths,
-        "grid": [[share([(h.length, h.depth) == (n, d) for h in asked]) for d in depths] for n in lengths],
+        "grid": [[share([(h.length, h.depth) == (n, d) for h in prompts]) for d in depths] for n in lengths],
         "needles": wanted.needles,
-        "questions": len(asked),
+        "questions": len(prompts),
         "seed": wanted.seed,
     }
 
 
 def draw_picture(figures: dict[str, Any], path: Path) -> None:
-    """The heat map in the style of figure 4: lengths to the right, depths downwards, green where it is found."""
+    """Draws the heat map in the style of figure 4: lengths to the right, depths downwards, green for found."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -196,5 +200,5 @@ def draw_picture(figures: dict[str, Any], path: Path) -> None:
 
 
 def _source(loaded: "Loaded") -> str:
-    """Text to hide in: the run's own, unless it learnt from conversations or the like."""
+    """The source of the haystacks' text: the run's own, or the built-in corpus if the run's data are not text."""
     return loaded.config.data.source if loaded.config.data.form == "text" else "builtin"

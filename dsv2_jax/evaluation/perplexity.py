@@ -1,4 +1,4 @@
-"""Language modelling on text that the model has not seen: perplexity and bits per byte (section 3.2.1)."""
+"""Perplexity and bits per byte on held-out text (section 3.2.1)."""
 
 import dataclasses
 import functools
@@ -25,12 +25,12 @@ def evaluate(
     feed: Feed | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, Any]:
-    """Means over all weighted targets of the batches; nothing is dropped and no balance loss counts.
+    """Means over all weighted targets of the batches, without token dropping and balance losses.
 
-    Batches [B, T] are this process's rows, which `feed` puts on the mesh if there is one. Returns `nll` (nats per
-    token), `perplexity`, `bits_per_byte` (comparable between tokenizers: nats of all targets, ends of documents
-    included, over the UTF-8 bytes they stand for), `tokens`, `bytes`, and with experts `load_LE`, each expert's share
-    of the choices times E. Raises ValueError when the batches hold no target.
+    Batches [B, T] are this process's rows; `feed` puts them on the mesh. Returns `nll` (nats per token), `perplexity`,
+    `bits_per_byte`, `tokens`, `bytes`, and with experts `load_LE`, each expert's share of the choices times E. Bits per
+    byte are the bits of all targets, ends of documents included, over their UTF-8 bytes, so they compare across
+    tokenizers. Raises ValueError if the batches hold no target.
     """
     found = sums(params, batches, config=config, feed=feed, mesh=mesh, loss=pretraining_loss)
     nll, tokens, text_bytes = (float(found[name]) for name in ("nll", "tokens", "bytes"))
@@ -54,9 +54,9 @@ def sums(
     mesh: jax.sharding.Mesh | None,
     loss: Loss,
 ) -> dict[str, Any]:
-    """The metrics of `loss` summed over the batches in float64, `load_LE` weighed by the targets of each.
+    """The metrics of `loss`, summed over the batches in float64; `load_LE` is weighted by each batch's targets.
 
-    Raises ValueError when the batches hold no target.
+    Raises ValueError if the batches hold no target.
     """
     total: dict[str, Any] = {}
     for batch in batches:
@@ -68,7 +68,7 @@ def sums(
             figures["load_LE"] = figures["load_LE"] * figures["tokens"]
         total = {name: total.get(name, 0) + x for name, x in figures.items()}
     if not total.get("tokens"):
-        raise ValueError("there is nothing to evaluate: it holds no token to predict and no answer to score")
+        raise ValueError("there is nothing to evaluate: the data hold no token to predict and no answer to score")
     return total
 
 
@@ -76,7 +76,7 @@ def sums(
 def sums_of_batch(
     params: Any, batch: dict[str, jax.Array], *, config: Config, mesh: jax.sharding.Mesh | None, loss: Loss
 ) -> dict[str, jax.Array]:
-    """The metrics of `loss` over one batch, whose leaves are [1, B, T], laid over the mesh as in a training step."""
+    """The metrics of `loss` over one batch with leaves [1, B, T], laid out on the mesh as in a training step."""
     config = config if mesh else dataclasses.replace(config, mesh=SINGLE)
 
     def one_batch(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:

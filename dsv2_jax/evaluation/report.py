@@ -1,4 +1,4 @@
-"""What benchmarks gave: a table for the terminal, a page in Markdown or HTML, the paper's columns beside ours."""
+"""Benchmark scores next to the paper's: a table for the terminal, and a page in Markdown or HTML."""
 
 import dataclasses
 import html
@@ -12,16 +12,16 @@ import rich.table
 from dsv2_jax.evaluation.suite import Benchmark, Row
 
 _PAPER = {"67B": "dense_67b", "V2": "v2", "Lite": "lite", "V2 SFT": "sft", "V2 RL": "rl", "Lite Chat": "lite_chat"}
-_BEST = ("acc_norm,none", "acc,none")  # of a task that the paper does not have, the first of its metrics that it has
+_BEST = ("acc_norm,none", "acc,none")  # metrics for a task that is not the paper's, the preferred one first
 _NOTE = (
-    "The paper's figures are of its own data, prompts and harness; ours are of the task named beside them. "
+    "The paper's figures use its own data, prompts and harness; ours use the named task. "
     "Offline tasks are samples or other versions of the set, so their scores do not compare directly."
 )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Score:
-    """One row of the report. value: of `metric`, as lm-eval gives it; None where `note` says why there is none."""
+    """One row of the report. value: of `metric`, as lm-eval gives it; None if `note` says why it is missing."""
 
     row: Row
     metric: str = ""
@@ -33,7 +33,7 @@ class Score:
 
 
 def score(row: Row, figures: dict[str, Any], count: int, shots: int | None) -> Score:
-    """The row's metric among a task's figures; else accuracy, else the first one there is."""
+    """The row's metric among a task's figures, or accuracy, or the first metric."""
     numbers = {k: v for k, v in figures.items() if isinstance(v, int | float) and "," in k and "_stderr" not in k}
     names = [k for k in (row.key, *_BEST, *numbers) if k in numbers]
     name, rule = names[0].split(",")
@@ -49,7 +49,7 @@ def score(row: Row, figures: dict[str, Any], count: int, shots: int | None) -> S
 
 
 def table(scores: Sequence[Score]) -> tuple[list[str], list[list[str]]]:
-    """Titles and cells; of the paper's columns, those in which a row has a figure."""
+    """Titles and cells, with the paper's columns that have a figure in some row."""
     paper = [
         title
         for title, name in _PAPER.items()
@@ -84,12 +84,12 @@ def show(scores: Sequence[Score]) -> None:
     for row in cells:
         printed.add_row(*row)
     if not console.is_terminal:
-        console.width = 220  # a log has no width to keep to
+        console.width = 220  # a log has no fixed width
     console.print(printed)
 
 
 def as_json(scores: Sequence[Score]) -> list[dict[str, Any]]:
-    """The same as plain values, without what is empty."""
+    """The scores as JSON values, without empty ones."""
     plain = []
     for s in scores:
         one: dict[str, Any] = {"task": s.row.task, "metric": s.metric, "value": s.value, "stderr": s.error}

@@ -1,7 +1,7 @@
-"""The paper's benchmarks (section 3.2.1 and Tables 2 to 6): shots, metric, scores, and what answers them here.
+"""The paper's benchmarks (section 3.2.1, Tables 2 to 6): shots, metric, scores, and the task that measures them here.
 
-A benchmark is a task of lm-eval, whose data come from the network; some also have a set of `tasks/` that needs none.
-Where there is neither, `missing` says why.
+A benchmark maps to a task of lm-eval, which loads its data from the network; some also map to a task of `tasks/`, which
+does not. For a benchmark without a task, `missing` gives the reason.
 """
 
 import dataclasses
@@ -12,19 +12,19 @@ OFFLINE = "deepseek_v2_offline"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """One row of the paper's tables. Scores in percent, but for bits per byte and judges' marks; None: not given."""
+    """One row of the paper's tables. Scores are percentages, bits per byte or judges' marks; None if not given."""
 
     name: str
-    metric: str  # the paper's word for it
+    metric: str  # the paper's name for it
     shots: int
     task: str = ""  # lm-eval's
-    key: str = ""  # of lm-eval's metrics, with its filter: `exact_match,strict-match`
+    key: str = ""  # lm-eval's metric with its filter: `exact_match,strict-match`
     offline: str = ""  # a task of tasks/
     missing: str = ""  # why there is no task
     dense_67b: float | None = None
     v2: float | None = None
     lite: float | None = None
-    sft: float | None = None  # of the chat models
+    sft: float | None = None  # this and the next two: chat models
     rl: float | None = None
     lite_chat: float | None = None
 
@@ -39,8 +39,8 @@ def _chat(name: str, metric: str, shots: int, scores: tuple[float | None, ...], 
     return Benchmark(name=name, metric=metric, shots=shots, sft=sft, rl=rl, lite_chat=lite, **more)
 
 
-_NO_TASK = "lm-eval has no task of it, and no package carries its data"
-_JUDGE = "answers are marked by another model, which this project does not run"
+_NO_TASK = "lm-eval has no such task, and no package has its data"
+_JUDGE = "another model judges the answers, which this project does not run"
 
 GROUPS: dict[str, tuple[Benchmark, ...]] = {
     "deepseek_v2_base": (
@@ -132,7 +132,7 @@ GROUPS: dict[str, tuple[Benchmark, ...]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One task as it is asked for. shots: None leaves it to the task. benchmark: the paper's, if it is one of these."""
+    """One task to run. shots: None for the task's number. benchmark: the paper's, if it is one of them."""
 
     task: str
     shots: int | None = None
@@ -142,9 +142,9 @@ class Row:
 
 
 def rows(names: str, *, offline: bool, shots: int | None) -> list[Row]:
-    """The tasks behind names that commas separate: groups of the paper, or whatever lm-eval knows.
+    """The tasks of comma-separated names: groups of the paper, or any name that lm-eval knows.
 
-    offline: of the paper's groups, only what needs no network. shots: in place of the paper's and the tasks' own.
+    offline: of the paper's groups, only tasks that need no network. shots: overrides the paper's and the tasks' number.
     """
     listed: list[Row] = []
     for name in filter(None, map(str.strip, names.split(","))):
@@ -155,7 +155,7 @@ def rows(names: str, *, offline: bool, shots: int | None) -> list[Row]:
             task = b.offline if b.offline and (offline or not b.task) else b.task
             missing = "" if task else b.missing
             if offline and not b.offline:
-                missing = b.missing or "its data come from the network, and --offline was asked for"
+                missing = b.missing or "its data come from the network, and --offline is set"
             key = "" if task == b.offline else b.key
             wanted = b.shots if shots is None else shots
             listed.append(Row(task=task, shots=wanted, key=key, benchmark=b, missing=missing))

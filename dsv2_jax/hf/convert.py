@@ -21,7 +21,7 @@ from dsv2_jax.model.layers import stored_dtype
 from dsv2_jax.parallel import sharding
 from dsv2_jax.parallel.mesh import sizes
 from dsv2_jax.storage import published
-from dsv2_jax.training import checkpoint
+from dsv2_jax.training import run_folder
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in total) of the Hugging Face folder
 
@@ -43,8 +43,8 @@ def export(
     holds one tensor at a time and the checkpoint chunks that contain it. Raises ValueError if `out` is not empty, the
     model has no Hugging Face architecture or the checkpoint is damaged, FileNotFoundError if there is no checkpoint.
     """
-    model = checkpoint.read_config(run).model
-    folder = run / "checkpoints" / str(checkpoint.latest_step(run)) / "params"
+    model = run_folder.read_config(run).model
+    folder = run / "checkpoints" / str(run_folder.latest_step(run)) / "params"
     vocabulary = tokenizer.load(run / "tokenizer") if (run / "tokenizer").exists() else None
     if vocabulary and model.head == "score":
         vocabulary = vocabulary.padded()
@@ -84,7 +84,7 @@ def import_(hf: Path, out: Path, progress: Progress = _silent) -> None:
     with published(out) as partial:
         data = Data(tokenizer=str(out / "tokenizer" / "tokenizer.json")) if vocabulary else Data()
         batch = Batch(length=min(Batch.length, model.max_position_embeddings))
-        checkpoint.write_config(partial, Config(workdir=out, model=model, data=data, batch=batch))
+        run_folder.write_config(partial, Config(workdir=out, model=model, data=data, batch=batch))
         if vocabulary:
             vocabulary.save(partial / "tokenizer")
         writer = arrays.Writer(partial / "checkpoints" / "0", parameters.tree(model))

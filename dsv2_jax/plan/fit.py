@@ -5,10 +5,10 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+from dsv2_jax import parameters
 from dsv2_jax.alignment import sampler, verifiers
 from dsv2_jax.config import Config, Mesh, check
 from dsv2_jax.inference.engine import Capacity
-from dsv2_jax.model import parameters
 from dsv2_jax.ops import switch
 from dsv2_jax.parallel.mesh import BATCH
 from dsv2_jax.plan.compile import Topology, laid_out

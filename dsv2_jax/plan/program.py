@@ -100,10 +100,10 @@ def decode_arguments(setup: programs.Setup, capacity: Capacity) -> tuple[Any, ..
 
 @functools.partial(jax.jit, static_argnames="setup", donate_argnames="layers")
 def decode_step(
-    prepared: Any, layers: Any, call: programs.StepInputs, rows: sampling.RowSettings, *, setup: programs.Setup
+    prepared: Any, layers: Any, inputs: programs.StepInputs, rows: sampling.RowSettings, *, setup: programs.Setup
 ) -> Any:
     """Returns (new tokens, the cache): the engine's forward pass and its sampling in one program, without prompts."""
-    rows_ZND, _, layers, _ = programs.forward(prepared, layers, call, setup=setup)
+    rows_ZND, _, layers, _ = programs.forward(prepared, layers, inputs, setup=setup)
     return programs.draw(prepared["head"], rows_ZND, rows, None, setup=setup, top=0), layers
 
 

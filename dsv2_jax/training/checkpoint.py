@@ -1,23 +1,13 @@
-"""The run folder: what lies where, and checkpoints that are whole or absent, whenever the process is killed.
+"""Checkpoints of a run: saved in the background, verified by checksums when they are read.
 
-    config.json            the config that made the run; its `init` names the very step that the run started from
-    init_digest            a digest of the parameters that the run started from, if it has an init
-    tokenizer/             its tokenizer
-    checkpoints/<step>/    params, optimizer, data (the input pipeline's state), progress (step and tokens), and
-                           checksums of all of these, which are checked on restore
-    lease                  says which process trains here; empty when none does
-    metrics.jsonl          a line for every log and evaluation      tensorboard/   the same for TensorBoard
-    plots/                 PNG files, drawn at the end
-
-Orbax writes a checkpoint beside its final name and renames it when every byte is down, in the background.
+Orbax writes a checkpoint under a temporary name and renames it when every byte is written, so a checkpoint is complete
+or absent whenever the process is killed.
 """
 
 import contextlib
 import dataclasses
 import json
 import math
-import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,37 +21,20 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from dsv2_jax import parameters
-from dsv2_jax.config import Config, check, from_json, to_json
+from dsv2_jax.config import Config, check
 from dsv2_jax.parallel import processes, sharding
 from dsv2_jax.parallel.mesh import sizes
 from dsv2_jax.training import integrity
+from dsv2_jax.training.run_folder import complete_steps, flat, latest_step, read_config, step_folder, write_config
 from dsv2_jax.training.step import State
 
-# What a run may change when it goes on: none of it changes what one step computes from the same state and batch.
-# `tokens` moves the schedule's fractions, and is how a finished run is made longer.
-FREE = (
-    "workdir",
-    "resume",
-    "tokens",
-    "epochs",
-    "cadence",
-    "data.folder",
-    "mesh",
-    "processes",
-    "compute.remat",
-    "compute.loss_chunk",
-    "grpo.steps",
-    "grpo.offload",
-)
-
-_WRITTEN = ("data", "progress")  # items of a checkpoint in JSON
-_DIGEST = "init_digest"
-_WORTH_SLICING = 64 * 2**20  # bytes of a stacked parameter
+_WRITTEN = ("data", "progress")  # JSON items of a checkpoint
+_WORTH_SLICING = 64 * 2**20  # bytes of a stacked parameter from which it is stored in chunks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far a run has come: steps taken, and tokens of their batches (a batch counts its rows x length)."""
+    """Steps taken so far, and the tokens of their batches: rows x length of each, padding included."""
 
     step: int = 0
     tokens: int = 0
@@ -84,7 +57,7 @@ class Checkpoints:
         self._manager.close()
 
     def save(self, state: State, batches: grain.DatasetIterator, progress: Progress) -> None:
-        """Saves in the background; returns when the state's buffers may be donated. A step already there stays."""
+        """Saves in the background; returns when the state's buffers may be donated. Does nothing for a saved step."""
         if progress.step in self._manager.all_steps():
             return
         written = {"data": batches.get_state(), "progress": dataclasses.asdict(progress)}
@@ -105,23 +78,23 @@ class Checkpoints:
         shardings: State,
         start: Callable[[], Any] | None = None,
     ) -> tuple[State, Progress]:
-        """The newest checkpoint, and `batches` moved to where it was then; without one, `initial()`, jitted.
+        """Restores the newest checkpoint and the position of `batches`; without a checkpoint, compiles `initial()`.
 
-        With `start`, the initial state is built around the parameters that it returns. Either is laid out by
-        `shardings`, whatever the layout of the run that saved it. Raises ValueError for a checkpoint of parameters
-        alone, and for a damaged one.
+        With `start`, a new run's state takes the parameters that `start()` returns. The state is laid out by
+        `shardings`, whatever the layout of the run that saved it. Raises ValueError for a damaged checkpoint and for
+        one that holds parameters only.
         """
-        steps = whole_steps(self._run)
+        steps = complete_steps(self._run)
         if not steps:
             if start is None:
                 return jax.jit(initial, out_shardings=shardings)(), Progress()
-            around = jax.jit(lambda p: initial()._replace(params=p), out_shardings=shardings, donate_argnums=0)
-            return around(start()), Progress()
+            state_of = jax.jit(lambda p: initial()._replace(params=p), out_shardings=shardings, donate_argnums=0)
+            return state_of(start()), Progress()
         step = steps[-1]
         check(
-            (_folder(self._run, step) / "optimizer").exists(),
+            (step_folder(self._run, step) / "optimizer").exists(),
             f"the checkpoint of step {step} in {self._run} holds parameters only, as an imported model's does: "
-            "it can be evaluated, but there is no training to go on with",
+            "it can be evaluated, but training cannot continue from it",
         )
         shapes = jax.tree.map(
             lambda s, on: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=on), jax.eval_shape(initial), shardings
@@ -143,51 +116,15 @@ class Checkpoints:
         return State(items["params"], items["optimizer"], jax.device_put(np.int32(step), shardings.step)), progress
 
 
-def whole_steps(run: Path) -> list[int]:
-    """The steps of the run's whole checkpoints, oldest first.
-
-    Orbax gives a checkpoint its name when it is whole. A folder of that name without metadata is something else: what
-    an interrupted copy or removal left.
-    """
-    folders = (run / "checkpoints").glob("*")
-    return sorted(int(f.name) for f in folders if f.name.isdigit() and (f / "params" / "_METADATA").is_file())
-
-
-def latest_step(run: Path) -> int:
-    """The step of the run's newest whole checkpoint. Raises FileNotFoundError if the folder holds none."""
-    steps = whole_steps(run)
-    if not steps:
-        raise FileNotFoundError(f"no checkpoint in {run}: a run's folder holds config.json and checkpoints/<step>/")
-    return steps[-1]
-
-
-def locate(folder: Path) -> tuple[Path, int]:
-    """The run and the step that a path names: a run's folder its newest, and `checkpoints/<step>` in it that one.
-
-    Raises FileNotFoundError if there is no checkpoint.
-    """
-    if folder.parent.name == "checkpoints" and folder.name.isdigit():
-        return folder.parent.parent, int(folder.name)
-    return folder, latest_step(folder)
-
-
-def read_config(run: Path) -> Config:
-    """The config of the run in this folder. Raises FileNotFoundError, or ValueError for one that cannot be read."""
-    path = run / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"no run in {run}: {path} is missing")
-    return from_json(Config, path.read_text(encoding="utf-8"))
-
-
 def restore_params(run: Path, step: int | None = None, mesh: jax.sharding.Mesh | None = None) -> tuple[Config, dict]:
-    """The config and the float32 parameters of a run: the tree of `parameters.tree`, from the newest or a given step.
+    """The config and the float32 parameters (`parameters.tree`) of a run, from the newest or the given step.
 
-    With a mesh, laid over it by `sharding.param_specs`, else on the first device. Raises FileNotFoundError if run or
-    step is missing, ValueError if the checkpoint is damaged or not what the config says.
+    The parameters are laid out on the mesh by `sharding.param_specs`, or without one on the first device. Raises
+    FileNotFoundError if run or step is missing, ValueError if the checkpoint is damaged or does not match the config.
     """
     config = read_config(run)
     step = latest_step(run) if step is None else step
-    folder = epath.Path(_folder(run, step)).absolute() / "params"
+    folder = epath.Path(step_folder(run, step)).absolute() / "params"
     if not folder.is_dir():
         raise FileNotFoundError(f"no parameters of step {step} in {run}: {folder} is missing")
     expected = parameters.tree(config.model)
@@ -207,12 +144,12 @@ def restore_params(run: Path, step: int | None = None, mesh: jax.sharding.Mesh |
 
 
 def save_params(run: Path, config: Config, params: dict, step: int = 0) -> None:
-    """Writes a run's folder around finished parameters, such as an imported model's: config.json and one checkpoint.
+    """Writes config.json and one checkpoint that holds parameters only, such as those of an imported model.
 
-    Raises ValueError if the folder already holds that checkpoint or the parameters are not those of the config.
+    Raises ValueError if the folder already holds that checkpoint or the parameters do not match the config.
     """
     check_shapes(parameters.tree(config.model), jax.tree.map(lambda a: tuple(a.shape), params), run)
-    check(not (run / "checkpoints" / str(step)).exists(), f"{run} already holds a checkpoint of step {step}")
+    check(not step_folder(run, step).exists(), f"{run} already holds a checkpoint of step {step}")
     run.mkdir(parents=True, exist_ok=True)
     write_config(run, config)
     with ocp.CheckpointManager((run / "checkpoints").absolute()) as manager:
@@ -229,9 +166,9 @@ def save_params(run: Path, config: Config, params: dict, step: int = 0) -> None:
 
 @contextlib.contextmanager
 def reading(run: Path, step: int) -> Iterator[None]:
-    """Around the reading of a checkpoint: whatever a library raises about its files becomes one line.
+    """A context for reading a checkpoint: converts what a library raises about its files to a one-line ValueError.
 
-    What devices and other processes raise is a RuntimeError, and passes.
+    RuntimeError, which devices and other processes raise, is not changed.
     """
     try:
         yield
@@ -243,20 +180,20 @@ def reading(run: Path, step: int) -> Iterator[None]:
             root = root.__cause__
         first_line = (str(root).splitlines() or [""])[0]
         damage = f"the checkpoint of step {step} in {run} is damaged: {type(root).__name__}: {first_line}"
-        raise ValueError(f"{damage}; {_way_on(run, step)}") from error
+        raise ValueError(f"{damage}; {_remedy(run, step)}") from error
 
 
 def check_intact(run: Path, step: int, found: Callable[[], dict[str, Any]]) -> None:
-    """Raises ValueError naming the first item whose checksum is not the one that was saved with the checkpoint.
+    """Compares checksums with those saved with the checkpoint; raises ValueError naming the items that differ.
 
-    found: the checksums of what was read, all of them or some. A checkpoint saved without checksums is not checked,
-    and a line on stderr says so.
+    found() gives the checksums of the items that were read, all or some. A checkpoint without checksums is not
+    checked, and a line on stderr says so.
     """
-    path = _folder(run, step) / "checksums" / "metadata"
+    path = step_folder(run, step) / "checksums" / "metadata"
     if not path.parent.is_dir():
         if processes.is_first():
-            told = f"the checkpoint of step {step} in {run} was saved without checksums and is not checked for damage"
-            print(told, file=sys.stderr, flush=True)
+            note = f"the checkpoint of step {step} in {run} was saved without checksums and is not checked for damage"
+            print(note, file=sys.stderr, flush=True)
         return
     with reading(run, step):
         saved = dict(json.loads(path.read_text(encoding="utf-8")))
@@ -264,156 +201,24 @@ def check_intact(run: Path, step: int, found: Callable[[], dict[str, Any]]) -> N
     check(
         not different,
         f"the checkpoint of step {step} in {run} is damaged: {', '.join(different[:3])} is not what was saved; "
-        f"{_way_on(run, step)}",
+        f"{_remedy(run, step)}",
     )
 
 
-def _way_on(run: Path, step: int) -> str:
-    older = [s for s in whole_steps(run) if s < step]
+def _remedy(run: Path, step: int) -> str:
+    older = [s for s in complete_steps(run) if s < step]
     if not older:
         return "there is no older checkpoint"
-    return f"remove {_folder(run, step)} to use step {older[-1]} (older checkpoints: {', '.join(map(str, older))})"
+    return f"remove {step_folder(run, step)} to use step {older[-1]} (older checkpoints: {', '.join(map(str, older))})"
 
 
 def _checksums(arrays: dict[str, Any], written: dict[str, Any]) -> dict[str, Any]:
     return integrity.sums(arrays) | {name: integrity.of_json(value) for name, value in written.items()}
 
 
-def _folder(run: Path, step: int) -> Path:
-    return run / "checkpoints" / str(step)
-
-
-def open_run(config: Config) -> Config:
-    """Makes the run's folder and writes config.json; a run that is there must be one that this config can go on with.
-
-    Returns the config with its `init` pinned: the folder of a run that may grow becomes the step that is its newest
-    when this run begins, and stays it. Raises ValueError if a field outside `FREE` differs from the saved config, if
-    there is a run and `config.resume` is off, and for a run whose checkpoints are lost.
-    """
-    run, whole = config.workdir, whole_steps(config.workdir)
-    others = [path for path in (run / "checkpoints").glob("*") if path.name.isdigit() and int(path.name) not in whole]
-    if whole:  # without one there is nothing to go on with
-        check(config.resume, f"{run} holds a run already; choose another --workdir, or leave out --no-resume to go on")
-        saved = read_config(run)
-        config = dataclasses.replace(config, init=_kept_init(saved, config.init))
-        check_same(dataclasses.replace(saved, init=config.init), config)
-    else:
-        _check_nothing_lost(run, others)
-        config = dataclasses.replace(config, init=_pinned(config.init))
-        if processes.is_first():
-            (run / _DIGEST).unlink(missing_ok=True)
-    run.mkdir(parents=True, exist_ok=True)
-    if processes.is_first():
-        for path in others:  # Orbax would take them for checkpoints: skip saves before their step, and count them
-            print(f"{path} is not a whole checkpoint; it is now {path.name}.unfinished", file=sys.stderr, flush=True)
-            path.rename(path.with_name(f"{path.name}.unfinished"))
-        write_config(run, config)
-    return config
-
-
-def keep_init_digest(run: Path, digest: str) -> None:
-    """Keeps the digest of the parameters that the run starts from; where there is one, it must be the same.
-
-    Raises ValueError if it is not: then the checkpoint that the run started from has been written anew.
-    """
-    path = run / _DIGEST
-    if path.is_file():
-        check(
-            path.read_text(encoding="utf-8").strip() == digest,
-            f"{read_config(run).init} no longer holds the parameters that the run in {run} started from: "
-            "put them back, or give another --workdir for a new run",
-        )
-    elif processes.is_first():
-        path.write_text(digest + "\n", encoding="utf-8")
-
-
-def _pinned(init: Path | None) -> Path | None:
-    """`checkpoints/<step>` of the newest step of a run's folder, the first process's in all; any other as it is."""
-    if init is None or not (init / "checkpoints").is_dir():
-        return init
-    step = processes.gathered(np.asarray(latest_step(init)))[0]
-    return init / "checkpoints" / str(step)
-
-
-def _kept_init(saved: Config, given: Path | None) -> Path | None:
-    """The init of a run that goes on: its own. Raises ValueError if another is given."""
-    kept = saved.init
-    if given is not None:
-        names = [] if kept is None else [kept, kept.parent.parent] if kept.parent.name == "checkpoints" else [kept]
-        check(
-            given.resolve() in [name.resolve() for name in names],
-            f"--init is {given}, but the run in {saved.workdir} started from {kept or 'random parameters'}; leave it "
-            "out to go on, or give another --workdir for a new run",
-        )
-    return _pinned(kept)
-
-
-def _check_nothing_lost(run: Path, unfinished: list[Path]) -> None:
-    """Raises ValueError if a run without a whole checkpoint has had one, as far as can be seen.
-
-    A run that was killed before its first checkpoint was whole has metrics, but also a folder `checkpoints/`, made
-    before them, in which no folder has a step's name. It begins anew.
-    """
-    metrics = run / "metrics.jsonl"
-    if not (metrics.is_file() and metrics.stat().st_size):
-        return
-    way_on = f"put it back, choose another --workdir, or remove {metrics} to begin anew"
-    check((run / "checkpoints").is_dir(), f"{run / 'checkpoints'} is missing, but {metrics} holds a run; {way_on}")
-    check(
-        not unfinished, f"{', '.join(map(str, unfinished))} is not a whole checkpoint, and {run} has no other; {way_on}"
-    )
-
-
-def check_same(saved: Config, now: Config) -> None:
-    """Raises ValueError naming the first field outside `FREE` that differs, with both values."""
-    before, after = _flat(json.loads(to_json(saved))), _flat(json.loads(to_json(now)))
-    for name, value in before.items():
-        if not any(name == free or name.startswith(free + ".") for free in FREE):
-            check(
-                after[name] == value,
-                f"{name} is {after[name]}, but the run in {saved.workdir} was started with {value}; "
-                "give that value, or another --workdir for a new run",
-            )
-
-
-def write_config(run: Path, config: Config) -> None:
-    """Writes config.json so that a reader finds the old one or the new one, never half of one."""
-    partial = run / "config.json.tmp"
-    partial.write_text(to_json(config) + "\n", encoding="utf-8")
-    os.replace(partial, run / "config.json")
-
-
-def keep_tokenizer(run: Path, save: Callable[[Path], object]) -> None:
-    """Lets `save` write the run's tokenizer/ : whole or absent, and never another than the run began with.
-
-    Raises ValueError if the run already has a tokenizer and it is not this one.
-    """
-    kept, partial = run / "tokenizer", run / "tokenizer.tmp"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    save(partial)
-    if whole_steps(run) and kept.exists():
-        same = _contents(kept) == _contents(partial)
-        shutil.rmtree(partial)
-        check(same, f"the tokenizer in {kept} is not the one that the data now give: has data.source changed?")
-        return
-    shutil.rmtree(kept, ignore_errors=True)
-    os.replace(partial, kept)
-
-
-def _contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix.rstrip("."): value}
-    return {k: v for name, inner in value.items() for k, v in _flat(inner, f"{prefix}{name}.").items()}
-
-
 def check_shapes(expected: dict, found: dict, run: Path) -> None:
-    """Raises ValueError naming the first parameter that is missing, unknown, or of another shape than expected."""
-    want, have = _flat(expected), _flat(found)
+    """Raises ValueError naming the first parameter that is missing, unknown, or has another shape than expected."""
+    want, have = flat(expected), flat(found)
     for name in sorted(set(want) | set(have)):
         check(name in have, f"the checkpoint in {run} lacks the parameter {name} of the config")
         check(name in want, f"the checkpoint in {run} holds a parameter {name} that the config does not know")
@@ -424,7 +229,7 @@ def check_shapes(expected: dict, found: dict, run: Path) -> None:
 
 
 def _in_slices(params: dict) -> ocp.args.StandardSave:
-    """Stores large stacked weights in chunks of one layer, and of one expert: a reader of a slice reads no more."""
+    """Stores large stacked weights in chunks of one layer, or one expert, so that a slice is read without the rest."""
 
     def leaf(path: tuple, array: jax.Array) -> ocp.SaveArgs:
         part, name = (key.key for key in path)

@@ -1,4 +1,4 @@
-"""Cross-entropy and log-probabilities over a large vocabulary, whose logits exist for a chunk of tokens at a time."""
+"""Cross-entropy and log-probabilities over a large vocabulary, with logits for one chunk of tokens at a time."""
 
 import functools
 
@@ -18,9 +18,10 @@ def cross_entropy(
 ) -> Array:
     """Sum over n of weights[n] * -log softmax(h[n] @ w_head)[targets[n]], a float32 scalar.
 
-    h and w_head in the compute dtype, targets int32, weights float32 (not differentiated). Logits are float32 and
-    exist for `chunk` tokens at a time. Differentiated, one pass makes the loss and both gradients: the logits are
-    never computed twice. Over the tensor axis w_head is this device's share of the vocabulary, and so is the result.
+    h and w_head have the compute dtype; targets are int32; weights are float32 and not differentiated. Logits are
+    float32, for `chunk` tokens at a time. Under differentiation one pass computes the loss and both gradients, with one
+    computation of the logits. On the tensor axis w_head is this device's part of the vocabulary, and the result its
+    part of the sum.
     """
 
     def add(nll: Array, part: tuple[Array, Array, Array]) -> tuple[Array, None]:
@@ -34,7 +35,7 @@ def cross_entropy(
 def token_log_probabilities(h_ND: Array, w_head_DW: Array, targets_N: Array, chunk: int) -> tuple[Array, Array]:
     """(log softmax(h[n] @ w_head)[targets[n]], the entropy of that softmax), float32 [N] each, in nats.
 
-    Logits exist for `chunk` tokens at a time; the backward pass makes them again. The entropy has no gradient.
+    Logits exist for `chunk` tokens at a time; the backward pass recomputes them. The entropy has no gradient.
     """
     size, n = min(chunk, len(h_ND)), len(h_ND)
 
@@ -52,7 +53,7 @@ def token_log_probabilities(h_ND: Array, w_head_DW: Array, targets_N: Array, chu
 
 def _chunks(h_ND: Array, targets_N: Array, weights_N: Array, chunk: int) -> tuple[Array, Array, Array]:
     size = min(chunk, h_ND.shape[0])
-    pad = -h_ND.shape[0] % size  # padding weighs nothing
+    pad = -h_ND.shape[0] % size  # padding has weight 0
     return (
         jnp.pad(h_ND, ((0, pad), (0, 0))).reshape(-1, size, h_ND.shape[1]),
         jnp.pad(targets_N, (0, pad)).reshape(-1, size),
@@ -61,7 +62,7 @@ def _chunks(h_ND: Array, targets_N: Array, weights_N: Array, chunk: int) -> tupl
 
 
 def _logits(h_ND: Array, w_DW: Array, mesh: Mesh) -> tuple[Array, Array]:
-    """This device's logits, and the logarithm of the sum over the whole vocabulary."""
+    """(this device's logits, log-sum-exp over the full vocabulary)."""
     logits_NW = dot(h_ND, w_DW)
     lse_N = jax.nn.logsumexp(logits_NW, axis=-1)
     if mesh.tensor > 1:
@@ -70,7 +71,7 @@ def _logits(h_ND: Array, w_DW: Array, mesh: Mesh) -> tuple[Array, Array]:
 
 
 def _own(targets_N: Array, w_DW: Array, mesh: Mesh) -> Array:
-    """Targets as columns of this device's logits; outside of them for those of other devices."""
+    """Targets as columns of this device's logits; out of range for targets of other devices."""
     return targets_N - collectives.index(TENSOR, mesh) * w_DW.shape[1]
 
 

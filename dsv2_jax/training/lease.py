@@ -1,10 +1,10 @@
-"""One run at a time in a run's folder: the first process of a run holds the file `lease` in it.
+"""Ensures one run at a time in a run's folder: the first process of a run holds the file `lease` in it.
 
-On one host a POSIX lock of the file decides: the kernel drops it when the process ends, however it ends, and no child
-inherits it. Other hosts may not see the lock, as on a mounted bucket. For them the holder rewrites the file every
-`_BEAT` seconds. A process of another host that finds the file held watches it for `_PATIENCE` seconds: time for a
-holder that is ending to give it back. If it has changed by then, the holder lives; if not, it is gone. So no clocks
-are compared.
+On one host a POSIX lock on the file decides. The kernel releases it whenever the process ends, and children do not
+inherit it. Other hosts may not see the lock, for example on a mounted bucket, so the holder also rewrites the file
+every `_BEAT` seconds. A process on another host that finds a holder watches the file for `_PATIENCE` seconds. If the
+file changes, the holder is alive; if not, it is gone; a holder that ends in this time releases the file. No clocks are
+compared.
 """
 
 import contextlib
@@ -19,26 +19,27 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from dsv2_jax.config import Config, check
 from dsv2_jax.parallel import processes
 
+P = ParamSpec("P")
 T = TypeVar("T")
-LOST = 2  # exit code when another run has taken the folder over: to start again would not help
+LOST = 2  # exit code when another run has taken over the folder, where a restart would not help
 _BEAT = 10.0
-_PATIENCE = 90.0  # a mounted bucket may show a file as it was 60 seconds ago
-_BYTES = 512  # of the file, always as many: a reader never finds half of the old text after the new
+_PATIENCE = 90.0  # a mounted bucket may show a file's state of 60 seconds ago
+_BYTES = 512  # size of the file, constant so that a reader never sees the end of an older text
 
 
-def leased(train: Callable[[Config], T]) -> Callable[[Config], T]:
-    """`train` while this process, or the first of several, holds `config.workdir`.
+def leased(train: Callable[Concatenate[Config, P], T]) -> Callable[Concatenate[Config, P], T]:
+    """Wraps `train(config, ...)`: while it runs, this process (or the first of several) holds `config.workdir`.
 
-    Raises ValueError in all of them if another run holds it.
+    The wrapped function raises ValueError in all processes if another run holds the folder.
     """
 
     @functools.wraps(train)
-    def held(config: Config) -> T:
+    def held(config: Config, *args: P.args, **kwargs: P.kwargs) -> T:
         with contextlib.ExitStack() as stack:
             refusal = ""
             with processes.first_before_others("lease"):
@@ -48,15 +49,15 @@ def leased(train: Callable[[Config], T]) -> Callable[[Config], T]:
                     except ValueError as error:
                         refusal = str(error)
             refused = processes.agreed(bool(refusal))
-            check(not refused, refusal or f"another run holds {config.workdir}; the first process says which")
-            return train(config)
+            check(not refused, refusal or f"another run holds {config.workdir}; see the first process's message")
+            return train(config, *args, **kwargs)
 
     return held
 
 
 @contextlib.contextmanager
 def hold(run: Path) -> Iterator[None]:
-    """Holds the folder while entered. Raises ValueError, at once or after watching, if another process holds it."""
+    """A context that holds the folder. Raises ValueError, after watching if needed, if another process holds it."""
     run.mkdir(parents=True, exist_ok=True)
     path = run / "lease"
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -65,7 +66,7 @@ def hold(run: Path) -> Iterator[None]:
         locked = _lock(file, run)
         if before and not (locked and before["host"] == _host()):
             _watch(run, before)
-            _lock(file, run)  # reading the file once more has dropped the lock
+            _lock(file, run)  # reading the file again released the lock
         _write(file, 0)
         over = threading.Event()
         beating = threading.Thread(target=_beat, args=(run, file, over), name="lease", daemon=True)
@@ -77,11 +78,11 @@ def hold(run: Path) -> Iterator[None]:
             beating.join()
             os.ftruncate(file, 0)
     finally:
-        os.close(file)  # drops the lock
+        os.close(file)  # releases the lock
 
 
 def _lock(file: int, run: Path) -> bool:
-    """Locks the file; False where the file system knows no locks. Raises ValueError if another process has it."""
+    """Locks the file; False on a file system without locks. Raises ValueError if another process has the lock."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -91,13 +92,13 @@ def _lock(file: int, run: Path) -> bool:
 
 
 def _watch(run: Path, before: dict[str, Any]) -> None:
-    """Returns when the holder has given the file back or is gone; raises ValueError if it lives."""
-    told = f"{run} is held by {_name(before)}, or was when that was killed; waiting {_PATIENCE:g} seconds to see which"
-    print(told, file=sys.stderr, flush=True)
+    """Returns when the holder has released the file or is gone. Raises ValueError if it is alive."""
+    note = f"{_name(before)} holds {run}, or was killed there; waiting {_PATIENCE:g} seconds to find out"
+    print(note, file=sys.stderr, flush=True)
     end, now = time.monotonic() + _PATIENCE, before
     while time.monotonic() < end:
         time.sleep(_BEAT / 2)
-        file = os.open(run / "lease", os.O_RDONLY)  # anew: NFS looks for changes when a file is opened
+        file = os.open(run / "lease", os.O_RDONLY)  # NFS checks for changes when a file is opened
         try:
             now = _read(file)
         finally:
@@ -116,20 +117,20 @@ def _beat(run: Path, file: int, over: threading.Event) -> None:
             lost = (found.get("host"), found.get("process")) != (_host(), os.getpid())
             if not lost:
                 _write(file, number)
-        except OSError as error:  # a shared disk may fail for a while; of a file that was replaced the handle is stale
+        except OSError as error:  # a shared disk may fail for a while; the handle of a replaced file is stale
             found, lost = {}, error.errno == errno.ESTALE
         if lost:
             by = _name(found) if found else "another process"
-            print(f"error: {by} has taken over {run} while this run stood still", file=sys.stderr, flush=True)
-            os._exit(LOST)  # an orderly end would save over the other run's files
+            print(f"error: {by} took over {run} while this run was suspended", file=sys.stderr, flush=True)
+            os._exit(LOST)  # a normal exit would save over the other run's files
 
 
 def _read(file: int) -> dict[str, Any]:
-    """What the holder wrote; {} if there is none."""
+    """The holder's entry; {} if there is no holder."""
     text = os.pread(file, _BYTES, 0).strip()
     try:
         return json.loads(text) if text else {}
-    except ValueError:  # not ours, or damaged: as if another host held it
+    except ValueError:  # foreign or damaged: treated as held by another host
         return {"host": "unknown", "process": "unknown"}
 
 
@@ -140,7 +141,7 @@ def _write(file: int, beat: int) -> None:
 
 @functools.cache
 def _host() -> str:
-    """Name, boot and process namespace: where it is the same, locks are seen and process ids mean the same."""
+    """Host name, boot and process namespace. Processes with the same ones share locks and process ids."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     if not boot.is_file():
         return socket.gethostname()

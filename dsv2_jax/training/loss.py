@@ -22,14 +22,13 @@ def loss(
     share: Array | float,
     micro_batches: int = 1,
 ) -> tuple[Array, dict[str, Array]]:
-    """One micro-batch's part of a step's loss and metrics, on one device: over both the parts add up to the step's.
+    """One device's part of a micro-batch's loss and metrics; summed over devices and micro-batches they are the step's.
 
-    batch leaves [B, T]. exempt_B bool: sequences spared from dropping; None: nothing is dropped. total_weight: sum of
-    the weights of the whole step. share: one over the number of calls. micro_batches: those that follow each other in
-    the rows of this call, for a pipeline. Metrics, float32, by weight: `nll` in
-    nats per token, `tokens` and `bytes` (targets, and the UTF-8 bytes they stand for); with experts also the three
-    balance losses summed over layers, `dropped` (share of token-expert pairs) and `load_LE` (an expert's share of the
-    choices times E).
+    batch leaves are [B, T]. exempt_B bool: sequences without token dropping; None: no tokens are dropped. total_weight:
+    the sum of the step's weights. share: 1 / (number of calls). micro_batches: the number of micro-batches in the rows,
+    for a pipeline. Metrics are float32 and weighted: `nll` in nats per token, `tokens` (targets) and `bytes` (their
+    UTF-8 bytes); with experts also the three balance losses summed over layers, `dropped` (share of token-expert pairs)
+    and `load_LE` (an expert's share of the choices, times E).
     """
     model, mesh = config.model, config.mesh
     out, w_head_DW = transformer.forward_masters(
@@ -65,9 +64,9 @@ def loss(
 def balanced(
     value: Array, metrics: dict[str, Array], statistics: dict[str, Array], share: Array | float
 ) -> tuple[Array, dict[str, Array]]:
-    """A stage's own loss with the three balance losses added (eq. 23 to 31), and its metrics with these and `load_LE`.
+    """Adds the three balance losses (eq. 23 to 31) to a stage's loss, and them and `load_LE` to its metrics.
 
-    statistics: of the layers with experts, {} where there are none, which leaves both as they are. share: as in `loss`.
+    statistics: of the MoE layers; {} if there are none, which leaves both unchanged. share: as in `loss`.
     """
     if not statistics:
         return value, metrics

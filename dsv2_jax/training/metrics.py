@@ -1,7 +1,7 @@
-"""What a run tells: a line of JSON and TensorBoard's curves at the log cadence, and a progress bar or plain lines.
+"""A run's log: JSON lines and TensorBoard curves at the log interval, and a progress bar or plain lines.
 
-A line holds the exact values of its own step, not an average, so a resumed run repeats them bit for bit. Metrics stay
-on the device until two later steps are under way: logging never makes the device wait.
+A line holds the exact values of its step, not an average, so a resumed run repeats them bit for bit. Metrics stay on
+the device until two later steps are dispatched, so the device never waits for the log.
 """
 
 import collections
@@ -24,8 +24,8 @@ from dsv2_jax.config import Config, Model
 from dsv2_jax.parallel import processes
 from dsv2_jax.training.checkpoint import Progress
 
-# Dense bf16 FLOP/s of one JAX device, from Google Cloud's page of each TPU version (v6e 918, tpu7x 2307 a chip, whose
-# two halves are a device each). Keys are `jax.Device.device_kind`.
+# Dense bf16 FLOP/s of one JAX device, by `jax.Device.device_kind`, from Google Cloud's page of each TPU version. A
+# tpu7x chip has 2307 TFLOP/s and is two devices.
 _PEAK = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -36,14 +36,14 @@ _PEAK = {
     "TPU v6e": 918e12,
     "TPU7x": 2307e12 / 2,
 }
-_IN_FLIGHT = 2  # steps whose metrics are left on the device: enough to keep it busy
+_IN_FLIGHT = 2  # steps with metrics still on the device: enough to keep it busy
 
 
 def flops_per_token(model: Model, length: int) -> float:
-    """Model FLOPs of training on one token of a sequence of `length`: the convention of every MFU printed here.
+    """Model FLOPs of training on one token of a sequence of `length`; the basis of the printed MFU.
 
-    6 per activated parameter (forward 2, backward 4), and attention's two products over the half of the positions that
-    a causal mask leaves: 3 x layers x heads x (key width + value width) x length. Recomputation does not count.
+    6 per activated parameter (forward 2, backward 4), plus attention's two matmuls over the causal half of the
+    positions: 3 x layers x heads x (key width + value width) x length. Recomputation is not counted.
     """
     a = model.attention
     attention = model.num_hidden_layers * a.num_attention_heads * (a.qk_head_dim + a.v_head_dim) * length
@@ -51,9 +51,9 @@ def flops_per_token(model: Model, length: int) -> float:
 
 
 def peak_flops(dtype: str) -> float | None:
-    """FLOP/s that all devices together can reach; None for a device that the table does not know.
+    """Peak FLOP/s of all devices together; None for an unknown device.
 
-    A CPU has no such figure: there it is the best of square matmuls of the compute dtype, timed for 0.2 s.
+    For a CPU it is measured: the fastest square matmul of the compute dtype within 0.2 s.
     """
     device = jax.devices()[0]
     if device.platform != "cpu":
@@ -71,24 +71,24 @@ def peak_flops(dtype: str) -> float | None:
 
 
 def bits_per_byte(nll: float, tokens: float, text_bytes: float) -> float:
-    """Mean loss in nats over `tokens` tokens that stand for `text_bytes` bytes of text, as bits per byte."""
+    """Bits per byte, from the mean loss in nats over `tokens` tokens of `text_bytes` bytes of text."""
     return nll * tokens / text_bytes / math.log(2) if text_bytes else math.nan
 
 
 def load_summary(load_LE: np.ndarray) -> dict[str, float]:
-    """The busiest and the idlest expert of any layer, as multiples of the average expert's share of the tokens."""
+    """The largest and the smallest expert load of any layer; 1 is the average."""
     return {"load_max": float(load_LE.max()), "load_min": float(load_LE.min())}
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, oldest first; a line that a kill cut short ends them."""
+    """The complete lines of a run's metrics.jsonl, oldest first."""
     path = run / "metrics.jsonl"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def truncate(run: Path, step: int) -> None:
-    """Drops the lines after `step`, which the resumed run will write again; whole or not at all."""
+    """Drops the lines after `step`, which the resumed run writes again; atomic."""
     partial = run / "metrics.jsonl.tmp"
     lines = (json.dumps(line) + "\n" for line in read(run) if line["step"] <= step)
     partial.write_text("".join(lines), encoding="utf-8")
@@ -98,15 +98,19 @@ def truncate(run: Path, step: int) -> None:
 class Log:
     """Writes metrics.jsonl and tensorboard/, and shows progress; a context manager.
 
-    Opening it for a run that goes on from `progress` drops whatever was logged after that. Of several processes only
-    the first one logs; in the others this does nothing.
+    Opening it drops the lines after `progress`, from which the run continues. Only the first process logs; in the
+    others it does nothing.
     """
 
-    def __init__(self, config: Config, progress: Progress) -> None:
-        self._config = config
+    def __init__(
+        self, config: Config, progress: Progress, stage: str, headline: str, *, throughput: bool = True
+    ) -> None:
+        """stage: its name. headline: the held-out figure to print. throughput: off where steps are not all the work."""
+        self._config, self._headline, self._throughput = config, headline, throughput
         self._first = processes.is_first()
         self._in_flight: collections.deque = collections.deque()
-        self._clock: tuple[float, int] | None = None  # when, and at how many tokens: the first step only compiles
+        # (time, tokens) of the last line; starts after the first step, which compiles
+        self._clock: tuple[float, int] | None = None
         peak = peak_flops(config.compute.dtype)
         self._mfu_per_token = flops_per_token(config.model, config.batch.length) / peak if peak else None
         if not self._first:
@@ -114,7 +118,7 @@ class Log:
         truncate(config.workdir, progress.step)
         self._file = (config.workdir / "metrics.jsonl").open("a", encoding="utf-8")
         self._board = tensorboardX.SummaryWriter(str(config.workdir / "tensorboard"), purge_step=progress.step + 1)
-        self._display = Display(config.tokens, progress.tokens)
+        self._display = Display(stage, config.tokens, progress.tokens)
 
     def __enter__(self) -> "Log":
         return self
@@ -127,18 +131,18 @@ class Log:
         self._file.close()
 
     def record(self, progress: Progress, lr: float, metrics: dict[str, jax.Array]) -> None:
-        """Takes the metrics of the step that `progress` counts last; written when they are there."""
+        """Takes the metrics of the step that ended at `progress`; writes them when they are available."""
         self._in_flight.append((progress, lr, metrics))
         while len(self._in_flight) > _IN_FLIGHT:
             self._write_oldest()
 
     def flush(self) -> None:
-        """Writes all that was recorded: before a checkpoint, so that a resumed run has every line up to it."""
+        """Writes all recorded metrics. Called before a checkpoint, so that a resumed run has every line up to it."""
         while self._in_flight:
             self._write_oldest()
 
-    def held_out(self, progress: Progress, result: dict[str, Any], whole: bool) -> None:
-        """Writes an evaluation's result; with the load of every expert if it is of the `whole` held-out split."""
+    def held_out(self, progress: Progress, result: dict[str, Any], full: bool) -> None:
+        """Writes an evaluation's figures; for the `full` held-out split also the load of every expert."""
         self.flush()
         if not self._first:
             return
@@ -146,27 +150,27 @@ class Log:
         line = {f"held_out_{k}": v for k, v in result.items() if k != "load_LE"}
         if load_LE is not None:
             line |= {f"held_out_{k}": v for k, v in load_summary(np.asarray(load_LE)).items()}
-        if whole:
+        if full:
             line |= {"held_out_whole": True}
             line |= {"held_out_load_LE": np.round(load_LE, 4).tolist()} if load_LE is not None else {}
         self._write({"step": progress.step, "tokens": progress.tokens, **line})
-        part = "held-out split" if whole else "held-out sample"
-        told = "bits_per_byte" if "bits_per_byte" in result else "accuracy"
-        self._display.say(f"step {progress.step:,}  {part}: {result[told]:.4f} {told.replace('_', ' ')}")
-        self._clock = time.perf_counter(), progress.tokens  # the time of an evaluation is not the training's
+        part = "held-out split" if full else "held-out sample"
+        figure = f"{result[self._headline]:.4f} {self._headline.replace('_', ' ')}"
+        self._display.say(f"step {progress.step:,}  {part}: {figure}")
+        self._clock = time.perf_counter(), progress.tokens  # leaves the evaluation's time out of the throughput
 
     def figures(self, progress: Progress, figures: dict[str, float]) -> None:
-        """Writes what is not of one step, such as an evaluation that is no held-out loss, and says it."""
+        """Writes and prints figures that do not belong to one step, such as those of a GRPO evaluation."""
         self.flush()
         if not self._first:
             return
         self._write({"step": progress.step, "tokens": progress.tokens, **figures})
-        told = "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in figures.items())
-        self._display.say(f"step {progress.step:,}  {told}")
+        text = "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in figures.items())
+        self._display.say(f"step {progress.step:,}  {text}")
         self._clock = time.perf_counter(), progress.tokens
 
     def say(self, text: str) -> None:
-        """Prints a sentence above the progress bar."""
+        """Prints a line above the progress bar."""
         if self._first:
             self._display.say(text)
 
@@ -178,7 +182,7 @@ class Log:
         now = time.perf_counter()
         skipped = bool(metrics["skipped"])
         if skipped:
-            self.say(f"step {progress.step:,}: loss, gradient norm or update is not finite; the update was refused")
+            self.say(f"step {progress.step:,}: loss, gradient norm or update is not finite; the update was skipped")
         if progress.step % self._config.cadence.log == 0 or progress.tokens >= self._config.tokens or skipped:
             load_LE = metrics.pop("load_LE", None)
             weight, text_bytes = float(metrics.pop("tokens", 0)), float(metrics.pop("bytes", 0))
@@ -187,7 +191,7 @@ class Log:
             if "nll" in line:
                 line["bits_per_byte"] = bits_per_byte(line["nll"], weight, text_bytes)
             line |= load_summary(load_LE) if load_LE is not None else {}
-            if self._clock and not self._config.grpo.group:  # GRPO's own figures part sampling from updating
+            if self._clock and self._throughput:
                 speed = (progress.tokens - self._clock[1]) / (now - self._clock[0])
                 line["tokens_per_second"] = speed
                 if self._mfu_per_token:
@@ -209,7 +213,7 @@ class Log:
 class Display:
     """A progress bar on a terminal, one plain line per log elsewhere."""
 
-    def __init__(self, total_tokens: int, done_tokens: int) -> None:
+    def __init__(self, stage: str, total_tokens: int, done_tokens: int) -> None:
         self._total = total_tokens
         self._bar = None
         if sys.stdout.isatty():
@@ -220,13 +224,13 @@ class Display:
                 rich.progress.TextColumn("{task.fields[figures]}"),
                 rich.progress.TimeRemainingColumn(),
             )
-            self._task = self._bar.add_task("training", total=total_tokens, completed=done_tokens, figures="compiling")
+            self._task = self._bar.add_task(stage, total=total_tokens, completed=done_tokens, figures="compiling")
             self._bar.start()
 
     def show(self, line: dict[str, Any]) -> None:
-        """The figures of a line of metrics."""
-        told = {"loss": "loss", "bits_per_byte": "bits/byte", "accuracy": "accuracy", "reward": "reward", "kl": "KL"}
-        figures = "  ".join(f"{name} {line[key]:.4f}" for key, name in told.items() if key in line)
+        """Shows the figures of a line of metrics."""
+        shown = {"loss": "loss", "bits_per_byte": "bits/byte", "accuracy": "accuracy", "reward": "reward", "kl": "KL"}
+        figures = "  ".join(f"{name} {line[key]:.4f}" for key, name in shown.items() if key in line)
         if "tokens_per_second" in line:
             figures += f"  {line['tokens_per_second']:,.0f} tokens/s"
         if self._bar:
@@ -237,13 +241,13 @@ class Display:
         print(f"step {line['step']:,}  {share:.1f}%  {figures}{mfu}  lr {line['lr']:.2e}", flush=True)
 
     def say(self, text: str) -> None:
-        """A sentence, above the bar if there is one."""
+        """Prints a line, above the bar if there is one."""
         if self._bar:
             self._bar.console.print(text, highlight=False)
         else:
             print(text, flush=True)
 
     def close(self) -> None:
-        """Leaves the terminal as it was."""
+        """Restores the terminal."""
         if self._bar:
             self._bar.stop()

@@ -1,6 +1,6 @@
-"""AdamW in optax's pieces, and the paper's schedules of learning rate and batch size (section 3.1.2).
+"""AdamW from optax's parts, and the paper's schedules of learning rate and batch size (section 3.1.2).
 
-The schedules are plain Python on the host: token counts of real runs (8.1e12) do not fit a device's int32.
+The schedules run in Python on the host, because token counts of real runs (8.1e12) exceed int32.
 """
 
 from typing import Any
@@ -12,13 +12,13 @@ import optax
 from dsv2_jax.config import Config
 from dsv2_jax.config import Optimizer as OptimizerConfig
 
-_RAMP_SIZES = 8  # at most so many batch sizes before the full one: each is a program to compile
+_RAMP_SIZES = 8  # the most batch sizes before the full one; each compiles a program
 
 
 def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
-    """AdamW for a learning rate of 1 and clipped gradients: Adam, then decoupled weight decay on matrices.
+    """Adam, then decoupled weight decay on matrices, for clipped gradients and a learning rate of 1.
 
-    Multiply the updates by minus the learning rate of the step. State and arithmetic are float32.
+    The caller multiplies the updates by minus the learning rate. State and arithmetic are float32.
     """
     return optax.chain(
         optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
@@ -27,21 +27,21 @@ def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def clip(gradients: Any, norm: jax.Array, config: OptimizerConfig) -> Any:
-    """Gradients of the global norm `norm`, shrunk to `clip_norm` where they exceed it."""
+    """Gradients scaled to the global norm `clip_norm` if their norm, `norm`, is larger."""
     scale = jnp.minimum(1.0, config.clip_norm / norm)
     return jax.tree.map(lambda g: g * scale, gradients)
 
 
 def is_decayed(params: Any) -> Any:
-    """True for every parameter that weight decay shrinks: all but those whose name begins with `norm`."""
+    """A tree of bools: True for parameters with weight decay, which are all but those named `norm...`."""
     return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.startswith("norm"), params)
 
 
 def learning_rate(config: Config, step: int, tokens: int) -> float:
-    """The learning rate of step number `step` (from 0), before which the run has seen `tokens` tokens.
+    """The learning rate of step `step` (from 0), which starts after `tokens` tokens.
 
-    A linear rise that reaches the peak at the last of the warm-up steps; then the peak, times `decay_factor` for each
-    fraction of the run's tokens in `decay_at` that has passed.
+    It rises linearly to the peak at the last warm-up step, then is multiplied by `decay_factor` at each fraction of the
+    run's tokens in `decay_at`.
     """
     o = config.optimizer
     warm = min(1.0, (step + 1) / o.warmup_steps) if o.warmup_steps else 1.0
@@ -49,11 +49,11 @@ def learning_rate(config: Config, step: int, tokens: int) -> float:
 
 
 def batch_size(config: Config, tokens: int) -> int:
-    """Sequences of the step before which the run has seen `tokens` tokens.
+    """Sequences of the step that starts after `tokens` tokens.
 
-    The ramp is a staircase below the straight line from `ramp_from` to `size`: steps of equal length in tokens, as many
-    as there are micro-batches to add but no more than 8, each rounded down to whole micro-batches. The full size comes
-    at `ramp_tokens`. So one run compiles at most 9 programs.
+    The ramp is a staircase below the line from `ramp_from` to `size`, and ends at `ramp_tokens`. Its stairs have equal
+    length in tokens; there is one for each micro-batch to add, but at most 8, so that a run compiles at most 9
+    programs. Sizes are rounded down to full micro-batches.
     """
     b = config.batch
     if not b.ramp_from or tokens >= b.ramp_tokens:

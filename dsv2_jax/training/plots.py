@@ -1,4 +1,4 @@
-"""Pictures of a finished run, from nothing but its metrics.jsonl: loss, load of experts, reward and KL of GRPO."""
+"""Plots of a finished run from its metrics.jsonl: loss, expert load, reward and KL of GRPO."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ _INK, _TRAIN, _MEAN, _HELD_OUT = "#333333", "#a9c4de", "#2c6fab", "#c0392b"
 
 
 def draw(run: Path) -> list[Path]:
-    """Draws what the run's metrics allow into its plots/ and returns the PNG files."""
+    """Draws the plots that the run's metrics allow into its plots/ and returns the PNG files."""
     lines = metrics.read(run)
     train = [line for line in lines if line.get("nll") is not None]
     held_out = [line for line in lines if line.get("held_out_nll") is not None]
@@ -71,7 +71,7 @@ def _loss(train: list[dict[str, Any]], held_out: list[dict[str, Any]], path: Pat
 def _grpo(train: list[dict[str, Any]], held_out: list[dict[str, Any]], path: Path) -> Path:
     figure, panels = plt.subplots(4, 1, figsize=(9, 9), sharex=True, layout="constrained")
     steps = [line["step"] for line in train]
-    wanted = (("reward", "reward"), ("kl", "KL to the reference"), ("response_tokens", "tokens of a response"))
+    wanted = (("reward", "reward"), ("kl", "KL to the reference"), ("response_tokens", "tokens per response"))
     for axes, (name, label) in zip(panels, (*wanted, ("entropy", "entropy")), strict=True):
         axes.plot(steps, [line[name] for line in train], color=_MEAN, label="sampled")
         axes.set(ylabel=label)

@@ -1,7 +1,8 @@
 """One training step: gradients accumulated over micro-batches, then one AdamW update unless a number is not finite.
 
-On a mesh the whole step is one shard_map: every collective that a pod runs stands in this project's code. Dimensions:
-A micro-batches, B sequences of a micro-batch, T time.
+On a mesh the step is one shard_map, so every collective is explicit in this project's code.
+
+    A micro-batches    B sequences of a micro-batch    T time
 """
 
 import dataclasses
@@ -21,15 +22,15 @@ from dsv2_jax.training.loss import loss as pretraining_loss
 from dsv2_jax.training.optimizer import adamw, clip
 
 Metrics = dict[str, jax.Array]
-# loss(params, batch, *, config, exempt_B, total_weight, share) -> (scalar, metrics), both adding up over micro-batches
-# and devices
+# loss(params, batch, *, config, exempt_B, total_weight, share) -> (scalar, metrics): parts to sum over micro-batches
+# and devices (see `training.loss.loss`)
 Loss = Callable[..., tuple[jax.Array, Metrics]]
 
 
 class State(NamedTuple):
-    """All that a step changes, or what stands for its arrays, such as their shardings.
+    """Parameters, optimizer state and step count; or a tree of the same structure, such as their shardings.
 
-    float32 masters; `step` int32 [] counts the steps taken, refused ones included.
+    Parameters are the float32 masters. `step` int32 [] counts all steps, skipped updates included.
     """
 
     params: Any
@@ -38,12 +39,12 @@ class State(NamedTuple):
 
 
 def create(params: Any, config: Config) -> State:
-    """The state before the first step, around freshly initialised or imported parameters."""
+    """The state before the first step, from initialised or imported parameters."""
     return State(params, adamw(config.optimizer).init(params), jnp.zeros((), jnp.int32))
 
 
 def state_specs(config: Config) -> State:
-    """How a `State` is laid over the config's mesh; its sizes must be resolved."""
+    """The PartitionSpecs of a `State` on the config's mesh, whose sizes must be resolved."""
     model, mesh = config.model, config.mesh
     moments = sharding.optimizer_specs(model, mesh)
     params = jax.tree.map(lambda _: jnp.zeros(()), moments)
@@ -65,26 +66,27 @@ def train_step(
     loss: Loss = pretraining_loss,
     mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[State, Metrics]:
-    """One update of the parameters.
+    """One update of the parameters; donates the state.
 
-    Takes batch leaves [A, B, T] and the learning rate; the state is donated. Returns the next state and the metrics of
-    `loss` over the whole step, with `loss` (what was minimised), `grad_norm` (before clipping) and `skipped` float32:
-    1 when loss, gradient norm or the norm of the update was not finite and parameters and optimizer state stayed as
-    they were. With a `mesh`,
-    whose sizes are `config.mesh`, state and batch are laid over it by `state_specs` and `sharding.batch_spec`.
+    Takes batch leaves [A, B, T] and the learning rate. Returns the next state and the step's metrics: those of `loss`,
+    and `loss` (the minimised value), `grad_norm` (before clipping) and `skipped` float32, which is 1 if loss, gradient
+    norm or the norm of the update is not finite; then parameters and optimizer state do not change. With a `mesh` of
+    the sizes `config.mesh`, state and batch are laid out by `state_specs` and `sharding.batch_spec`.
     """
     if mesh is None:
         return _step(state, batch, lr, config=dataclasses.replace(config, mesh=SINGLE), loss=loss)
     step = functools.partial(_step, config=config, loss=loss)
-    specs, whole = state_specs(config), PartitionSpec()
-    inputs = (specs, {name: sharding.batch_spec(name) for name in batch}, whole)
-    return jax.shard_map(step, mesh=mesh, in_specs=inputs, out_specs=(specs, whole), check_vma=False)(state, batch, lr)
+    specs, replicated = state_specs(config), PartitionSpec()
+    inputs = (specs, {name: sharding.batch_spec(name) for name in batch}, replicated)
+    return jax.shard_map(step, mesh=mesh, in_specs=inputs, out_specs=(specs, replicated), check_vma=False)(
+        state, batch, lr
+    )
 
 
 def _step(
     state: State, batch: dict[str, jax.Array], lr: jax.Array | float, *, config: Config, loss: Loss
 ) -> tuple[State, Metrics]:
-    """`train_step` on this device's part."""
+    """`train_step` on one device's shards."""
     mesh = config.mesh
     (value, metrics), gradients = _accumulate(state, batch, config, loss)
     value, metrics = jax.tree.map(lambda x: collectives.add(x, AXES, mesh), (value, metrics))
@@ -95,7 +97,7 @@ def _step(
     clipped = clip(gradients, norm, config.optimizer)
     updates, optimizer = adamw(config.optimizer).update(clipped, state.optimizer, held)
     updates = jax.tree.map(lambda u: lr * u, updates)
-    moved = sharding.sum_of_squares(updates, config.model, mesh)  # finite gradients do not make a finite update
+    moved = sharding.sum_of_squares(updates, config.model, mesh)  # may overflow although the gradients are finite
     finite = jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(moved)
     params = jax.tree.map(jnp.subtract, held, updates)
     params, optimizer = jax.tree.map(
@@ -107,10 +109,10 @@ def _step(
 
 
 def exempt_sequences(config: Config, step: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """Which sequences [A, B] of a step are spared from token dropping (section 2.2.4): bool, a new draw every step.
+    """The sequences of a step without token dropping (section 2.2.4), bool [A, B], drawn anew each step.
 
-    Of those that share a budget, `exempt_fraction` of their number, rounded up or down by chance: so buffers that hold
-    the rounded-up number are always large enough.
+    Of the sequences that share a budget, `exempt_fraction` are exempt; the number is rounded up or down at random, so
+    buffers for the rounded-up number are always large enough.
     """
     moe = config.model.moe
     together = moe.budget_sequences or shape[1]
@@ -123,7 +125,7 @@ def exempt_sequences(config: Config, step: jax.Array, shape: tuple[int, int]) ->
 
 
 def _accumulate(state: State, batch: dict[str, jax.Array], config: Config, loss: Loss) -> tuple[Any, Any]:
-    """((loss, metrics), gradients) of the whole step, summed in float32 over its micro-batches."""
+    """((loss, metrics), gradients), summed in float32 over the step's micro-batches."""
     mesh, (micro_batches, rows) = config.mesh, batch["tokens_BT"].shape[:2]
     exempt_AB = exempt_sequences(config, state.step, (micro_batches, rows * mesh.size(*BATCH)))
     exempt_AB = jax.lax.dynamic_slice_in_dim(exempt_AB, collectives.index(BATCH, mesh) * rows, rows, 1)
@@ -134,10 +136,10 @@ def _accumulate(state: State, batch: dict[str, jax.Array], config: Config, loss:
         one, exempt_B = inputs
         return jax.value_and_grad(loss, has_aux=True)(state.params, one, exempt_B=exempt_B, **common)
 
-    if mesh.pipeline > 1:  # a pipeline takes all micro-batches at once
+    if mesh.pipeline > 1:  # one call for all micro-batches
         rows_of = {name: leaf.reshape(-1, leaf.shape[-1]) for name, leaf in batch.items()}
-        whole = functools.partial(loss, micro_batches=micro_batches, **(common | {"share": 1.0}))
-        return jax.value_and_grad(whole, has_aux=True)(state.params, rows_of, exempt_B=exempt_AB.reshape(-1))
+        all_at_once = functools.partial(loss, micro_batches=micro_batches, **(common | {"share": 1.0}))
+        return jax.value_and_grad(all_at_once, has_aux=True)(state.params, rows_of, exempt_B=exempt_AB.reshape(-1))
 
     inputs = (batch, exempt_AB)
     first = jax.tree.map(lambda x: x[0], inputs)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import pretrain
-from dsv2_jax import loading
+from dsv2_jax import loading, train
 from dsv2_jax.alignment import grpo, policy
 from dsv2_jax.alignment.sampler import Sampler
 from dsv2_jax.alignment.samples import Sample, arrays, mixed
@@ -39,7 +39,7 @@ def base(tmp_path_factory):
     moe = dataclasses.replace(tiny.model.moe, budget_sequences=1)
     tiny = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, moe=moe))
     data = Data(source=str(folder / "text.txt"), folder=folder / "data")
-    loop.train(
+    train.train(
         dataclasses.replace(
             tiny, workdir=folder / "base", tokens=30 * 8 * 32, data=data, batch=Batch(size=8, length=32)
         )
@@ -181,7 +181,7 @@ def test_a_reward_model_reads_every_response_at_an_end_of_sequence():
 
     sampler = Sampler.__new__(Sampler)  # without an engine
     sampler._config = dataclasses.replace(pretrain.tiny(), grpo=Grpo(rewards=("judge", "form"), weights=(1.0, 1.0)))
-    sampler._words = types.SimpleNamespace(eos_id=1, decode=lambda ids: "".join(map(str, ids)))
+    sampler._tokenizer = types.SimpleNamespace(eos_id=1, decode=lambda ids: "".join(map(str, ids)))
     sampler._judges, sampler._rewards = {"judge": judge}, pool
     ended = Result(tokens=(7, 1), logprobs=(-1.0,) * 2, top=(), text="", reason="stop", scores=(), reused=0)
     cut = dataclasses.replace(ended, tokens=(7, 8, 9), logprobs=(-1.0,) * 3, reason="length")

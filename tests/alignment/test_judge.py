@@ -14,7 +14,7 @@ from dsv2_jax.config import SINGLE, Batch, Compute, Data, Mesh
 from dsv2_jax.data import corpora, tokenizer
 from dsv2_jax.model import transformer
 from dsv2_jax.parallel import mesh as device_mesh
-from dsv2_jax.training import checkpoint
+from dsv2_jax.training import checkpoint, run_folder
 
 LENGTH = 24
 
@@ -43,7 +43,7 @@ def judged(tmp_path_factory, words, config):
     params = drawn | {"head": drawn["head"] | {"w_score_D": score_D}}
     run, ours = tmp_path_factory.mktemp("judge") / "run", dataclasses.replace(config, model=model)
     checkpoint.save_params(run, ours, params)
-    checkpoint.keep_tokenizer(run, words.save)
+    run_folder.keep_tokenizer(run, words.save)
     return run, params, ours
 
 
@@ -64,7 +64,7 @@ def test_scores_are_those_of_each_conversation_alone(judged, words, config, mesh
 def test_a_model_that_scores_nothing_is_refused(tmp_path, words, config):
     run = tmp_path / "run"
     checkpoint.save_params(run, config, transformer.init(config.model, jax.random.key(0)))
-    checkpoint.keep_tokenizer(run, words.save)
+    run_folder.keep_tokenizer(run, words.save)
     with pytest.raises(ValueError, match="holds no reward model"):
         Judge(run, config, words, None)
 
@@ -75,8 +75,8 @@ def test_a_model_of_fewer_positions_than_a_conversation_has_tokens_is_refused(ju
     short = dataclasses.replace(ours, model=dataclasses.replace(ours.model, max_position_embeddings=LENGTH))
     run = tmp_path / "run"
     checkpoint.save_params(run, short, params)
-    checkpoint.keep_tokenizer(run, words.save)
+    run_folder.keep_tokenizer(run, words.save)
     Judge(run, config, words, None)
     longer = dataclasses.replace(config, batch=Batch(size=8, length=LENGTH + 1))
-    with pytest.raises(ValueError, match="has 24 positions, but conversations may have 25 tokens"):
+    with pytest.raises(ValueError, match="has 24 positions, but conversations have up to 25 tokens"):
         Judge(run, longer, words, None)

@@ -76,9 +76,8 @@ def ours(case, level="token", weights=None):
     def loss(logits):
         policy = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], -1)[..., 0]
         correction = None if weights is None else jnp.asarray(weights)
-        return objective.objective(
-            policy, old, reference, advantages, mask, clip=CLIP, beta=BETA, level=level, correction_NT=correction
-        )
+        logp = objective.LogProbabilities(policy, old, reference)
+        return objective.objective(logp, advantages, mask, clip=CLIP, beta=BETA, level=level, correction_NT=correction)
 
     (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(logits)
     return value, gradient, metrics

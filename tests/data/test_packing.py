@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from dsv2_jax.data.packing import CutRows, WholeRows, join
+from dsv2_jax.data.packing import CutRows, UncutRows, join
 
 
 def _rows(documents, length):
@@ -83,7 +83,7 @@ def _whole(lengths, length, too_long, learnt=None):
     documents = join(np.arange(100 * i, 100 * i + n, dtype=np.int32) for i, n in enumerate(lengths))
     if learnt is not None:
         documents = documents._replace(learnt=np.array(learnt, bool))
-    return WholeRows(documents, length, np.ones(50_000, int), too_long)
+    return UncutRows(documents, length, np.ones(50_000, int), too_long)
 
 
 def test_whole_documents_worked_by_hand():

@@ -255,7 +255,7 @@ def test_mistakes_are_named(byte_level, texts, tmp_path):
     changed = json.loads((byte_level / "tokenizer.json").read_text())
     changed["normalizer"] = {"type": "Lowercase"}
     (tmp_path / "tokenizer.json").write_text(json.dumps(changed))
-    refused(tmp_path, "does not give text back as it was")
+    refused(tmp_path, "does not reproduce text")
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
     refused(tmp_path, "has no id for its bos_token '<s>'")
     prefix = {"model_prefix": str(tmp_path / "prefix"), "vocab_size": 400, "model_type": "bpe", "byte_fallback": True}

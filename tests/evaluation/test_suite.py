@@ -98,8 +98,8 @@ def test_a_program_passes_only_with_the_right_answer():
         "test": "def check(f):\n    assert f(2) == 4\n    assert f(-1) == -2\n",
         "entry_point": "double",
     }
-    assert offline.passes(problem, ["    return 2 * x\n"]) == {"pass_at_1": 1.0}
-    assert offline.passes(problem, ["    return x * x\n"]) == {"pass_at_1": 0.0}
+    assert offline.pass_at_1(problem, ["    return 2 * x\n"]) == {"pass_at_1": 1.0}
+    assert offline.pass_at_1(problem, ["    return x * x\n"]) == {"pass_at_1": 0.0}
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import signal
 import pytest
 from test_processes import disturb, finish, output, training
 
-from dsv2_jax.training import checkpoint, loop
+from dsv2_jax.training import loop, run_folder
 
 pytestmark = pytest.mark.slow
 
@@ -56,10 +56,10 @@ def test_both_processes_stop_at_sigterm_between_iterations_of_two_steps(tmp_path
     run = tmp_path / "run"
     codes, _ = disturb(run, [*flags, "--grpo.steps", "1000", "--cadence.evaluate", "1000"], 1, signal.SIGTERM, 4)
     assert codes == [loop.STOPPED] * 2, output(run, 0)
-    stopped = checkpoint.latest_step(run)
+    stopped = run_folder.latest_step(run)
     assert stopped % 2 == 0 and 4 <= stopped < 100
     codes, _ = disturb(
         run, [*flags, "--grpo.steps", "1000", "--cadence.evaluate", "1000"], 0, signal.SIGTERM, stopped + 2
     )
     assert codes == [loop.STOPPED] * 2, output(run, 0)
-    assert checkpoint.latest_step(run) > stopped
+    assert run_folder.latest_step(run) > stopped

@@ -16,7 +16,7 @@ import pytest
 from conftest import COMPILE_FAST
 
 from dsv2_jax.evaluation.tasks import sets
-from dsv2_jax.training import checkpoint, loop, metrics
+from dsv2_jax.training import loop, metrics, run_folder
 
 ROOT = Path(__file__).parents[2]
 STEPS, ROWS, LENGTH = 20, 8, 32
@@ -110,11 +110,11 @@ def test_processes_killed_stopped_and_resumed_are_one_process(tmp_path, flags, a
     codes, seconds = disturb(run, flags + MESH, 1, signal.SIGKILL, 9)
     assert codes[1] == -signal.SIGKILL and codes[0] == 1 and seconds < 60
     assert "error: process 0 of 2 exits because another process is gone" in output(run, 0)
-    assert checkpoint.latest_step(run) == 7
+    assert run_folder.latest_step(run) == 7
 
     codes, _ = disturb(run, flags + MESH, 1, signal.SIGTERM, 11)
     assert codes == [loop.STOPPED] * 2
-    assert checkpoint.latest_step(run) >= 11
+    assert run_folder.latest_step(run) >= 11
 
     codes, seconds = disturb(run, flags + MESH, 0, signal.SIGKILL, 16)
     assert codes[0] == -signal.SIGKILL and codes[1] not in (0, loop.STOPPED) and seconds < 60
@@ -130,7 +130,7 @@ def test_a_run_goes_on_on_another_mesh(tmp_path, flags, mesh, devices):
     moved = tmp_path / "moved"
     shutil.copytree(tmp_path / "stayed", moved)
     shutil.rmtree(moved / "checkpoints" / str(STEPS))
-    assert checkpoint.latest_step(moved) == 14
+    assert run_folder.latest_step(moved) == 14
     lines = finish(moved, flags + mesh, 1, devices)
     assert [line["step"] for line in lines] == [line["step"] for line in stayed]
     for ours, theirs in zip(lines, stayed, strict=True):

@@ -7,7 +7,7 @@ import pytest
 from configs import layouts
 from dsv2_jax.plan import hlo
 from dsv2_jax.plan.kernels import KernelTimes, kernel_name
-from pallas_kernels import cost
+from pallas_kernels.pricing import cost
 
 PROGRAM = """HloModule test, is_scheduled=true
 

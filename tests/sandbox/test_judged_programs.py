@@ -182,5 +182,5 @@ def test_all_canonical_solutions_of_human_eval_pass_and_stubs_fail():
     problems = offline.human_eval()["test"]
     assert len(problems) == 164
     for problem in problems:
-        assert offline.passes(problem, [problem["canonical_solution"]]) == {"pass_at_1": 1.0}, problem["task_id"]
-        assert offline.passes(problem, ["    return None\n"]) == {"pass_at_1": 0.0}, problem["task_id"]
+        assert offline.pass_at_1(problem, [problem["canonical_solution"]]) == {"pass_at_1": 1.0}, problem["task_id"]
+        assert offline.pass_at_1(problem, ["    return None\n"]) == {"pass_at_1": 0.0}, problem["task_id"]

@@ -15,7 +15,7 @@ from dsv2_jax import loading, parameters
 from dsv2_jax.config import Cadence, Compute, Data, Mesh, Optimizer, to_json
 from dsv2_jax.parallel import mesh as device_mesh
 from dsv2_jax.parallel import sharding
-from dsv2_jax.training import checkpoint, integrity
+from dsv2_jax.training import checkpoint, integrity, run_folder
 from dsv2_jax.training.checkpoint import Checkpoints, Progress
 from dsv2_jax.training.step import create
 
@@ -88,7 +88,7 @@ def test_the_newest_are_kept_and_leftovers_of_a_kill_are_not_seen(config):
     folder = config.workdir / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["6", "9"]
     (folder / "12.orbax-checkpoint-tmp").mkdir()
-    assert checkpoint.latest_step(config.workdir) == 9
+    assert run_folder.latest_step(config.workdir) == 9
     with Checkpoints(config.workdir, 2) as checkpoints:
         _, progress = restore(checkpoints, config, numbers())
     assert progress.step == 9
@@ -111,7 +111,7 @@ def test_parameters_alone(config):
 def test_missing_runs_are_named(config, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no run in .*nowhere"):
         checkpoint.restore_params(tmp_path / "nowhere")
-    checkpoint.open_run(config)
+    run_folder.open_run(config)
     with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*run"):
         checkpoint.restore_params(config.workdir)
     with pytest.raises(FileNotFoundError, match="no parameters of step 7"):
@@ -126,23 +126,23 @@ def test_parameters_that_are_not_the_configs_are_named(config):
     ):
         checkpoint.save_params(config.workdir, wide, params)
     checkpoint.save_params(config.workdir, config, params)
-    checkpoint.write_config(config.workdir, wide)
+    run_folder.write_config(config.workdir, wide)
     with pytest.raises(ValueError, match=r"dense\.w_down_ID"):
         checkpoint.restore_params(config.workdir)
 
 
 def test_a_run_goes_on_only_with_its_own_settings(config, tmp_path):
-    checkpoint.open_run(config)
+    run_folder.open_run(config)
     other_seed = dataclasses.replace(config, seed=5)
-    checkpoint.open_run(other_seed)  # nothing is trained yet: the run may still be changed
+    run_folder.open_run(other_seed)  # nothing is trained yet: the run may still be changed
     state = create(random_params(config), config)
     with Checkpoints(config.workdir, 2) as checkpoints:
         checkpoints.save(state, numbers(), Progress(step=1))
     with pytest.raises(ValueError, match=r"seed is 0, but the run in .* was started with 5"):
-        checkpoint.open_run(config)
+        run_folder.open_run(config)
     slow = dataclasses.replace(other_seed, optimizer=Optimizer(decay_at=(0.5,)))
     with pytest.raises(ValueError, match=r"optimizer\.peak_lr is 0\.00024, but .* with 0\.01"):
-        checkpoint.open_run(slow)
+        run_folder.open_run(slow)
     free = dataclasses.replace(
         other_seed,
         tokens=10**6,
@@ -150,22 +150,22 @@ def test_a_run_goes_on_only_with_its_own_settings(config, tmp_path):
         compute=Compute(remat="none"),
         data=Data(fetch=False, folder=tmp_path / "moved"),
     )
-    checkpoint.open_run(free)
-    assert checkpoint.read_config(config.workdir) == free
-    with pytest.raises(ValueError, match="holds a run already"):
-        checkpoint.open_run(dataclasses.replace(free, resume=False))
+    run_folder.open_run(free)
+    assert run_folder.read_config(config.workdir) == free
+    with pytest.raises(ValueError, match="already holds a run"):
+        run_folder.open_run(dataclasses.replace(free, resume=False))
 
 
 def test_a_tokenizer_cannot_change_under_a_run(config):
     run = config.workdir
-    checkpoint.open_run(config)
-    checkpoint.keep_tokenizer(run, lambda folder: (folder / "words").write_text("a"))
-    checkpoint.keep_tokenizer(run, lambda folder: (folder / "words").write_text("b"))  # nothing is trained yet
+    run_folder.open_run(config)
+    run_folder.keep_tokenizer(run, lambda folder: (folder / "words").write_text("a"))
+    run_folder.keep_tokenizer(run, lambda folder: (folder / "words").write_text("b"))  # nothing is trained yet
     assert (run / "tokenizer" / "words").read_text() == "b"
     checkpoint.save_params(run, config, random_params(config))
-    checkpoint.keep_tokenizer(run, lambda folder: (folder / "words").write_text("b"))
+    run_folder.keep_tokenizer(run, lambda folder: (folder / "words").write_text("b"))
     with pytest.raises(ValueError, match=r"the tokenizer in .* is not the one"):
-        checkpoint.keep_tokenizer(run, lambda folder: (folder / "words").write_text("c"))
+        run_folder.keep_tokenizer(run, lambda folder: (folder / "words").write_text("c"))
     assert (run / "tokenizer" / "words").read_text() == "b"
 
 
@@ -173,7 +173,7 @@ def test_a_tokenizer_cannot_change_under_a_run(config):
 def saved(tmp_path_factory):
     """A run with whole checkpoints of steps 3 and 5, to be copied."""
     config = dataclasses.replace(PRESETS["tiny"](), workdir=tmp_path_factory.mktemp("saved") / "run")
-    checkpoint.open_run(config)
+    run_folder.open_run(config)
     state = create(random_params(config), config)
     rng = np.random.default_rng(1)
     noise = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), state.optimizer)
@@ -254,14 +254,14 @@ def test_only_whole_steps_count(copied, capsys):
     (run / "checkpoints" / "99").mkdir()
     (run / "checkpoints" / "7").mkdir()
     (run / "checkpoints" / "7" / "_CHECKPOINT_METADATA").write_text("{}")
-    assert checkpoint.latest_step(run) == 5
-    checkpoint.open_run(copied)
-    assert "checkpoints/99 is not a whole checkpoint; it is now 99.unfinished" in capsys.readouterr().err
+    assert run_folder.latest_step(run) == 5
+    run_folder.open_run(copied)
+    assert "checkpoints/99 is an incomplete checkpoint; renamed to 99.unfinished" in capsys.readouterr().err
     with Checkpoints(run, 2) as checkpoints:
         state, progress = restore(checkpoints, copied, numbers())
         assert progress.step == 5
         checkpoints.save(state, numbers(), Progress(step=9))
-    assert checkpoint.whole_steps(run) == [5, 9]
+    assert run_folder.complete_steps(run) == [5, 9]
     assert (run / "checkpoints" / "7.unfinished" / "_CHECKPOINT_METADATA").exists()
 
 
@@ -270,30 +270,30 @@ def test_lost_checkpoints_are_not_begun_anew(copied):
     line = json.dumps({"step": 5}) + "\n"
     metrics.write_text(line)
     (run / "checkpoints").rename(run / "elsewhere")
-    with pytest.raises(ValueError, match=r"checkpoints is missing, but .*metrics.jsonl holds a run; put it back"):
-        checkpoint.open_run(copied)
+    with pytest.raises(ValueError, match=r"checkpoints is missing, but .*metrics.jsonl belongs to a run; put it back"):
+        run_folder.open_run(copied)
     (run / "checkpoints" / "5").mkdir(parents=True)  # as a copy that was cut short leaves it
-    with pytest.raises(ValueError, match=r"checkpoints/5 is not a whole checkpoint, and .* has no other; put it back"):
-        checkpoint.open_run(copied)
+    with pytest.raises(ValueError, match=r"incomplete checkpoints .*/5, and .* has no complete one; put it back"):
+        run_folder.open_run(copied)
     assert metrics.read_text() == line and (run / "checkpoints" / "5").exists()
     shutil.rmtree(run / "checkpoints")
     (run / "elsewhere").rename(run / "checkpoints")
-    checkpoint.open_run(copied)
+    run_folder.open_run(copied)
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(config):
-    checkpoint.open_run(config)
+    run_folder.open_run(config)
     with Checkpoints(config.workdir, 2):
         (config.workdir / "metrics.jsonl").write_text('{"step": 1}\n')  # killed here, or during the first save
     (config.workdir / "checkpoints" / "2.orbax-checkpoint-tmp").mkdir()
-    checkpoint.open_run(config)
+    run_folder.open_run(config)
     with Checkpoints(config.workdir, 2) as checkpoints:
         assert restore(checkpoints, config, numbers())[1] == Progress()
 
 
 def test_an_old_run_that_knew_fewer_settings_goes_on(config):
     """Its missing settings were what their defaults are now: those go on, others are refused with both values."""
-    checkpoint.open_run(config)
+    run_folder.open_run(config)
     checkpoint.save_params(config.workdir, config, random_params(config))
     path = config.workdir / "config.json"
     old = json.loads(path.read_text())
@@ -302,8 +302,8 @@ def test_an_old_run_that_knew_fewer_settings_goes_on(config):
     assert checkpoint.restore_params(config.workdir)[0] == config
     asks = dataclasses.replace(config, data=dataclasses.replace(config.data, retrieval_share=0.5))
     with pytest.raises(ValueError, match=r"data\.retrieval_share is 0\.5, but the run in .* was started with 0\.0"):
-        checkpoint.open_run(asks)
-    checkpoint.open_run(config)
+        run_folder.open_run(asks)
+    run_folder.open_run(config)
     assert json.loads(path.read_text()) == json.loads(to_json(config))
 
 
@@ -312,20 +312,22 @@ def test_an_init_that_grows_stays_the_step_that_the_run_began_with(config, tmp_p
     base = dataclasses.replace(config, workdir=tmp_path / "base")
     first, second = random_params(config), random_params(config, seed=1)
     checkpoint.save_params(base.workdir, base, first, step=7)
-    opened = checkpoint.open_run(dataclasses.replace(config, init=base.workdir))
+    opened = run_folder.open_run(dataclasses.replace(config, init=base.workdir))
     assert opened.init == base.workdir / "checkpoints" / "7"
     jax.tree.map(np.testing.assert_array_equal, loading.start_params(opened, None), first)
     checkpoint.save_params(config.workdir, opened, second, step=3)  # the run has come as far as this
 
     checkpoint.save_params(base.workdir, base, second, step=9)
     for init in (base.workdir, base.workdir / "checkpoints" / "7", None):
-        again = checkpoint.open_run(dataclasses.replace(config, init=init))
-        assert again == opened == checkpoint.read_config(config.workdir)
+        again = run_folder.open_run(dataclasses.replace(config, init=init))
+        assert again == opened == run_folder.read_config(config.workdir)
         jax.tree.map(np.testing.assert_array_equal, loading.start_params(again, None), first)
 
     for other in (base.workdir / "checkpoints" / "9", tmp_path):
-        with pytest.raises(ValueError, match=r"--init is .*, but the run in .* started from .*checkpoints/7; leave it"):
-            checkpoint.open_run(dataclasses.replace(config, init=other))
+        with pytest.raises(
+            ValueError, match=r"--init is .*, but the run in .* started from .*checkpoints/7; drop --init"
+        ):
+            run_folder.open_run(dataclasses.replace(config, init=other))
     shutil.rmtree(base.workdir / "checkpoints")
     checkpoint.save_params(base.workdir, base, second, step=7)
     with pytest.raises(ValueError, match="checkpoints/7 no longer holds the parameters that the run in"):
@@ -333,10 +335,10 @@ def test_an_init_that_grows_stays_the_step_that_the_run_began_with(config, tmp_p
 
 
 def test_a_run_of_random_parameters_takes_no_init_later(config, tmp_path):
-    checkpoint.open_run(config)
+    run_folder.open_run(config)
     checkpoint.save_params(config.workdir, config, random_params(config))
     with pytest.raises(ValueError, match="started from random parameters"):
-        checkpoint.open_run(dataclasses.replace(config, init=tmp_path))
+        run_folder.open_run(dataclasses.replace(config, init=tmp_path))
 
 
 def test_a_digest_sees_one_bit_and_no_layout(config):

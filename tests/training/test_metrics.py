@@ -31,7 +31,7 @@ def record(log, steps, **changes):
 
 
 def test_lines_at_the_cadence_hold_their_own_step(config):
-    with metrics.Log(config, Progress()) as log:
+    with metrics.Log(config, Progress(), "pretraining", "bits_per_byte") as log:
         record(log, range(1, 13))
         log.flush()
     lines = metrics.read(config.workdir)
@@ -46,29 +46,29 @@ def test_lines_at_the_cadence_hold_their_own_step(config):
 
 
 def test_a_refused_step_has_its_line_and_its_sentence(config, capsys):
-    with metrics.Log(config, Progress()) as log:
+    with metrics.Log(config, Progress(), "pretraining", "bits_per_byte") as log:
         record(log, [1])
         record(log, [2], loss=math.nan, nll=math.nan, skipped=1.0)
         record(log, [3])
         log.flush()
     (line,) = metrics.read(config.workdir)
     assert (line["step"], line["skipped"], line["loss"], line["bits_per_byte"]) == (2, 1, None, None)
-    assert "step 2: loss, gradient norm or update is not finite; the update was refused" in capsys.readouterr().out
+    assert "step 2: loss, gradient norm or update is not finite; the update was skipped" in capsys.readouterr().out
 
 
 def test_a_resumed_run_has_every_step_once(config):
-    with metrics.Log(config, Progress()) as log:
+    with metrics.Log(config, Progress(), "pretraining", "bits_per_byte") as log:
         record(log, range(1, 26))
         log.flush()
     path = config.workdir / "metrics.jsonl"
     with path.open("a") as file:
         file.write('{"step": 30, "lo')  # killed in the middle of a line
-    with metrics.Log(config, Progress(step=12, tokens=12 * 128)) as log:
+    with metrics.Log(config, Progress(step=12, tokens=12 * 128), "pretraining", "bits_per_byte") as log:
         assert [line["step"] for line in metrics.read(config.workdir)] == [5, 10]
         record(log, range(13, 21))
         log.flush()
     assert [line["step"] for line in metrics.read(config.workdir)] == [5, 10, 15, 20]
-    with metrics.Log(config, Progress()):
+    with metrics.Log(config, Progress(), "pretraining", "bits_per_byte"):
         pass
     assert metrics.read(config.workdir) == []
 
@@ -76,11 +76,11 @@ def test_a_resumed_run_has_every_step_once(config):
 def test_evaluations_are_lines_too_and_give_the_pictures(config):
     result = {"nll": 2.0, "perplexity": math.exp(2), "bits_per_byte": 1.5, "tokens": 10, "bytes": 20}
     result["load_LE"] = np.array([[0.0, 2.5], [1.0, 1.0]])
-    with metrics.Log(config, Progress()) as log:
+    with metrics.Log(config, Progress(), "pretraining", "bits_per_byte") as log:
         record(log, range(1, 11))
-        log.held_out(Progress(step=10, tokens=1280), result, whole=False)
+        log.held_out(Progress(step=10, tokens=1280), result, full=False)
         record(log, range(11, 101))
-        log.held_out(Progress(step=100, tokens=12800), result, whole=True)
+        log.held_out(Progress(step=100, tokens=12800), result, full=True)
     lines = [line for line in metrics.read(config.workdir) if "held_out_nll" in line]
     assert [line["step"] for line in lines] == [10, 100]
     assert (lines[0]["held_out_bits_per_byte"], lines[0]["held_out_load_max"]) == (1.5, 2.5)
@@ -92,7 +92,7 @@ def test_evaluations_are_lines_too_and_give_the_pictures(config):
 
 
 def test_lines_are_strict_json(config):
-    with metrics.Log(config, Progress()) as log:
+    with metrics.Log(config, Progress(), "pretraining", "bits_per_byte") as log:
         record(log, range(1, 6), grad_norm=math.inf)
         log.flush()
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import COMPILE_FAST
 
-from dsv2_jax.training import checkpoint, loop, metrics
+from dsv2_jax.training import checkpoint, loop, metrics, run_folder
 
 ROOT = Path(__file__).parents[2]
 STEPS, RAMP_STEPS = 60, 20
@@ -76,12 +76,12 @@ def test_killed_stopped_and_resumed(tmp_path, flags):
     run = tmp_path / "disturbed"
     assert stop_at(run, flags, 11, signal.SIGKILL) == -signal.SIGKILL
     assert stop_at(run, flags, 24, signal.SIGTERM) == loop.STOPPED
-    assert checkpoint.latest_step(run) >= 24
+    assert run_folder.latest_step(run) >= 24
     assert stop_at(run, flags, 41, signal.SIGKILL) == -signal.SIGKILL
     killed_at = metrics.read(run)[-1]["step"]
     assert 41 <= killed_at < STEPS
     disturbed, output = finish(run, flags)
-    resumed_at = int(re.search(r"going on from step (\d+) in", output)[1])
+    resumed_at = int(re.search(r"continuing from step (\d+) in", output)[1])
     assert 21 <= resumed_at <= killed_at
     assert disturbed == alone
     assert [line["step"] for line in alone if "nll" in line] == list(range(1, STEPS + 1))

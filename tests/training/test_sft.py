@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from configs import pretrain
-from dsv2_jax import loading
+from dsv2_jax import loading, train
 from dsv2_jax.config import Batch, Cadence, Data, Optimizer
 from dsv2_jax.data import chat
-from dsv2_jax.training import checkpoint, loop, metrics
+from dsv2_jax.training import checkpoint, metrics
 
 LENGTH = 64
 
@@ -36,7 +36,7 @@ def base(tmp_path_factory):
         batch=Batch(size=8, length=32),
         data=Data(source=str(folder / "text.txt"), folder=folder / "data"),
     )
-    loop.train(config)
+    train.train(config)
     return config.workdir
 
 
@@ -64,7 +64,7 @@ def fine_tuning(base, tmp_path_factory):
 
 
 def test_a_run_starts_from_another_and_learns_answers_for_whole_epochs(base, fine_tuning, capsys):
-    outcome = loop.train(fine_tuning)
+    outcome = train.train(fine_tuning)
     said = capsys.readouterr().out
     # A vanishing learning rate: what the run ends with is what it started from.
     before, after = (checkpoint.restore_params(run)[1] for run in (base, fine_tuning.workdir))
@@ -87,4 +87,4 @@ def test_parameters_of_another_shape_are_refused(fine_tuning, tmp_path):
     model = dataclasses.replace(fine_tuning.model, intermediate_size=64)
     config = dataclasses.replace(fine_tuning, workdir=tmp_path / "run", model=model)
     with pytest.raises(ValueError, match=r"the parameter dense\.w_down_ID in .* has the shape"):
-        loop.train(config)
+        train.train(config)

@@ -1,9 +1,9 @@
-"""What the offline task files name: a data set each, and HumanEval's score by the sandbox."""
+"""The functions that the offline task files name: one data set each, and HumanEval's score by the sandbox."""
 
 import ast
 from typing import Any
 
-from dsv2_jax.alignment import verifiers
+from dsv2_jax import sandbox
 from dsv2_jax.evaluation.tasks import sets
 
 mmlu = sets.load("mmlu")
@@ -19,12 +19,12 @@ chengyu_meaning = sets.load("chengyu_meaning")
 chengyu_cloze = sets.load("chengyu_cloze")
 
 
-def passes(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """pass@1: 1 if prompt and answer, run in the sandbox, pass the problem's tests.
+def pass_at_1(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """1 if prompt and answer together solve the problem's tests in the sandbox, else 0.
 
-    Functions that the prompt gives in full are the tests' own too, so that an answer cannot replace them.
+    The tests define the prompt's complete helper functions again, so that an answer cannot replace them.
     """
-    given = ast.parse(f"{doc['prompt']}\n    pass")  # whose last function has a body then
+    given = ast.parse(f"{doc['prompt']}\n    pass")  # a body for the function that the answer completes
     given.body = [part for part in given.body if getattr(part, "name", None) != doc["entry_point"]]
     tests = f"{ast.unparse(given)}\n{doc['test']}\ncheck({doc['entry_point']})"
-    return {"pass_at_1": verifiers.code({"tests": tests, "seconds": 10.0}, doc["prompt"] + results[0])}
+    return {"pass_at_1": float(sandbox.solves(doc["prompt"] + results[0], tests, seconds=10.0))}

