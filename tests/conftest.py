@@ -1,6 +1,7 @@
 """Fixtures that all tests share; JAX on 8 virtual CPU devices with a compilation cache, and TPUs to compile for."""
 
 import functools
+import gc
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +36,16 @@ def _start_jax() -> None:
 
 
 _start_jax()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Drops the compiled programs of a file after its last test: those of the whole suite do not fit in memory."""
+    yield
+    import jax
+
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

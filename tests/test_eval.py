@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hf_cases import GOLDEN, give_tokenizer, make_run, random_params
+from tiny import GOLDEN, give_tokenizer, make_run, random_params
 
 from configs import models
 from dsv2_jax import eval as evaluation

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from hf_cases import MODELS, make_run
+from tiny import MODELS, make_run
 
 from dsv2_jax import hf, loading
 from dsv2_jax.config import Compute, Mesh, Model

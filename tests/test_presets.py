@@ -8,13 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from tiny import random_params
 
 from configs import PRESETS, layouts
 from dsv2_jax.alignment import grpo, policy, reward, sampler, verifiers
 from dsv2_jax.config import AXES, SINGLE, Config, Data, Mesh
 from dsv2_jax.data import corpora, tokenizer
 from dsv2_jax.inference.request import Request
-from dsv2_jax.model import transformer
 from dsv2_jax.model.layers import Kernels
 from dsv2_jax.parallel import sharding
 from dsv2_jax.plan import program
@@ -110,10 +110,7 @@ def saved(run, config):
     """A checkpoint of drawn parameters, with a tokenizer of the small text."""
     data = Data(source=str(run.parent / "data" / "text.txt"), folder=run.parent / "prepared")
     words = tokenizer.for_config(data, WORDS, corpora.prepare(data))
-    model = config.model
-    params = transformer.init(dataclasses.replace(model, head="tokens"), jax.random.key(0))
-    if model.head == "score":
-        params["head"] = {"norm_D": params["head"]["norm_D"], "w_score_D": jnp.ones(model.hidden_size)}
+    params = jax.tree.map(jnp.asarray, random_params(config.model))
     checkpoint.save_params(run, dataclasses.replace(config, init=None), params)
     checkpoint.keep_tokenizer(run, words.save)
     return run

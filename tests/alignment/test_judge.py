@@ -3,9 +3,9 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import rows_of
 
 from configs import pretrain
 from dsv2_jax.alignment import reward
@@ -54,10 +54,9 @@ def test_scores_are_those_of_each_conversation_alone(judged, words, config, mesh
     sequences = [rng.integers(0, 384, n).tolist() for n in (LENGTH, 9) * 5]
     devices = device_mesh.make(mesh, jax.devices()[: mesh.size("fsdp", "expert")])
     found = Judge(run, dataclasses.replace(config, mesh=mesh), words, devices)(sequences)
+    alone = jax.jit(lambda ids_BT: reward.scores(params, rows_of(ids_BT), ours)[0])
     for ids, score in zip(sequences, found, strict=True):
-        tokens_BT = jnp.array([ids])
-        alone = {"tokens_BT": tokens_BT, "positions_BT": jnp.arange(len(ids))[None], "segments_BT": tokens_BT * 0 + 1}
-        expected_BT = jax.jit(lambda p, b: reward.scores(p, b, ours)[0])(params, alone)
+        expected_BT = alone(np.array([ids]))
         assert score == pytest.approx(float(expected_BT[0, -1]), rel=1e-4, abs=1e-5)
 
 

@@ -9,10 +9,10 @@ import jax
 import lm_eval
 import numpy as np
 import pytest
-from hf_cases import give_tokenizer, lite, make_run
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from tiny import give_tokenizer, lite, make_run
 
 from dsv2_jax import loading
 from dsv2_jax.data import chat

@@ -5,8 +5,8 @@ import re
 
 import numpy as np
 import pytest
-from hf_cases import give_tokenizer
 from lm_eval.tasks import get_task_dict
+from tiny import give_tokenizer
 
 from dsv2_jax.data import tokenizer
 from dsv2_jax.evaluation import benchmarks, needle, report, suite

@@ -19,7 +19,7 @@ import httpx
 import jax
 import openai
 import pytest
-from hf_cases import give_tokenizer, make_run, random_params
+from tiny import give_tokenizer, make_run, random_params
 
 from configs import models
 from dsv2_jax.config import Compute

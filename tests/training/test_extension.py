@@ -8,7 +8,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from hf_cases import lite, make_run
+from tiny import lite, make_run
 
 from configs.extend import extended
 from dsv2_jax import hf, loading

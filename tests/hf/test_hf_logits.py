@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hf_cases import MODELS, lite, make_run
+from tiny import MODELS, lite, make_run
 
 from configs import models
 from dsv2_jax.config import Attention, Batch, Compute, Config, Model, Moe, Rope

@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from tiny import GOLDEN
 
 from configs import models
 from dsv2_jax.hf import convert, load_params, to_hf_config
 from dsv2_jax.hf.names import TURNED, tensors
-
-GOLDEN = Path(__file__).parent / "golden"
 
 V2 = {"d": 5120, "layers": 60, "heads": 128, "q": 1536, "experts": 160, "width": 1536, "dense": 12288}
 LITE = {"d": 2048, "layers": 27, "heads": 16, "q": 0, "experts": 64, "width": 1408, "dense": 10944}

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_cases import GOLDEN, contents, give_tokenizer, make_run, tensors
+from folders import contents, tensors
+from tiny import GOLDEN, give_tokenizer, make_run
 
 from configs import models
 from dsv2_jax import cli

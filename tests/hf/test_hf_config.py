@@ -3,20 +3,17 @@
 import dataclasses
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from hf_cases import RELEASED_V2
+from tiny import GOLDEN, RELEASED_V2
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2RotaryEmbedding
 
 from configs import models
 from dsv2_jax.config import Attention, Model, Moe, Rope
 from dsv2_jax.hf import from_hf_config, to_hf_config
-
-GOLDEN = Path(__file__).parent / "golden"
 
 LLAMA = to_hf_config(models.dense_67b())
 
