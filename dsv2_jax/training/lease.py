@@ -2,7 +2,7 @@
 
 On one host a POSIX lock of the file decides: the kernel drops it when the process ends, however it ends, and no child
 inherits it. Other hosts may not see the lock, as on a mounted bucket. For them the holder rewrites the file every
-`_BEAT` seconds. A process of another host that finds the file held watches it for `_PATIENCE` seconds: time for a
+`beat` seconds. A process of another host that finds the file held watches it for `patience` seconds: time for a
 holder that is ending to give it back. If it has changed by then, the holder lives; if not, it is gone. So no clocks
 are compared.
 """
@@ -26,8 +26,6 @@ from dsv2_jax.parallel import processes
 
 T = TypeVar("T")
 LOST = 2  # exit code when another run has taken the folder over: to start again would not help
-_BEAT = 10.0
-_PATIENCE = 90.0  # a mounted bucket may show a file as it was 60 seconds ago
 _BYTES = 512  # of the file, always as many: a reader never finds half of the old text after the new
 
 
@@ -55,8 +53,12 @@ def leased(train: Callable[[Config], T]) -> Callable[[Config], T]:
 
 
 @contextlib.contextmanager
-def hold(run: Path) -> Iterator[None]:
-    """Holds the folder while entered. Raises ValueError, at once or after watching, if another process holds it."""
+def hold(run: Path, beat: float = 10.0, patience: float = 90.0) -> Iterator[None]:
+    """Holds the folder while entered. Raises ValueError, at once or after watching, if another process holds it.
+
+    beat: seconds between writes. patience: seconds to watch a holder of another host; a mounted bucket may show a file
+    as it was 60 seconds ago.
+    """
     run.mkdir(parents=True, exist_ok=True)
     path = run / "lease"
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -64,11 +66,11 @@ def hold(run: Path) -> Iterator[None]:
         before = _read(file)
         locked = _lock(file, run)
         if before and not (locked and before["host"] == _host()):
-            _watch(run, before)
+            _watch(run, before, beat, patience)
             _lock(file, run)  # reading the file once more has dropped the lock
         _write(file, 0)
         over = threading.Event()
-        beating = threading.Thread(target=_beat, args=(run, file, over), name="lease", daemon=True)
+        beating = threading.Thread(target=_beat, args=(run, file, over, beat), name="lease", daemon=True)
         beating.start()
         try:
             yield
@@ -90,13 +92,13 @@ def _lock(file: int, run: Path) -> bool:
     return True
 
 
-def _watch(run: Path, before: dict[str, Any]) -> None:
+def _watch(run: Path, before: dict[str, Any], beat: float, patience: float) -> None:
     """Returns when the holder has given the file back or is gone; raises ValueError if it lives."""
-    told = f"{run} is held by {_name(before)}, or was when that was killed; waiting {_PATIENCE:g} seconds to see which"
+    told = f"{run} is held by {_name(before)}, or was when that was killed; waiting {patience:g} seconds to see which"
     print(told, file=sys.stderr, flush=True)
-    end, now = time.monotonic() + _PATIENCE, before
+    end, now = time.monotonic() + patience, before
     while time.monotonic() < end:
-        time.sleep(_BEAT / 2)
+        time.sleep(beat / 2)
         file = os.open(run / "lease", os.O_RDONLY)  # anew: NFS looks for changes when a file is opened
         try:
             now = _read(file)
@@ -107,9 +109,9 @@ def _watch(run: Path, before: dict[str, Any]) -> None:
     check(now == before, _refusal(run, now))
 
 
-def _beat(run: Path, file: int, over: threading.Event) -> None:
+def _beat(run: Path, file: int, over: threading.Event, seconds: float) -> None:
     number = 0
-    while not over.wait(_BEAT):
+    while not over.wait(seconds):
         number += 1
         try:
             found = _read(file)
