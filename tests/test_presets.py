@@ -22,6 +22,7 @@ from dsv2_jax.training import checkpoint, loop
 from dsv2_jax.training.loss import loss
 from dsv2_jax.training.step import train_step
 
+pytestmark = pytest.mark.usefixtures("forget_each")
 DEVICES, WORDS, LENGTH = 8, 384, 64
 MESHES = {"v2_sft": Mesh(fsdp=32, expert=8), "v2_lite_long": Mesh(fsdp=8, expert=8)}  # of those without a layout
 LINES = {

@@ -14,7 +14,7 @@ from dsv2_jax.config import SINGLE, Batch, Compute, Config, Mesh, Model, Optimiz
 from dsv2_jax.model import transformer
 from dsv2_jax.training.loop import resolve
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forget_each")]
 
 ROWS, LENGTH, STEPS, LR = 16, 32, 3, 1e-3
 
@@ -73,13 +73,6 @@ def run(wanted: Config, steps: int) -> tuple[list[dict], dict, dict]:
     micro_batches = wanted.batch.size // wanted.batch.micro_size
     data = batch(wanted.model, ROWS, LENGTH, micro_batches, second=11, padding=25)
     return train(wanted, initial(wanted.model), data, steps, LR)
-
-
-@pytest.fixture(autouse=True)
-def forget_every_program():
-    """Every layout compiles a program of its own; all of them together would not fit in memory maps."""
-    yield
-    jax.clear_caches()
 
 
 @pytest.fixture(scope="module")
