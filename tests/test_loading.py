@@ -1,4 +1,4 @@
-"""Parameters in the form of the engine, read matrix by matrix: the numbers of all at once, in a part of the memory."""
+"""Parameters in the engine's form, read matrix by matrix: the same numbers in less memory."""
 
 import dataclasses
 import json

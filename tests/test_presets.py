@@ -1,4 +1,4 @@
-"""Every preset takes a step: shrunk by one rule for real, and at its full size as shapes over a mesh of 256 devices."""
+"""Every preset takes a step: at its full size in shapes, and one of each kind, shrunk, for real."""
 
 import dataclasses
 import json
@@ -22,7 +22,6 @@ from dsv2_jax.training import checkpoint, loop
 from dsv2_jax.training.loss import loss
 from dsv2_jax.training.step import train_step
 
-pytestmark = pytest.mark.usefixtures("forget_each")
 DEVICES, WORDS, LENGTH = 8, 384, 64
 MESHES = {"v2_sft": Mesh(fsdp=32, expert=8), "v2_lite_long": Mesh(fsdp=8, expert=8)}  # of those without a layout
 LINES = {
@@ -123,6 +122,7 @@ SHRUNK = ("v2", "dense_67b", "nano_long", "v2_lite_long", "v2_sft", "nano_reward
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forget_each")
 @pytest.mark.parametrize("name", SHRUNK)
 def test_a_shrunk_preset_takes_a_step(name, sources):
     config = shrunk(PRESETS[name](), sources)
@@ -167,6 +167,7 @@ def test_a_full_preset_fits_its_mesh_and_its_engine(name):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forget_each")
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_full_preset_takes_a_step_in_shapes(name):
     """Over devices that are only counted."""

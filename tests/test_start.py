@@ -1,4 +1,4 @@
-"""--init: the model section is the checkpoint's, but for what the stage is about and the flags that are given."""
+"""--init: the model section is the checkpoint's, except for what the stage sets and the flags given."""
 
 import dataclasses
 import json

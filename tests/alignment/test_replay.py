@@ -75,7 +75,7 @@ def scored(params, samples, dtype, replay):
     return rows, grpo.disagreement(rows, samples, np.asarray(experts)[0], 2.0)
 
 
-def test_experts_told_are_those_of_the_whole_sequence(params, samples):
+def test_the_samplers_experts_are_those_of_a_full_forward_pass(params, samples):
     config = config_of("float32", False)
 
     @jax.jit

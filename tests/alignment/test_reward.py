@@ -131,7 +131,7 @@ def test_loss_by_hand(model, params):
 
 
 @pytest.mark.slow
-def test_pairs_that_can_be_told_apart_are(model, tmp_path):
+def test_a_reward_model_learns_separable_pairs(model, tmp_path):
     with (tmp_path / "pairs.jsonl").open("w") as file:
         for n in range(160):
             file.write(json.dumps({"prompt": f"say {n}", "chosen": f"yes {n}", "rejected": f"no {n}"}) + "\n")

@@ -1,4 +1,4 @@
-"""Folders of Hugging Face files, read by other means than ours."""
+"""Reads Hugging Face folders without the project's own reader."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""config.json in both directions: against the released V2's own, and against what transformers makes of ours."""
+"""config.json in both directions: against the released V2 and against what transformers writes."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Whole folders out and in: to the byte, under transformers' and mlx-lm's eyes, and in little memory."""
+"""Export and import of whole folders: byte for byte, as transformers and mlx-lm read them, and within memory."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ def test_export_import_export_is_the_same_to_the_byte(exported, dtype, tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"a", "b", "run"}
 
 
-def test_what_lies_beside_is_left_alone(exported, tmp_path):
+def test_other_files_in_the_folder_are_left_alone(exported, tmp_path):
     """Also a folder of the name that an import once wrote into and cleared; and nothing of a failed one stays."""
     run, hf, _ = exported
     theirs = tmp_path / "run.partial"

@@ -1,4 +1,4 @@
-"""What an export answers under transformers and mlx-lm, against our own model and a float64 one written out here."""
+"""Logits, gradients and greedy text of an export under transformers and mlx-lm, against our model and float64."""
 
 import dataclasses
 from pathlib import Path

@@ -21,7 +21,7 @@ OTHERS = {"w_router_DE": (D, 16), "w_gate_DX": (D, F), "w_up_DX": (D, F), "w_dow
 
 
 @pytest.mark.parametrize("padded", [0, 3], ids=["whole rows", "padding that goes nowhere"])
-def test_rows_that_nobody_sent_are_never_read(padded):
+def test_unwritten_rows_are_never_read(padded):
     """Few pairs an expert, so that blocks of rows reach into the memory behind what arrived, which is NaN on CPU."""
     rng = np.random.default_rng(0)
     # By fan-in: gradients in the hundreds would round by more than the bound where they cancel.

@@ -1,4 +1,4 @@
-"""Which scalar operands of a kernel are known, given the values of some arguments."""
+"""The scalar operands of a kernel that follow from the values of some arguments."""
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ def test_known_operands() -> None:
 
 
 @pytest.mark.tpu
-def test_calls_in_turn() -> None:
+def test_each_call_has_its_own_operands() -> None:
     """Each call of a kernel gets its own values, whether it has a name or not."""
 
     def fn(a, b, x):

@@ -1,4 +1,4 @@
-"""The cost of kernels whose work is known by hand, and the command line's manners."""
+"""The cost of kernels whose work is known by hand, and the command line."""
 
 import dataclasses
 import functools

@@ -224,7 +224,7 @@ def test_nan_in_padding_meets_no_real_token(implementation):
         np.testing.assert_array_equal(clean, dirty)
 
 
-def test_what_cannot_run_raises():
+def test_unusable_arguments_raise():
     arrays, rest = inputs(Case(t=8, s=8))
     xs = [arrays[name] for name in ("q_nope", "q_rope", "k_nope", "k_rope", "v")]
     with pytest.raises(ValueError, match="needs a TPU"):

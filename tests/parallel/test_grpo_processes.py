@@ -1,4 +1,4 @@
-"""GRPO in two processes: the samples and the bits of one, optimizer state on the host or not, and a SIGTERM."""
+"""GRPO in two processes: samples and bits of one process, with and without offloading; SIGTERM."""
 
 import json
 import signal

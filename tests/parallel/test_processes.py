@@ -1,4 +1,4 @@
-"""Several processes are one run: the same bits as one process, also after a kill, a SIGTERM and on another mesh."""
+"""Runs of several processes equal those of one, also after a kill, after SIGTERM and on another mesh."""
 
 import contextlib
 import json

@@ -193,7 +193,7 @@ def test_calls_on_the_sparse_core_are_written_as_calls():
         (["tiny", "--topology", "v5p:2x2x1", "--toplogy", "x"], "unknown flag --toplogy; did you mean --topology?"),
     ],
 )
-def test_mistakes_are_told_in_one_line(arguments, told):
+def test_a_mistake_is_one_line(arguments, told):
     done = subprocess.run(
         [sys.executable, "-m", "dsv2_jax.plan", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
     )

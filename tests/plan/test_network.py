@@ -76,7 +76,7 @@ def test_between_slices_the_data_centre_is_the_bottleneck():
     assert two.seconds(Collective("reduce-scatter", pairs, 1000 * MB)) == pytest.approx(1 / 2 / 0.1 + HOP)
 
 
-def test_which_axes_are_used():
+def test_axes_of_a_collective():
     two = torus(2, 2, 4)
     assert two.axes(Collective("all-gather", ((0, 1, 2, 3),), 1)) == ("z",)
     assert two.axes(Collective("all-gather", ((0, 4, 8, 12),), 1)) == ("x", "y")

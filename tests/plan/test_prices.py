@@ -70,7 +70,7 @@ ENTRY %main (x: bf16[64,256], w: DTYPE[4,256,128], s: f32[4,1,128]) -> bf16[64,1
         ("something", "bf16", None),
     ],
 )
-def test_a_call_is_priced_in_the_format_of_what_it_reads(name, dtype, op):
+def test_a_call_is_priced_in_the_format_of_its_operands(name, dtype, op):
     main = hlo.parse(CALLED.replace("DTYPE", dtype).replace("NAME", name)).computations["main"]
     call = main.by_name[f"{name}.1"]
     arrays = [array for operand in call.operands for array in hlo.arrays(main.by_name[operand].shape)]

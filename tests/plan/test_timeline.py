@@ -199,7 +199,7 @@ def test_a_collective_left_running_meets_the_next_turn():
     assert microseconds(looped(body)).seconds == pytest.approx(10 * 94e-6)
 
 
-def test_a_loop_that_depends_on_data_is_counted_once_and_told():
+def test_a_loop_of_unknown_length_is_counted_once_and_reported():
     text = looped(work("x", 9)).replace("constant(0)", "bitcast(%p)")
     played = microseconds(text)
     assert played.seconds == pytest.approx(10e-6)

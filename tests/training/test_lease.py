@@ -1,4 +1,4 @@
-"""Two runs never train in one folder, and what a killed run left does not keep the next one out."""
+"""Two runs never train in one folder; a killed run does not block the next one."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""A run that is killed and resumed is, bit for bit, the run that was left alone."""
+"""A run that is killed and resumed equals the undisturbed run bit for bit."""
 
 import os
 import re
