@@ -1,5 +1,6 @@
 """Grouped products and the experts' SwiGLU, kernels and plain twins, against float64; kernels compiled for TPUs."""
 
+import dataclasses
 import itertools
 import os
 
@@ -341,20 +342,21 @@ def _operands(size: ExpertDispatch) -> tuple:
 @pytest.mark.tpu
 @pytest.mark.parametrize(
     ("topology", "shape"),
-    # The large ones take minutes each: `benchmarks/kernels.py` compiles them for every chip.
     [*((topology, "nano") for topology in TOPOLOGIES), ("v5p:2x2x1", "v2"), ("v6e:2x2", "v2_lite")],
 )
 def test_compiles_for_tpus(topology, shape, monkeypatch):
-    rows = EXPERT_DISPATCH[shape].rows
+    """With the widths of the shape, which decide the tiles; `benchmarks/kernels.py` compiles all tokens, in minutes."""
+    whole = EXPERT_DISPATCH[shape]
+    size = dataclasses.replace(whole, tokens=1024, rows=1024 * whole.rows // whole.tokens)
 
     def gradients(x, experts, gates, w_gate, w_up, w_down, g):
         def op(x, *rest):
-            return grouped_swiglu(x, experts, *rest, rows=rows, implementation="pallas")
+            return grouped_swiglu(x, experts, *rest, rows=size.rows, implementation="pallas")
 
         y, pull = jax.vjp(op, x, gates, w_gate, w_up, w_down)
         return y, pull(g)
 
-    tokens, routing, shapes = _operands(EXPERT_DISPATCH[shape])
+    tokens, routing, shapes = _operands(size)
     weights = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes]
     assert _compile(topology, monkeypatch, gradients, tokens, *routing, *weights, tokens) == 8
 
