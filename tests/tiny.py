@@ -100,6 +100,15 @@ def rows_of(tokens_BT: np.ndarray | jax.Array) -> dict[str, jax.Array]:
     return {"tokens_BT": tokens_BT, "positions_BT": positions_BT, "segments_BT": jax.numpy.ones_like(tokens_BT)}
 
 
+def training_rows(ids_BT: np.ndarray) -> dict[str, jax.Array]:
+    """A batch that learns the next id of every row, all of weight 1."""
+    inputs_BT, targets_BT = ids_BT[:, :-1], jax.numpy.asarray(ids_BT[:, 1:], "int32")
+    weights_BT = jax.numpy.ones(targets_BT.shape)
+    return rows_of(inputs_BT) | {
+        "targets_BT": targets_BT, "weights_BT": weights_BT, "bytes_BT": jax.numpy.ones_like(targets_BT)
+    }  # fmt: skip
+
+
 def batch(
     model: Model, rows: int, length: int, micro_batches: int = 1, second: int = 0, padding: int = 0
 ) -> dict[str, np.ndarray]:
