@@ -3,16 +3,16 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import rows_of
+from tiny import random_params, rows_of
 
 from configs import pretrain
 from dsv2_jax.alignment import reward
 from dsv2_jax.alignment.judge import Judge
 from dsv2_jax.config import SINGLE, Batch, Compute, Data, Mesh
 from dsv2_jax.data import corpora, tokenizer
-from dsv2_jax.model import transformer
 from dsv2_jax.parallel import mesh as device_mesh
 from dsv2_jax.training import checkpoint
 
@@ -38,9 +38,7 @@ def config():
 def judged(tmp_path_factory, words, config):
     """A run's folder of a reward model with drawn parameters, these, and its config."""
     model = dataclasses.replace(config.model, head="score")
-    drawn = transformer.init(model, jax.random.key(3))
-    score_D = jax.random.normal(jax.random.key(4), (model.hidden_size,))
-    params = drawn | {"head": drawn["head"] | {"w_score_D": score_D}}
+    params = jax.tree.map(jnp.asarray, random_params(model))
     run, ours = tmp_path_factory.mktemp("judge") / "run", dataclasses.replace(config, model=model)
     checkpoint.save_params(run, ours, params)
     checkpoint.keep_tokenizer(run, words.save)
@@ -62,7 +60,7 @@ def test_scores_are_those_of_each_conversation_alone(judged, words, config, mesh
 
 def test_a_model_that_scores_nothing_is_refused(tmp_path, words, config):
     run = tmp_path / "run"
-    checkpoint.save_params(run, config, transformer.init(config.model, jax.random.key(0)))
+    checkpoint.save_params(run, config, jax.tree.map(jnp.asarray, random_params(config.model)))
     checkpoint.keep_tokenizer(run, words.save)
     with pytest.raises(ValueError, match="holds no reward model"):
         Judge(run, config, words, None)

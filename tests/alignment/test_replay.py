@@ -1,6 +1,7 @@
 """Routing replay: the experts that the engine tells are the network's own, and an update can use them."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -32,7 +33,7 @@ def config_of(dtype, replay):
 @pytest.fixture(scope="module")
 def params():
     """Drawn wide, so that experts differ and logits are far from alike."""
-    drawn = transformer.init(pretrain.tiny().model, jax.random.key(5))
+    drawn = jax.jit(functools.partial(transformer.init, pretrain.tiny().model))(jax.random.key(5))
     return jax.tree.map(lambda w: w * 3 if w.ndim > 1 else w, drawn)
 
 

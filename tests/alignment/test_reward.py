@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from tiny import rows_of, train
+from tiny import random_params, rows_of, train
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from configs import pretrain
@@ -18,7 +18,6 @@ from dsv2_jax.alignment.judge import Judge
 from dsv2_jax.config import Batch, Cadence, Compute, Data, Mesh, Optimizer
 from dsv2_jax.data import chat, tokenizer
 from dsv2_jax.data.preferences import Preference, PreferenceRows
-from dsv2_jax.model import transformer
 from dsv2_jax.training import checkpoint, loop
 
 
@@ -54,8 +53,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def params(model):
-    drawn = transformer.init(model, jax.random.key(3))
-    return drawn | {"head": drawn["head"] | {"w_score_D": jax.random.normal(jax.random.key(4), (model.hidden_size,))}}
+    return jax.tree.map(jnp.asarray, random_params(model))
 
 
 def test_scores_are_those_of_transformers(model, params, tmp_path):
@@ -86,7 +84,7 @@ def test_transformers_scores_padded_batches_where_we_do(model, params, tmp_path)
     words = tokenizer.train(["User: say it\n\nAssistant: yes no perhaps " * 20], 330, tmp_path / "words")
     assert words.pad_id == words.eos_id  # as DeepSeek-V2's own has it
     model = dataclasses.replace(model, vocab_size=384)
-    params = params | {"embed": transformer.init(model, jax.random.key(5))["embed"]}
+    params = params | {"embed": jax.tree.map(jnp.asarray, random_params(model)["embed"])}
     config = dataclasses.replace(
         pretrain.tiny(), workdir=tmp_path / "run", model=model, data=Data(form="preferences"),
         batch=Batch(size=4, length=64), compute=Compute(dtype="float32", remat="none"), mesh=Mesh(fsdp=1),
