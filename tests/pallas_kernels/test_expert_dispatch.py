@@ -362,9 +362,12 @@ def test_compiles_for_tpus(topology, shape, monkeypatch):
 
 
 @pytest.mark.tpu
-@pytest.mark.parametrize("kind", ["int8", "float8_e4m3fn"])
 @pytest.mark.parametrize(
-    ("topology", "shape"), [*((topology, "nano") for topology in TOPOLOGIES), ("v5p:2x2x1", "v2_decode")]
+    ("topology", "kind", "shape"),
+    [
+        *((topology, kind, "nano") for topology in TOPOLOGIES for kind in ("int8", "float8_e4m3fn")),
+        ("v5p:2x2x1", "int8", "v2_decode"),
+    ],
 )
 def test_weights_in_8_bits_compile_for_tpus(topology, kind, shape, monkeypatch):
     def op(*args):
