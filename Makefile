@@ -52,11 +52,12 @@ wheel:
 	rm -rf build dist
 	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
 
+# The tests of a file run in one worker: they share its fixtures and its compiled programs.
 test: $(VENV)/.installed-dev
-	$(PY) -m pytest -n 2 -m "not slow and not tpu"
+	$(PY) -m pytest -n 2 --dist loadfile -m "not slow and not tpu"
 
 prove: $(VENV)/.installed-dev
-	$(PY) -m pytest -n 2 -m "slow or tpu"
+	$(PY) -m pytest -n 2 --dist loadfile -m "slow or tpu"
 
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff format --check

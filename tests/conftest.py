@@ -1,6 +1,9 @@
 """Fixtures that all tests share; JAX on 8 virtual CPU devices with a compilation cache, and TPUs to compile for."""
 
+import contextlib
+import ctypes
 import functools
+import gc
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +38,29 @@ def _start_jax() -> None:
 
 
 _start_jax()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Drops the compiled programs of a file after its last test: those of the whole suite do not fit in memory."""
+    yield
+    _forget()
+
+
+@pytest.fixture
+def forget_each():
+    """Drops them after every test, for files whose tests compile large programs of their own."""
+    yield
+    _forget()
+
+
+def _forget() -> None:
+    import jax
+
+    jax.clear_caches()
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # glibc alone knows it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture(scope="session")

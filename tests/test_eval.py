@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hf_cases import GOLDEN, give_tokenizer, make_run, random_params
+from tiny import GOLDEN, give_tokenizer, make_run, random_params
 
 from configs import models
 from dsv2_jax import hf, loading
@@ -116,7 +116,7 @@ def test_a_missing_checkpoint(tmp_path):
     refused("no checkpoint in", "eval.py", "--checkpoint", tmp_path / "nothing")
 
 
-def test_a_task_that_nobody_knows(run):
+def test_an_unknown_task_is_refused(run):
     words = ("--tasks", "offline_mmul", "--skip-text")
     refused("no task 'offline_mmul'; did you mean offline_mmlu?", "eval.py", "--checkpoint", run, *words)
 

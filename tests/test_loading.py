@@ -1,4 +1,4 @@
-"""Parameters in the form of the engine, read matrix by matrix: the numbers of all at once, in a part of the memory."""
+"""Parameters in the engine's form, read matrix by matrix: the same numbers in less memory."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from hf_cases import MODELS, make_run
+from tiny import MODELS, make_run
 
 from dsv2_jax import hf, loading
 from dsv2_jax.config import Compute, Mesh, Model

@@ -125,7 +125,7 @@ def test_a_mistake_is_one_line_from_an_installed_copy_too(image, command, words)
     assert ended.stderr.startswith("error: ") and words in ended.stderr
 
 
-def test_a_folder_named_configs_where_a_command_runs_is_none_of_ours(image):
+def test_a_folder_named_configs_in_the_working_directory_is_ignored(image):
     (image.path("configs")).mkdir(exist_ok=True)
     (image.path("configs") / "__init__.py").write_text("raise SystemExit('a stranger')\n")
     ended = image.run(["python", "-m", "dsv2_jax.train", "--help"])

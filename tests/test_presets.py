@@ -1,4 +1,4 @@
-"""Every preset takes a step: shrunk by one rule for real, and at its full size as shapes over a mesh of 256 devices."""
+"""Every preset takes a step: at its full size in shapes, and one of each kind, shrunk, for real."""
 
 import dataclasses
 import json
@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from tiny import random_params
 
 from configs import PRESETS, layouts
 from dsv2_jax import train
@@ -15,7 +16,6 @@ from dsv2_jax.alignment import policy, reward, sampler, verifiers
 from dsv2_jax.config import AXES, SINGLE, Config, Data, Mesh
 from dsv2_jax.data import corpora, tokenizer
 from dsv2_jax.inference.request import Request
-from dsv2_jax.model import transformer
 from dsv2_jax.parallel import sharding
 from dsv2_jax.plan import program
 from dsv2_jax.training import checkpoint, run_folder
@@ -110,17 +110,20 @@ def saved(run, config):
     """A checkpoint of drawn parameters, with a tokenizer of the small text."""
     data = Data(source=str(run.parent / "data" / "text.txt"), folder=run.parent / "prepared")
     words = tokenizer.for_config(data, WORDS, corpora.prepare(data))
-    model = config.model
-    params = transformer.init(dataclasses.replace(model, head="tokens"), jax.random.key(0))
-    if model.head == "score":
-        params["head"] = {"norm_D": params["head"]["norm_D"], "w_score_D": jnp.ones(model.hidden_size)}
+    params = jax.tree.map(jnp.asarray, random_params(config.model))
     checkpoint.save_params(run, dataclasses.replace(config, init=None), params)
     run_folder.keep_tokenizer(run, words.save)
     return run
 
 
+# One of each model and stage: pretraining, longer contexts, fine-tuning, rewards, and GRPO with each kind of reward.
+SHRUNK = ("v2", "dense_67b", "nano_long", "v2_lite_long", "v2_sft", "nano_reward", "v2_grpo_reasoning",
+          "v2_grpo_preference")  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.usefixtures("forget_each")
+@pytest.mark.parametrize("name", SHRUNK)
 def test_a_shrunk_preset_takes_a_step(name, sources):
     config = shrunk(PRESETS[name](), sources)
     if name.split("_")[-1] in ("sft", "reward", "long") or config.grpo.group:
@@ -163,6 +166,7 @@ def test_a_full_preset_fits_its_mesh_and_its_engine(name):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forget_each")
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_full_preset_takes_a_step_in_shapes(name):
     """Over devices that are only counted."""

@@ -1,4 +1,4 @@
-"""--init: the model section is the checkpoint's, but for what the stage is about and the flags that are given."""
+"""--init: the model section is the checkpoint's, except for what the stage sets and the flags given."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hf_cases import RELEASED_V2, give_tokenizer, make_run
+from tiny import RELEASED_V2, give_tokenizer, make_run
 
 from configs import PRESETS, SETS, models
 from dsv2_jax import hf, loading, start, train

@@ -2,7 +2,7 @@
 
 On one host a POSIX lock on the file decides. The kernel releases it whenever the process ends, and children do not
 inherit it. Other hosts may not see the lock, for example on a mounted bucket, so the holder also rewrites the file
-every `_BEAT` seconds. A process on another host that finds a holder watches the file for `_PATIENCE` seconds. If the
+every `beat` seconds. A process on another host that finds a holder watches the file for `patience` seconds. If the
 file changes, the holder is alive; if not, it is gone; a holder that ends in this time releases the file. No clocks are
 compared.
 """
@@ -27,8 +27,6 @@ from dsv2_jax.parallel import processes
 P = ParamSpec("P")
 T = TypeVar("T")
 LOST = 2  # exit code when another run has taken over the folder, where a restart would not help
-_BEAT = 10.0
-_PATIENCE = 90.0  # a mounted bucket may show a file's state of 60 seconds ago
 _BYTES = 512  # size of the file, constant so that a reader never sees the end of an older text
 
 
@@ -56,8 +54,12 @@ def leased(train: Callable[Concatenate[Config, P], T]) -> Callable[Concatenate[C
 
 
 @contextlib.contextmanager
-def hold(run: Path) -> Iterator[None]:
-    """A context that holds the folder. Raises ValueError, after watching if needed, if another process holds it."""
+def hold(run: Path, beat: float = 10.0, patience: float = 90.0) -> Iterator[None]:
+    """A context that holds the folder. Raises ValueError, after watching if needed, if another process holds it.
+
+    beat: seconds between writes. patience: seconds to watch a holder on another host; a mounted bucket may show a
+    file's state of 60 seconds ago.
+    """
     run.mkdir(parents=True, exist_ok=True)
     path = run / "lease"
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -65,11 +67,11 @@ def hold(run: Path) -> Iterator[None]:
         before = _read(file)
         locked = _lock(file, run)
         if before and not (locked and before["host"] == _host()):
-            _watch(run, before)
+            _watch(run, before, beat, patience)
             _lock(file, run)  # reading the file again released the lock
         _write(file, 0)
         over = threading.Event()
-        beating = threading.Thread(target=_beat, args=(run, file, over), name="lease", daemon=True)
+        beating = threading.Thread(target=_beat, args=(run, file, over, beat), name="lease", daemon=True)
         beating.start()
         try:
             yield
@@ -91,13 +93,13 @@ def _lock(file: int, run: Path) -> bool:
     return True
 
 
-def _watch(run: Path, before: dict[str, Any]) -> None:
+def _watch(run: Path, before: dict[str, Any], beat: float, patience: float) -> None:
     """Returns when the holder has released the file or is gone. Raises ValueError if it is alive."""
-    note = f"{_name(before)} holds {run}, or was killed there; waiting {_PATIENCE:g} seconds to find out"
+    note = f"{_name(before)} holds {run}, or was killed there; waiting {patience:g} seconds to find out"
     print(note, file=sys.stderr, flush=True)
-    end, now = time.monotonic() + _PATIENCE, before
+    end, now = time.monotonic() + patience, before
     while time.monotonic() < end:
-        time.sleep(_BEAT / 2)
+        time.sleep(beat / 2)
         file = os.open(run / "lease", os.O_RDONLY)  # NFS checks for changes when a file is opened
         try:
             now = _read(file)
@@ -108,9 +110,9 @@ def _watch(run: Path, before: dict[str, Any]) -> None:
     check(now == before, _refusal(run, now))
 
 
-def _beat(run: Path, file: int, over: threading.Event) -> None:
+def _beat(run: Path, file: int, over: threading.Event, seconds: float) -> None:
     number = 0
-    while not over.wait(_BEAT):
+    while not over.wait(seconds):
         number += 1
         try:
             found = _read(file)

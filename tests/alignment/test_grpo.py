@@ -1,4 +1,4 @@
-"""GRPO whole: a tiny policy that learns, a killed run that goes on, one device against eight."""
+"""GRPO end to end: a tiny policy learns, a killed run resumes, eight devices equal one."""
 
 import dataclasses
 import json

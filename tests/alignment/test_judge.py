@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import random_params, rows_of
 
 from configs import pretrain
 from dsv2_jax.alignment import reward
 from dsv2_jax.alignment.judge import Judge
 from dsv2_jax.config import SINGLE, Batch, Compute, Data, Mesh
 from dsv2_jax.data import corpora, tokenizer
-from dsv2_jax.model import transformer
 from dsv2_jax.parallel import mesh as device_mesh
 from dsv2_jax.training import checkpoint, run_folder
 
@@ -38,9 +38,7 @@ def config():
 def judged(tmp_path_factory, words, config):
     """A run's folder of a reward model with drawn parameters, these, and its config."""
     model = dataclasses.replace(config.model, head="score")
-    drawn = transformer.init(model, jax.random.key(3))
-    score_D = jax.random.normal(jax.random.key(4), (model.hidden_size,))
-    params = drawn | {"head": drawn["head"] | {"w_score_D": score_D}}
+    params = jax.tree.map(jnp.asarray, random_params(model))
     run, ours = tmp_path_factory.mktemp("judge") / "run", dataclasses.replace(config, model=model)
     checkpoint.save_params(run, ours, params)
     run_folder.keep_tokenizer(run, words.save)
@@ -54,16 +52,15 @@ def test_scores_are_those_of_each_conversation_alone(judged, words, config, mesh
     sequences = [rng.integers(0, 384, n).tolist() for n in (LENGTH, 9) * 5]
     devices = device_mesh.make(mesh, jax.devices()[: mesh.size("fsdp", "expert")])
     found = Judge(run, dataclasses.replace(config, mesh=mesh), words, devices)(sequences)
+    alone = jax.jit(lambda ids_BT: reward.scores(params, rows_of(ids_BT), ours)[0])
     for ids, score in zip(sequences, found, strict=True):
-        tokens_BT = jnp.array([ids])
-        alone = {"tokens_BT": tokens_BT, "positions_BT": jnp.arange(len(ids))[None], "segments_BT": tokens_BT * 0 + 1}
-        expected_BT = jax.jit(lambda p, b: reward.scores(p, b, ours)[0])(params, alone)
+        expected_BT = alone(np.array([ids]))
         assert score == pytest.approx(float(expected_BT[0, -1]), rel=1e-4, abs=1e-5)
 
 
 def test_a_model_that_scores_nothing_is_refused(tmp_path, words, config):
     run = tmp_path / "run"
-    checkpoint.save_params(run, config, transformer.init(config.model, jax.random.key(0)))
+    checkpoint.save_params(run, config, jax.tree.map(jnp.asarray, random_params(config.model)))
     run_folder.keep_tokenizer(run, words.save)
     with pytest.raises(ValueError, match="holds no reward model"):
         Judge(run, config, words, None)

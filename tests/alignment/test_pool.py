@@ -1,4 +1,4 @@
-"""The pool of rewards: verdicts in the order of the answers, several at a time, and no worker outlives the run."""
+"""The pool of rewards: verdicts in the order of the answers, several at once, no worker outlives the run."""
 
 import contextlib
 import os

@@ -1,11 +1,12 @@
 """Routing replay: the experts that the engine tells are the network's own, and an update can use them."""
 
 import dataclasses
+import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import rows_of
 
 from configs import pretrain
 from dsv2_jax.alignment import grpo, policy
@@ -32,7 +33,7 @@ def config_of(dtype, replay):
 @pytest.fixture(scope="module")
 def params():
     """Drawn wide, so that experts differ and logits are far from alike."""
-    drawn = transformer.init(pretrain.tiny().model, jax.random.key(5))
+    drawn = jax.jit(functools.partial(transformer.init, pretrain.tiny().model))(jax.random.key(5))
     return jax.tree.map(lambda w: w * 3 if w.ndim > 1 else w, drawn)
 
 
@@ -58,6 +59,12 @@ def draw(params, dtype):
     ]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def samples(params):
+    """Drawn in float32."""
+    return draw(params, "float32")
+
+
 def scored(params, samples, dtype, replay):
     """The rows of an update, and its figures of disagreement."""
     config = config_of(dtype, replay)
@@ -69,14 +76,18 @@ def scored(params, samples, dtype, replay):
     return rows, grpo.disagreement(rows, samples, np.asarray(experts)[0], 2.0)
 
 
-def test_experts_told_are_those_of_the_whole_sequence(params):
-    samples = draw(params, "float32")
+def test_the_samplers_experts_are_those_of_a_full_forward_pass(params, samples):
     config = config_of("float32", False)
+
+    @jax.jit
+    def chosen(ids_BT):
+        out = transformer.forward(params, rows_of(ids_BT), model=config.model, compute=config.compute)
+        return out.statistics["experts_BTK"]
+
     for sample in samples:
-        ids = jnp.array([(*sample.prompt, *sample.answer)[:-1]])
-        where = {"tokens_BT": ids, "positions_BT": jnp.arange(ids.shape[1])[None], "segments_BT": jnp.ones_like(ids)}
-        out = transformer.forward(params, where, model=config.model, compute=config.compute)
-        found_TLK = np.moveaxis(np.asarray(out.statistics["experts_BTK"])[:, 0], 0, 1)
+        ids = (*sample.prompt, *sample.answer)[:-1]
+        padded_BT = np.array([(*ids, *[0] * (LENGTH - len(ids)))])  # behind the sequence, where it does not look
+        found_TLK = np.moveaxis(np.asarray(chosen(padded_BT))[:, 0, : len(ids)], 0, 1)
         np.testing.assert_array_equal(np.sort(found_TLK, -1), np.sort(sample.experts, -1))
     _, figures = scored(params, samples, "float32", False)
     assert figures["router_disagreement"] == 0 and figures["sampler_gap_max"] < 1e-4
@@ -93,8 +104,7 @@ def test_replay_ends_the_disagreement_of_routers_and_narrows_the_gap(params):
     assert rows["experts_BTLK"].shape == (16, LENGTH, 2, 4)
 
 
-def test_replay_of_the_routers_own_choices_changes_no_gradient(params):
-    samples = draw(params, "float32")
+def test_replay_of_the_routers_own_choices_changes_no_gradient(params, samples):
     found = []
     for replay in (False, True):
         rows, _ = scored(params, samples, "float32", replay)

@@ -8,21 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from tiny import random_params, rows_of, train
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from configs import pretrain
-from dsv2_jax import hf, loading, train
+from dsv2_jax import hf, loading
+from dsv2_jax import train as command
 from dsv2_jax.alignment import reward
 from dsv2_jax.alignment.judge import Judge
-from dsv2_jax.config import AXES, Batch, Cadence, Compute, Data, Mesh, Optimizer
+from dsv2_jax.config import Batch, Cadence, Compute, Data, Mesh, Optimizer
 from dsv2_jax.data import chat, tokenizer
 from dsv2_jax.data.preferences import Preference, PreferenceRows
-from dsv2_jax.model import transformer
-from dsv2_jax.parallel import mesh as device_mesh
-from dsv2_jax.parallel import sharding
-from dsv2_jax.parallel.feed import Feed
 from dsv2_jax.training import checkpoint, run_folder
-from dsv2_jax.training.step import create, state_specs, train_step
 
 
 def ids(*numbers):
@@ -57,8 +54,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def params(model):
-    drawn = transformer.init(model, jax.random.key(3))
-    return drawn | {"head": drawn["head"] | {"w_score_D": jax.random.normal(jax.random.key(4), (model.hidden_size,))}}
+    return jax.tree.map(jnp.asarray, random_params(model))
 
 
 def test_scores_are_those_of_transformers(model, params, tmp_path):
@@ -77,14 +73,10 @@ def test_scores_are_those_of_transformers(model, params, tmp_path):
         want = torch.stack([theirs(torch.tensor(row)[None]).logits[0, 0] for row in tokens]).numpy()
     back = loading.load(tmp_path / "hf")
     assert back.model.head == "score"
-    batch = {
-        "tokens_BT": jnp.asarray(tokens),
-        "positions_BT": jnp.tile(jnp.arange(20), (3, 1)),
-        "segments_BT": jnp.ones((3, 20), jnp.int32),
-    }
     single = dataclasses.replace(config, mesh=Mesh(fsdp=1))
+    scores = jax.jit(lambda given: reward.scores(given, rows_of(tokens), single)[0])
     for given in (params, back.params):
-        got, _ = reward.scores(given, batch, single)
+        got = scores(given)
         np.testing.assert_allclose(got[:, -1], want, atol=1e-5)
 
 
@@ -93,7 +85,7 @@ def test_transformers_scores_padded_batches_where_we_do(model, params, tmp_path)
     words = tokenizer.train(["User: say it\n\nAssistant: yes no perhaps " * 20], 330, tmp_path / "words")
     assert words.pad_id == words.eos_id  # as DeepSeek-V2's own has it
     model = dataclasses.replace(model, vocab_size=384)
-    params = params | {"embed": transformer.init(model, jax.random.key(5))["embed"]}
+    params = params | {"embed": jax.tree.map(jnp.asarray, random_params(model)["embed"])}
     config = dataclasses.replace(
         pretrain.tiny(), workdir=tmp_path / "run", model=model, data=Data(form="preferences"),
         batch=Batch(size=4, length=64), compute=Compute(dtype="float32", remat="none"), mesh=Mesh(fsdp=1),
@@ -126,9 +118,10 @@ def test_loss_by_hand(model, params):
         pretrain.tiny(), model=model, mesh=Mesh(fsdp=1), compute=Compute(dtype="float32", remat="none")
     )
     batch = {name: jnp.asarray(leaf) for name, leaf in PreferenceRows(ROWS, 9).batch([0, -1]).items()}
-    scores, _ = reward.scores(params, batch, config)
+    scores = jax.jit(lambda p: reward.scores(p, batch, config)[0])(params)
     better, worse, alone = (float(scores[0, at]) for at in (2, 6, 8))
-    value, metrics = reward.loss(params, batch, config=config, exempt_B=None, total_weight=2.0, share=1.0)
+    total = jax.jit(lambda p: reward.loss(p, batch, config=config, exempt_B=None, total_weight=2.0, share=1.0))
+    value, metrics = total(params)
     want = (np.log1p(np.exp(-(better - worse - 0.5))) + (alone - 2.0) ** 2) / 2
     assert value == pytest.approx(want, rel=1e-5)
     right = (better > worse) + (abs(alone - 2) < 0.5)
@@ -137,7 +130,7 @@ def test_loss_by_hand(model, params):
 
 
 @pytest.mark.slow
-def test_pairs_that_can_be_told_apart_are(model, tmp_path):
+def test_a_reward_model_learns_separable_pairs(model, tmp_path):
     with (tmp_path / "pairs.jsonl").open("w") as file:
         for n in range(160):
             file.write(json.dumps({"prompt": f"say {n}", "chosen": f"yes {n}", "rejected": f"no {n}"}) + "\n")
@@ -156,7 +149,7 @@ def test_pairs_that_can_be_told_apart_are(model, tmp_path):
         cadence=Cadence(log=1, evaluate=1000, save=1000),
         mesh=Mesh(fsdp=4, context=2),
     )
-    outcome = train.train(config)
+    outcome = command.train(config)
     assert outcome.held_out["held_out_accuracy"] == 1
     assert outcome.held_out["held_out_preferences"] > 20
 
@@ -164,7 +157,7 @@ def test_pairs_that_can_be_told_apart_are(model, tmp_path):
 def test_a_reward_model_wants_preferences(model, tmp_path):
     config = dataclasses.replace(pretrain.tiny(), workdir=tmp_path, model=model, mesh=Mesh(fsdp=8))
     with pytest.raises(ValueError, match="learns from preferences"):
-        train.train(config)
+        command.train(config)
 
 
 @pytest.mark.parametrize(
@@ -186,12 +179,8 @@ def test_a_step_in_a_pipeline_is_that_of_one_device(model, params, mesh, tmp_pat
             pretrain.tiny(), workdir=tmp_path, model=model, batch=Batch(size=8, micro_size=4, length=32), mesh=sizes,
             optimizer=Optimizer(epsilon=1e-4), compute=Compute(dtype="float32", remat="none"),
         )  # fmt: skip
-        devices = device_mesh.make(sizes, jax.devices()[: sizes.size(*AXES)])
-        state = jax.device_put(create(jax.device_get(params), config), sharding.on(devices, state_specs(config)))
-        batch = Feed(devices, sizes, 4)(leaves)
-        state, metrics = train_step(state, batch, 1e-3, config=config, loss=reward.loss, mesh=devices)
-        found.append(jax.device_get((metrics, state.params, state.optimizer[0].mu)))
-    (alone, *those_alone), (piped, *those_piped) = found
+        found.append(train(config, jax.device_get(params), leaves, loss=reward.loss))
+    ((alone,), *those_alone), ((piped,), *those_piped) = found
     assert alone.keys() == piped.keys() and alone["tokens"] == 8
     for name, value in alone.items():
         np.testing.assert_allclose(piped[name], value, rtol=1e-5, atol=1e-6, err_msg=name)

@@ -278,6 +278,6 @@ def test_half_a_surrogate_pair_is_refused(trained):
         ([{"role": "tool", "content": "x"}], "the role 'tool' is none of system, user, assistant"),
     ],
 )
-def test_mistakes_are_told(value, said):
+def test_mistakes_are_reported(value, said):
     with pytest.raises(ValueError, match=f"line 3.*{said}"):
         chat.checked(value, "line 3")

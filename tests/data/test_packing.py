@@ -86,7 +86,7 @@ def _whole(lengths, length, too_long, learnt=None):
     return UncutRows(documents, length, np.ones(50_000, int), too_long)
 
 
-def test_whole_documents_worked_by_hand():
+def test_rows_of_unsplit_documents_by_hand():
     # 6, 2, 4, 1 and 3 pairs into rows of 6: [0], [2, 1] and [4, 3]
     rows = _whole([7, 3, 5, 2, 4], 6, "drop")
     assert len(rows) == 3 and rows.too_long == 0
@@ -100,7 +100,7 @@ def test_whole_documents_worked_by_hand():
     assert batch["positions_BT"].tolist() == [[*range(6)], [0, 1, 2, 3, 0, 1], [0, 1, 2, 0, 0, 0]]
 
 
-def test_only_what_is_learnt_has_weight():
+def test_only_learnt_tokens_have_weight():
     rows = _whole([4, 3], 8, "drop", learnt=[1, 0, 1, 1, 1, 0, 1])
     assert rows.batch([0])["weights_BT"].tolist() == [[0, 1, 1, 0, 1, 0, 0, 0]]
 

@@ -128,7 +128,7 @@ def test_mistakes_are_named(setup):
         other.set_state(state)
 
 
-def test_held_out_is_read_whole_and_padded(setup):
+def test_held_out_rows_are_all_read_and_padded(setup):
     config, corpus, tok = setup
     batches = list(pipeline.held_out_batches(config, corpus, tok, rows=3, length=17))
     _same(batches, list(pipeline.held_out_batches(config, corpus, tok, rows=3, length=17)))

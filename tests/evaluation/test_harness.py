@@ -9,10 +9,10 @@ import jax
 import lm_eval
 import numpy as np
 import pytest
-from hf_cases import give_tokenizer, lite, make_run
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from tiny import give_tokenizer, lite, make_run
 
 from dsv2_jax import loading
 from dsv2_jax.data import chat
@@ -57,7 +57,12 @@ def test_scores_are_those_of_transformers(ours, theirs):
     shared = text(rng, 20)
     pairs = [(text(rng, n), " " + text(rng, 3)) for n in (1, 5, 17, 90, 300)]
     pairs += [(shared, f" {c}") for c in "ABCD"]
-    pairs += [("ends with spaces  ", "word"), ("", " no context"), ("天下", "大势"), (ours._bos + "named", " begin")]
+    pairs += [
+        ("ends with spaces  ", "word"),
+        ("", " no context"),
+        ("天下", "大势"),
+        (theirs.tokenizer.bos_token + "named", " begin"),
+    ]
     pairs += [("x", " " + text(rng, 40))]
     wanted = theirs.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True)
     found = ours.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True)
@@ -101,15 +106,18 @@ def test_conversations_are_written_as_transformers_does(ours, theirs):
     assert ours.tok_encode(written) == theirs.tok_encode(written)
 
 
-def test_conversations_are_written_by_any_template_of_a_checkpoint(ours, theirs, monkeypatch):
+def test_conversations_are_written_by_any_template_of_a_checkpoint(folder, theirs, monkeypatch):
     """What templates know from transformers: errors, the time, JSON, blocks that are marked, loops that end."""
     template = (
         "{%- for m in messages %}\n  {%- if m.role not in ('user', 'assistant') %}{{ raise_exception('no ' + m.role) }}"
         "{% endif %}{% generation %}<{{ m | tojson }}>{% endgeneration %}{% if loop.index == 2 %}{% break %}{% endif %}"
         "\n{% endfor %}{{ strftime_now('%Y') }}{{ eos_token }}"
     )
-    words = dataclasses.replace(ours._words, template=chat.Template(template, {"eos_token": ours._eos}))
-    monkeypatch.setattr(ours, "_words", words)
+    loaded = loading.load(folder)
+    words = loaded.need_tokenizer()
+    named = {"eos_token": words.backend.id_to_token(words.eos_id)}
+    words = dataclasses.replace(words, template=chat.Template(template, named))
+    ours = Harness(dataclasses.replace(loaded, tokenizer=words), capacity=Capacity(rows=8, length=192))
     monkeypatch.setattr(theirs.tokenizer, "chat_template", template)
     history = [{"role": "user", "content": f"<{n}> &"} for n in range(3)]
     assert ours.chat_template(True) == template

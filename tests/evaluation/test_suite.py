@@ -5,8 +5,8 @@ import re
 
 import numpy as np
 import pytest
-from hf_cases import give_tokenizer
 from lm_eval.tasks import get_task_dict
+from tiny import give_tokenizer
 
 from dsv2_jax.data import tokenizer
 from dsv2_jax.evaluation import benchmarks, needle, report, suite
@@ -34,7 +34,7 @@ def test_the_offline_group_is_of_all_task_files(known):
     assert names <= set(known.all_tasks)
 
 
-def test_an_unknown_task_is_told_with_the_nearest():
+def test_an_unknown_task_is_refused_with_the_nearest_name():
     with pytest.raises(ValueError, match="did you mean offline_mmlu"):
         benchmarks.check_names(suite.rows("offline_mmul", offline=False, shots=None))
 
@@ -109,7 +109,7 @@ def words(tmp_path_factory):
     return tokenizer.load(run / "tokenizer")
 
 
-def test_needles_stand_where_they_are_said_to(words):
+def test_needles_are_at_their_depths(words):
     wanted = Needle(lengths=(300, 600), depths=3, needles=2, repeats=2)
     found = needle.haystacks(words, ["Some text of many words. " * 20, "Another one.\n" * 30], wanted)
     assert len(found) == 2 * 3 * 2 * 2 * 2  # lengths, depths, languages, repeats, questions
@@ -124,7 +124,7 @@ def test_needles_stand_where_they_are_said_to(words):
             assert abs(text.index(secret) / len(text) - one.depth) < 0.35
 
 
-def test_an_answer_is_the_word_and_nothing_behind_it():
+def test_an_answer_ends_with_its_word():
     assert needle.is_answered(" sun.", "sun")
     assert not needle.is_answered(" sunday", "sun")
     assert not needle.is_answered(" is sun", "sun")

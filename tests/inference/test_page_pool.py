@@ -14,7 +14,7 @@ def test_digests_tell_all_tokens_up_to_the_end_of_a_page():
     assert digests(range(10), 4, a[:1]) == a
 
 
-def test_kept_pages_are_found_until_their_room_is_needed():
+def test_kept_pages_are_found_until_they_are_reused():
     pages, names = Pages(5), digests(range(12), 4, [])
     first = pages.take(3)
     for page, name in zip(first, names, strict=True):
@@ -35,7 +35,7 @@ def test_kept_pages_are_found_until_their_room_is_needed():
     assert pages.available == 1
 
 
-def test_a_random_life_leaks_nothing():
+def test_random_use_leaks_no_page():
     rng, pages = random.Random(0), Pages(20)
     holders: list[list[int]] = []
     contents = [digests([i] * 16, 4, []) for i in range(4)]

@@ -1,4 +1,4 @@
-"""Fewer bits: what comes back, what it takes in memory, and what the engine makes of it."""
+"""Quantised caches and weights: rounding, size in memory and what the engine computes with them."""
 
 from pathlib import Path
 

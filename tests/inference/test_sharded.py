@@ -5,8 +5,8 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from hf_cases import gqa, random_params
 from test_engine import GOLDEN, requests
+from tiny import gqa, random_params
 
 from dsv2_jax.config import Compute, Mesh
 from dsv2_jax.hf import load_params

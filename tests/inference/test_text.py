@@ -1,4 +1,4 @@
-"""Text as it comes: whole characters, nothing of a stop string, and the same as decoding all at once."""
+"""Streamed text: no split characters, nothing of a stop string, equal to decoding all tokens at once."""
 
 import random
 
@@ -23,7 +23,7 @@ def parts(text: str, stop=()) -> tuple[list[str], Text]:
     return [*found, running.end()], running
 
 
-def test_characters_come_whole():
+def test_characters_are_never_split():
     found, running = parts("aé海🙂z")
     assert found == ["a", "", "é", "", "", "海", "", "", "", "🙂", "z", ""]
     assert running.text == "aé海🙂z"

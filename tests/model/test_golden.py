@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from tiny import GOLDEN, rows_of, training_rows
 
 from dsv2_jax import config as configs
 from dsv2_jax.hf import convert, names
@@ -18,7 +18,6 @@ from dsv2_jax.ops import pages
 from dsv2_jax.training import step
 from dsv2_jax.training.loss import loss
 
-GOLDEN = Path(__file__).parent.parent / "golden"
 COMPUTE = configs.Compute(dtype="float32", remat="none", loss_chunk=16)
 
 
@@ -34,24 +33,9 @@ def case(request):
     return folder, model, params, np.load(folder / "golden.npz")
 
 
-def packed(ids: np.ndarray) -> dict[str, jax.Array]:
-    tokens = jnp.asarray(ids, jnp.int32)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    return {"tokens_BT": tokens, "positions_BT": positions, "segments_BT": jnp.ones_like(tokens)}
-
-
-def training_batch(ids: np.ndarray) -> dict[str, jax.Array]:
-    inputs = packed(ids[:, :-1])
-    return (
-        inputs
-        | {"targets_BT": jnp.asarray(ids[:, 1:], jnp.int32), "weights_BT": jnp.ones(ids[:, 1:].shape)}
-        | {"bytes_BT": jnp.ones(ids[:, 1:].shape, jnp.int32)}
-    )
-
-
 def run_logits(case, ids):
     _, model, params, _ = case
-    out = jax.jit(lambda p, b: transformer.forward(p, b, model=model, compute=COMPUTE))(params, packed(ids))
+    out = jax.jit(lambda p, b: transformer.forward(p, b, model=model, compute=COMPUTE))(params, rows_of(ids))
     return np.asarray(transformer.logits(params, out.hidden_BTD))
 
 
@@ -79,7 +63,7 @@ def test_frequencies_and_softmax_scale(case):
 def test_hidden_states_and_routing_choices_of_every_layer(case):
     _, model, params, golden = case
     net = transformer.Transformer(model, COMPUTE, unrolled=True)
-    batch = packed(golden["ids_short"])
+    batch = rows_of(golden["ids_short"])
     out, seen = net.apply(
         {"params": transformer.unstack(params)},
         batch["tokens_BT"],
@@ -106,7 +90,7 @@ def test_loss_and_the_gradient_of_every_parameter(case, remat):
     config = configs.Config(
         workdir=folder, model=model, batch=configs.Batch(size=2, length=23), compute=configs.Compute(remat=remat)
     )
-    batch = training_batch(golden["ids_short"])
+    batch = training_rows(golden["ids_short"])
     value_and_grad = jax.jit(
         jax.value_and_grad(
             lambda p: loss(p, batch, config=config, exempt_B=None, total_weight=46.0, share=1.0), has_aux=True
@@ -156,7 +140,7 @@ def test_adamw_steps_reach_the_recorded_losses(case):
     meta = json.loads((folder / "meta.json").read_text())
     # The recorded run decays every parameter; ours only matrices. Undo the difference by decaying by hand.
     state = step.create(jax.tree.map(jnp.array, params), config)
-    batch = jax.tree.map(lambda x: x[None], training_batch(golden["ids_short"]))
+    batch = jax.tree.map(lambda x: x[None], training_rows(golden["ids_short"]))
     lr, losses = 1e-3, []
     for _ in range(8):
         before = jax.tree.map(jnp.array, state.params)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
+from tiny import batch, train
 
 from configs import models
 from dsv2_jax import parameters
@@ -18,10 +19,6 @@ from dsv2_jax.model import transformer
 from dsv2_jax.model.moe import RoutedTokens, mixture
 from dsv2_jax.ops import attention
 from dsv2_jax.ops.switch import Execution
-from dsv2_jax.parallel import mesh as device_mesh
-from dsv2_jax.parallel import sharding
-from dsv2_jax.parallel.feed import Feed
-from dsv2_jax.training.step import create, state_specs, train_step
 from pallas_kernels import chips
 from pallas_kernels.expert_dispatch import row_pipeline, weight_gradient
 from pallas_kernels.expert_dispatch.tiles import Tiles
@@ -60,7 +57,7 @@ def model(kind: Attention | None = None) -> Model:
     return dataclasses.replace(tiny, moe=moe, attention=kind or tiny.attention)
 
 
-def gradients(size: Model, mesh: Mesh, kernels: str, remat: str) -> dict:
+def gradients(size: Model, mesh: Mesh, kernels: str, remat: str) -> tuple[dict, dict]:
     """Metrics and Adam's first moments after one step: the clipped gradients, scaled."""
     config = Config(
         workdir=Path(),
@@ -71,25 +68,9 @@ def gradients(size: Model, mesh: Mesh, kernels: str, remat: str) -> dict:
         compute=Compute(dtype="float32", remat=remat, kernels=kernels, loss_chunk=64),
         mesh=mesh,
     )
-    rng = np.random.default_rng(0)
-    segments_BT = np.ones((ROWS, LENGTH), np.int32)
-    segments_BT[::2, 11:] = 2
-    segments_BT[1::2, 25:] = 0  # padding
-    tokens_BT = rng.integers(0, size.vocab_size, (2, ROWS, LENGTH)).astype(np.int32)
-    batch = {
-        "tokens_BT": tokens_BT[0],
-        "targets_BT": tokens_BT[1],
-        "positions_BT": np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1)),
-        "segments_BT": segments_BT,
-        "bytes_BT": np.ones((ROWS, LENGTH), np.int32),
-        "weights_BT": (segments_BT > 0).astype(np.float32),
-    }
-    devices = device_mesh.make(mesh) if mesh != SINGLE else None
-    data = Feed(devices, mesh, ROWS)({name: leaf[None] for name, leaf in batch.items()})
     params = jax.jit(functools.partial(transformer.init, size))(jax.random.key(1))
-    state = jax.device_put(create(params, config), sharding.on(devices, state_specs(config)))
-    state, metrics = train_step(state, data, 0.0, config=config, mesh=devices)
-    return jax.device_get((metrics, state.optimizer[0].mu))
+    (metrics,), _, moments = train(config, params, batch(size, ROWS, LENGTH, second=11, padding=25), lr=0.0)
+    return metrics, moments
 
 
 CASES = {

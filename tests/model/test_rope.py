@@ -108,7 +108,7 @@ def test_inner_products_depend_on_the_distance_only():
         np.testing.assert_allclose(products, expected, atol=5e-5)
 
 
-def test_heads_last_turn_alike(monkeypatch):
+def test_rope_with_heads_last_equals_the_plain_form(monkeypatch):
     """What TPUs compute, parted columns and heads last, against the plain form."""
     keys = jax.random.split(jax.random.key(0), 3)
     x_BTX, w_XHR = jax.random.normal(keys[0], (2, 5, 6)), jax.random.normal(keys[1], (6, 3, 8))

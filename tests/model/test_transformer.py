@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hf_cases import gqa, lite, random_params
+from tiny import gqa, lite, random_params
 
 from configs import PRESETS, models
 from dsv2_jax import parameters

@@ -11,10 +11,9 @@ from jax.extend import core
 
 from configs import models
 from dsv2_jax.config import SINGLE, Batch, Compute, Config, Mesh
-from dsv2_jax.model import transformer
 from dsv2_jax.parallel import mesh as device_mesh
-from dsv2_jax.parallel import sharding
-from dsv2_jax.training.step import create, state_specs, train_step
+from dsv2_jax.plan import program
+from dsv2_jax.training.step import train_step
 
 ROWS, LENGTH = 8, 32
 
@@ -29,21 +28,7 @@ def traced_step(layers: int, mesh: Mesh) -> jax.stages.Traced:
         workdir=Path(), tokens=ROWS * LENGTH, model=model, batch=batch, compute=Compute(remat="full"), mesh=mesh
     )
     devices = device_mesh.make(mesh) if mesh != SINGLE else None
-    state = jax.eval_shape(lambda: create(transformer.init(model, jax.random.key(0)), config))
-    state = jax.tree.map(
-        lambda s, on: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=on),
-        state,
-        sharding.on(devices, state_specs(config)),
-    )
-    names = ("tokens_BT", "targets_BT", "positions_BT", "segments_BT", "bytes_BT", "weights_BT")
-    leaves = {
-        name: jax.ShapeDtypeStruct(
-            (1, ROWS, LENGTH),
-            "float32" if name == "weights_BT" else "int32",
-            sharding=sharding.on(devices, sharding.batch_spec(name)),
-        )
-        for name in names
-    }
+    state, leaves = program.arguments(config, devices)
     return train_step.trace(state, leaves, 1e-3, config=config, mesh=devices)
 
 

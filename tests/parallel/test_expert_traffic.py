@@ -13,13 +13,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import models
 from dsv2_jax.config import Batch, Compute, Config, Mesh
-from dsv2_jax.model import transformer
 from dsv2_jax.model.moe import RoutedTokens, mixture
 from dsv2_jax.ops.cpu.experts import grouped_swiglu
 from dsv2_jax.ops.switch import Execution
-from dsv2_jax.parallel import expert, sharding
+from dsv2_jax.parallel import expert
 from dsv2_jax.parallel import mesh as device_mesh
-from dsv2_jax.training.step import create, state_specs, train_step
+from dsv2_jax.plan import program
+from dsv2_jax.training.step import train_step
 
 pytestmark = pytest.mark.tpu
 MESH = Mesh(fsdp=1, expert=8)
@@ -150,20 +150,10 @@ def test_a_training_step_compiles_for_a_pod(tpus):
         mesh=mesh,
     )
     devices = device_mesh.make(mesh, tpus("v5p:2x2x2"))
-    state = jax.eval_shape(lambda: create(transformer.init(model, jax.random.key(0)), config))
-    state = jax.tree.map(
-        lambda s, on: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=on),
-        state,
-        sharding.on(devices, state_specs(config)),
-    )
-    names = dict.fromkeys(("tokens_BT", "targets_BT", "positions_BT", "segments_BT", "bytes_BT"), jnp.int32)
-    batch = {
-        name: jax.ShapeDtypeStruct((2, 8, 128), dtype, sharding=NamedSharding(devices, sharding.batch_spec(name)))
-        for name, dtype in (names | {"weights_BT": jnp.float32}).items()
-    }
-    program = train_step.lower(state, batch, 1e-3, config=config, mesh=devices).compile(READABLE)
-    assert program.memory_analysis().temp_size_in_bytes > 0
-    text = program.as_text()
+    state, batch = program.arguments(config, devices)
+    compiled_step = train_step.lower(state, batch, 1e-3, config=config, mesh=devices).compile(READABLE)
+    assert compiled_step.memory_analysis().temp_size_in_bytes > 0
+    text = compiled_step.as_text()
     assert "ragged-all-to-all" in text
     names = re.findall(r'%(\w+?)_?(?:\.\d+)? = .*custom_call_target="tpu_custom_call"', text)
     layers = 2  # a dense layer and the scanned MoE layers

@@ -1,4 +1,4 @@
-"""Processes that wait for each other: longer than a collective on CPU may, and not at all where one of them fails."""
+"""Processes wait for each other for longer than a collective may, and end together when one of them fails."""
 
 import pytest
 from test_processes import output, started

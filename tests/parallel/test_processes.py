@@ -1,4 +1,4 @@
-"""Several processes are one run: the same bits as one process, also after a kill, a SIGTERM and on another mesh."""
+"""Runs of several processes equal those of one, also after a kill, after SIGTERM and on another mesh."""
 
 import contextlib
 import json
@@ -122,13 +122,20 @@ def test_processes_killed_stopped_and_resumed_are_one_process(tmp_path, flags, a
     assert finish(run, flags + MESH, 4, 2) == alone[1]
 
 
-@pytest.mark.parametrize(("mesh", "devices"), [(MESH, 8), ([], 1)], ids=["fsdp 2 expert 4", "one device"])
-def test_a_run_goes_on_on_another_mesh(tmp_path, flags, mesh, devices):
-    """Saved on one mesh, restored on another: the next losses are those of the run that stayed."""
+@pytest.fixture(scope="module")
+def stays(tmp_path_factory, flags):
+    """A run on eight devices whose budgets lie within one: its folder, its flags but for the mesh, its metrics."""
     flags = [*flags, "--model.moe.budget_sequences", "1", "--optimizer.peak_lr", "0.001"]
-    stayed = finish(tmp_path / "stayed", [*flags, "--mesh.fsdp", "8"], 1, 8)
+    run = tmp_path_factory.mktemp("stays") / "run"
+    return run, flags, finish(run, [*flags, "--mesh.fsdp", "8"], 1, 8)
+
+
+@pytest.mark.parametrize(("mesh", "devices"), [(MESH, 8), ([], 1)], ids=["fsdp 2 expert 4", "one device"])
+def test_a_run_goes_on_on_another_mesh(tmp_path, stays, mesh, devices):
+    """Saved on one mesh, restored on another: the next losses are those of the run that stayed."""
+    folder, flags, stayed = stays
     moved = tmp_path / "moved"
-    shutil.copytree(tmp_path / "stayed", moved)
+    shutil.copytree(folder, moved)
     shutil.rmtree(moved / "checkpoints" / str(STEPS))
     assert run_folder.latest_step(moved) == 14
     lines = finish(moved, flags + mesh, 1, devices)

@@ -194,7 +194,7 @@ def test_sparsecore_calls_become_plain_calls():
         (["tiny", "--topology", "v5p:2x2x1", "--toplogy", "x"], "unknown flag --toplogy; did you mean --topology?"),
     ],
 )
-def test_mistakes_are_reported_in_one_line(arguments, message):
+def test_a_mistake_is_one_line(arguments, message):
     done = subprocess.run(
         [sys.executable, "-m", "dsv2_jax.plan", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -162,7 +162,7 @@ def test_a_wrong_program_fails_whatever_it_tries(name):
     [("while True: pass", "f()"), ("", "while True: pass"), ("def f():\n    while True: pass", "f()")],
     ids=["program", "tests", "call"],
 )
-def test_what_has_no_end_is_ended(program, tests):
+def test_endless_programs_are_ended(program, tests):
     assert sandbox.judge(program, tests, seconds=1.0).code is None
 
 

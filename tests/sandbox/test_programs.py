@@ -124,7 +124,7 @@ def test_what_a_program_prints_and_how_it_ends():
         "f = open('large', 'wb')\nfor _ in range(100): f.write(bytes(1 << 20))",
     ],
 )
-def test_what_must_not_be_fails_and_harms_nothing(program, tmp_path):
+def test_forbidden_calls_fail_without_harm(program, tmp_path):
     secret = tmp_path / "secret"
     secret.write_text("the secret")
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -376,7 +376,7 @@ def test_a_folder_of_any_depth_and_mode_is_removed(tmp_path, mode):
 @pytest.mark.parametrize(
     ("module", "name", "value"), [(supervisor.sys, "platform", "darwin"), (platform, "machine", str)]
 )
-def test_a_system_without_a_sandbox_is_told_so(module, name, value, monkeypatch):
+def test_a_system_without_a_sandbox_is_refused(module, name, value, monkeypatch):
     monkeypatch.setattr(module, name, value)
     with pytest.raises(RuntimeError, match=r"this system cannot sandbox programs .*: no sandbox for"):
         supervisor.check_system.__wrapped__()

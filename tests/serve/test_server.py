@@ -19,7 +19,7 @@ import httpx
 import jax
 import openai
 import pytest
-from hf_cases import give_tokenizer, make_run, random_params
+from tiny import give_tokenizer, make_run, random_params
 
 from configs import models
 from dsv2_jax.config import Compute
@@ -192,13 +192,13 @@ def refusal(address: str, path: str, body: bytes, key: str = "") -> tuple[int, s
         ("/v1/models", b"{}", 405, "Method Not Allowed"),
     ],
 )
-def test_mistakes_are_told(served, path, body, status, told):
+def test_mistakes_are_reported(served, path, body, status, told):
     code, text = refusal(served[1], path, body)
     assert code == status
     assert told in text
 
 
-def test_a_key_is_asked_for(engine, words, served):
+def test_requests_without_the_key_are_refused(engine, words, served):
     assert served[0].worker.open == 0
     with running(engine, words, key="secret") as (_, address):
         for key in ("", "wrong"):
@@ -359,7 +359,7 @@ def settle(server: Server) -> None:
 
 
 @pytest.mark.parametrize("count", [24, pytest.param(200, marks=pytest.mark.slow)])
-def test_a_crowd_of_which_a_third_leaves(served, expected, count):
+def test_many_clients_a_third_of_whom_disconnect(served, expected, count):
     server, address = served
     wanted = {prompt: expected(prompt, 16).text for prompt in PROMPTS}
     answers = asyncio.run(crowd(address, count))

@@ -1,4 +1,4 @@
-"""The long-context stage: what it starts from, what it reads, and what its checkpoint says of itself."""
+"""The long-context stage: its first parameters, its data and the RoPE settings in its checkpoint."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from hf_cases import lite, make_run
+from tiny import lite, make_run
 
 from configs.extend import extended
 from dsv2_jax import hf, loading
@@ -61,7 +61,7 @@ ASKED = (
 )
 
 
-def test_retrieval_rows_answer_what_they_ask(words, hay):
+def test_retrieval_rows_hold_the_answer_to_their_question(words, hay):
     """Whole documents, read back as text; only answers have the weight, and each answers a fact above it."""
     rows = retrieval.RetrievalRows(hay, words, 1500, count=6, weight=5.0)
     batch = rows.batch(range(6))

@@ -1,7 +1,8 @@
-"""Two runs never train in one folder, and what a killed run left does not keep the next one out."""
+"""Two runs never train in one folder; a killed run does not block the next one."""
 
 import contextlib
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -25,10 +26,7 @@ with lease.hold(Path(sys.argv[1])):
 """
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr(lease, "_BEAT", 0.05)
-    monkeypatch.setattr(lease, "_PATIENCE", 0.4)
+quick = functools.partial(lease.hold, beat=0.05, patience=0.4)
 
 
 @contextlib.contextmanager
@@ -76,52 +74,47 @@ def elsewhere(run, beat=0):
     (run / "lease").write_text(text.ljust(lease._BYTES))
 
 
-@pytest.mark.usefixtures("quick")
 def test_of_another_host_a_silent_holder_is_gone(tmp_path, capsys):
     elsewhere(tmp_path)
-    with lease.hold(tmp_path):
+    with quick(tmp_path):
         assert "far" not in (tmp_path / "lease").read_text()
     assert "process 7 on far holds" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("quick")
 def test_of_another_host_a_living_holder_is_left_alone(tmp_path):
     elsewhere(tmp_path)
     later = threading.Timer(0.15, elsewhere, (tmp_path, 1))
     later.start()
-    with pytest.raises(ValueError, match="in use by process 7 on far"), lease.hold(tmp_path):
+    with pytest.raises(ValueError, match="in use by process 7 on far"), quick(tmp_path):
         pass
     assert json.loads((tmp_path / "lease").read_text())["beat"] == 1
 
 
-@pytest.mark.usefixtures("quick")
 def test_of_another_host_a_holder_may_end_meanwhile(tmp_path):
     elsewhere(tmp_path)
     later = threading.Timer(0.15, (tmp_path / "lease").write_text, ("",))
     later.start()
     begin = time.monotonic()
-    with lease.hold(tmp_path):
+    with quick(tmp_path):
         assert time.monotonic() - begin < 0.4
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_file_system_without_locks(tmp_path, monkeypatch):
     def no_locks(*_):
         raise OSError(lease.errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(lease.fcntl, "lockf", no_locks)
-    with lease.hold(tmp_path), pytest.raises(ValueError, match="is in use by"), lease.hold(tmp_path):
+    with quick(tmp_path), pytest.raises(ValueError, match="is in use by"), quick(tmp_path):
         pass  # the first one beats, so the second sees a living holder, even of its own host
-    with lease.hold(tmp_path):
+    with quick(tmp_path):
         pass
 
 
-@pytest.mark.usefixtures("quick")
 def test_who_was_taken_over_ends_at_once(tmp_path, monkeypatch, capsys):
     ended = threading.Event()
     codes = []
     monkeypatch.setattr(lease.os, "_exit", lambda code: (codes.append(code), ended.set()))
-    with lease.hold(tmp_path):
+    with quick(tmp_path):
         elsewhere(tmp_path)
         assert ended.wait(5)
     assert codes[0] == lease.LOST == 2

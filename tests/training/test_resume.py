@@ -1,4 +1,4 @@
-"""A run that is killed and resumed is, bit for bit, the run that was left alone."""
+"""A run that is killed and resumed equals the undisturbed run bit for bit."""
 
 import os
 import re
@@ -15,12 +15,12 @@ from conftest import COMPILE_FAST
 from dsv2_jax.training import checkpoint, loop, metrics, run_folder
 
 ROOT = Path(__file__).parents[2]
-STEPS, RAMP_STEPS = 60, 20
+STEPS, RAMP_STEPS = 36, 14
 
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
-    """A small corpus of made-up sentences, and a tiny run on it of 60 steps, whose batch grows after 20."""
+    """A small corpus of made-up sentences, and a tiny run on it of 36 steps, whose batch grows after 14."""
     folder = tmp_path_factory.mktemp("corpus")
     rng = np.random.default_rng(0)
     words = ["light", "water", "stone", "river", "small", "great", "house", "under", "never", "always", "quiet"]
@@ -32,7 +32,7 @@ def flags(tmp_path_factory):
         "--data.held_out_fraction", "0.1", "--model.vocab_size", "320",
         "--batch.micro_size", "2", "--batch.ramp_from", "2", "--batch.ramp_tokens", str(RAMP_STEPS * 2 * 32),
         "--tokens", str(RAMP_STEPS * 2 * 32 + (STEPS - RAMP_STEPS) * 4 * 32),
-        "--cadence.save", "7", "--cadence.evaluate", "20",
+        "--cadence.save", "7", "--cadence.evaluate", "12",
     ]  # fmt: skip
 
 
@@ -75,14 +75,11 @@ def test_killed_stopped_and_resumed(tmp_path, flags):
 
     run = tmp_path / "disturbed"
     assert stop_at(run, flags, 11, signal.SIGKILL) == -signal.SIGKILL
-    assert stop_at(run, flags, 24, signal.SIGTERM) == loop.STOPPED
-    assert run_folder.latest_step(run) >= 24
-    assert stop_at(run, flags, 41, signal.SIGKILL) == -signal.SIGKILL
-    killed_at = metrics.read(run)[-1]["step"]
-    assert 41 <= killed_at < STEPS
+    assert stop_at(run, flags, 17, signal.SIGTERM) == loop.STOPPED
+    stopped_at = run_folder.latest_step(run)
+    assert 17 <= stopped_at < STEPS
     disturbed, output = finish(run, flags)
-    resumed_at = int(re.search(r"continuing from step (\d+) in", output)[1])
-    assert 21 <= resumed_at <= killed_at
+    assert int(re.search(r"continuing from step (\d+) in", output)[1]) == stopped_at
     assert disturbed == alone
     assert [line["step"] for line in alone if "nll" in line] == list(range(1, STEPS + 1))
     _, ours = checkpoint.restore_params(run)

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import batch, random_params, train
 
 from configs import PRESETS
-from dsv2_jax.config import Batch, Optimizer
-from dsv2_jax.model import transformer
+from dsv2_jax.config import SINGLE, Batch, Optimizer
 from dsv2_jax.training.step import create, exempt_sequences, train_step
 
 
@@ -19,18 +19,11 @@ def linear_loss(params, batch, *, config, exempt_B, total_weight, share):  # noq
     return value, {"nll": value, "share": jnp.float32(share), "exempt": exempt_B.sum() * 1.0}
 
 
-def batch_of(config, micro_batches, rows, seed=0):
-    rng = np.random.default_rng(seed)
-    shape = micro_batches, rows, config.batch.length
-    tokens = rng.integers(0, config.model.vocab_size, (2, *shape)).astype(np.int32)
-    return {
-        "tokens_BT": tokens[0],
-        "targets_BT": tokens[1],
-        "positions_BT": np.broadcast_to(np.arange(shape[2], dtype=np.int32), shape),
-        "segments_BT": np.ones(shape, np.int32),
-        "weights_BT": rng.integers(0, 2, shape).astype(np.float32),
-        "bytes_BT": rng.integers(0, 6, shape).astype(np.int32),
-    }
+def batch_of(config, micro_batches, rows):
+    """Random tokens, of which about half have no weight."""
+    made = batch(config.model, micro_batches * rows, config.batch.length, micro_batches)
+    weights_BT = np.random.default_rng(1).integers(0, 2, made["weights_BT"].shape)
+    return made | {"weights_BT": weights_BT.astype(np.float32)}
 
 
 def test_one_step_by_hand():
@@ -58,20 +51,18 @@ def test_one_step_by_hand():
 def test_four_micro_batches_are_one_batch():
     preset = PRESETS["tiny"]()
     moe = dataclasses.replace(preset.model.moe, capacity_factor=0.0)  # a budget is per micro-batch, not per step
-    model = dataclasses.replace(preset.model, moe=moe)
+    model = dataclasses.replace(preset.model, moe=moe, num_hidden_layers=2)
     optimizer = dataclasses.replace(preset.optimizer, epsilon=1e-3)  # else rounding of tiny gradients turns their sign
-    config = dataclasses.replace(preset, model=model, optimizer=optimizer)
+    config = dataclasses.replace(preset, model=model, optimizer=optimizer, mesh=SINGLE)
     whole = batch_of(config, 1, 8)
     split = {name: value.reshape(4, 2, -1) for name, value in whole.items()}
-    results = []
-    for batch in (whole, split):
-        state = create(transformer.init(config.model, jax.random.key(0)), config)
-        results.append(train_step(state, batch, 0.01, config=config))
-    (one, one_metrics), (four, four_metrics) = results
+    ((one_metrics,), one, _), ((four_metrics,), four, _) = (
+        train(config, random_params(model), rows, lr=0.01) for rows in (whole, split)
+    )
     for name, value in one_metrics.items():
         np.testing.assert_allclose(four_metrics[name], value, rtol=2e-6, atol=1e-6, err_msg=name)
     np.testing.assert_allclose(four_metrics["loss"], one_metrics["loss"], rtol=1e-6)
-    for ours, theirs in zip(jax.tree.leaves(four.params), jax.tree.leaves(one.params), strict=True):
+    for ours, theirs in zip(jax.tree.leaves(four), jax.tree.leaves(one), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=2e-6)
 
 

@@ -1,22 +1,19 @@
-"""config.json in both directions: against the released V2's own, and against what transformers makes of ours."""
+"""config.json in both directions: against the released V2 and against what transformers writes."""
 
 import dataclasses
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from hf_cases import RELEASED_V2
+from tiny import GOLDEN, RELEASED_V2
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2RotaryEmbedding
 
 from configs import models
 from dsv2_jax.config import Attention, Model, Moe, Rope
 from dsv2_jax.hf import from_hf_config, to_hf_config
-
-GOLDEN = Path(__file__).parent / "golden"
 
 LLAMA = to_hf_config(models.dense_67b())
 

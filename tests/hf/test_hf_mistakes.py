@@ -1,4 +1,4 @@
-"""Folders and commands with something wrong: one sentence says what, and nothing is left behind."""
+"""Damaged folders and wrong commands: one sentence says what is wrong, and no file is left over."""
 
 import json
 import shutil
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_cases import GOLDEN, contents, give_tokenizer, make_run, tensors
+from folders import contents, tensors
+from tiny import GOLDEN, give_tokenizer, make_run
 
 from configs import models
 from dsv2_jax import cli
@@ -30,14 +31,14 @@ def refused(hf: Path, told: str) -> None:
     assert not list(hf.parent.glob("out*"))
 
 
-def test_truncated_data_is_told_with_sizes(golden):
+def test_truncated_data_is_refused_with_its_sizes(golden):
     path = golden / "model.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
     refused(golden, f"is truncated: it has {len(whole) - 100} bytes of the {len(whole)} that its header describes")
 
 
-def test_truncated_header_is_told_with_sizes(golden):
+def test_a_truncated_header_is_refused_with_its_sizes(golden):
     path = golden / "model.safetensors"
     ends = 8 + int.from_bytes(path.read_bytes()[:8], "little")
     path.write_bytes(path.read_bytes()[:1000])
@@ -46,7 +47,7 @@ def test_truncated_header_is_told_with_sizes(golden):
     refused(golden, "is truncated: it has 3 bytes, fewer than a header")
 
 
-def test_what_is_no_safetensors_file_is_told(golden):
+def test_a_file_of_another_format_is_refused(golden):
     path = golden / "model.safetensors"
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1 and more")
     refused(golden, "is not a safetensors file")
@@ -60,7 +61,7 @@ def test_integers_are_refused(golden):
     refused(golden, "has the dtype I32; supported: F32, BF16, F16")
 
 
-def test_a_header_that_lies_about_places_is_told(golden):
+def test_a_header_with_wrong_offsets_is_refused(golden):
     path = golden / "model.safetensors"
     whole = path.read_bytes()
     for before, after, told in (
@@ -73,20 +74,20 @@ def test_a_header_that_lies_about_places_is_told(golden):
         refused(golden, told)
 
 
-def test_tensors_that_overlap_are_told(golden):
+def test_overlapping_tensors_are_refused(golden):
     entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
     header = json.dumps({"a": entry, "b": entry}).encode()
     (golden / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     refused(golden, "its tensors overlap or leave gaps")
 
 
-def test_bytes_past_the_end_are_told(golden):
+def test_bytes_past_the_last_tensor_are_refused(golden):
     path = golden / "model.safetensors"
     path.write_bytes(path.read_bytes() + b"12345")
     refused(golden, "5 more than its header describes")
 
 
-def test_a_missing_shard_and_a_wrong_index_are_told(golden, tmp_path):
+def test_a_missing_shard_and_a_wrong_index_are_refused(golden, tmp_path):
     make_run(tmp_path / "run", models.tiny())
     export(tmp_path / "run", tmp_path / "good", shard_bytes=50_000)
     index = json.loads((tmp_path / "good" / "model.safetensors.index.json").read_text())
@@ -118,7 +119,7 @@ def test_export_refuses_a_folder_with_something_in_it(tmp_path):
     assert contents(tmp_path / "hf") == before
 
 
-def test_a_checkpoint_of_another_model_is_told(tmp_path):
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     make_run(tmp_path / "run", models.tiny())
     path = tmp_path / "run" / "config.json"
     path.write_text(path.read_text().replace('"intermediate_size": 48', '"intermediate_size": 49'))

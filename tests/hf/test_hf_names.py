@@ -1,4 +1,4 @@
-"""The table of names against a list of the released checkpoints' tensors written down on its own, and by hand."""
+"""The table of names against the tensors of the released checkpoints, listed independently."""
 
 import json
 import struct
@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from tiny import GOLDEN
 
 from configs import models
 from dsv2_jax.hf import convert, load_params, to_hf_config
 from dsv2_jax.hf.names import ROTATED_HALVES, tensors
-
-GOLDEN = Path(__file__).parent / "golden"
 
 V2 = {"d": 5120, "layers": 60, "heads": 128, "q": 1536, "experts": 160, "width": 1536, "dense": 12288}
 LITE = {"d": 2048, "layers": 27, "heads": 16, "q": 0, "experts": 64, "width": 1408, "dense": 10944}
@@ -72,7 +71,7 @@ def write_headers(folder: Path, shapes: dict[str, list[int]], files: int) -> Non
 
 
 @pytest.mark.parametrize(("sizes", "preset"), [(V2, models.v2), (LITE, models.v2_lite)], ids=["v2", "v2_lite"])
-def test_released_checkpoints_are_accepted_whole(sizes, preset, tmp_path):
+def test_every_tensor_of_the_released_checkpoints_is_accepted(sizes, preset, tmp_path):
     shapes = released(**sizes)
     (tmp_path / "config.json").write_text(json.dumps(to_hf_config(preset())))
     write_headers(tmp_path, shapes, files=7)
@@ -106,7 +105,7 @@ def test_long_lists_of_wrong_tensors_are_cut(tmp_path):
     assert first in str(error.value)
 
 
-def test_where_every_number_of_a_golden_checkpoint_goes():
+def test_every_number_of_a_golden_checkpoint_lands_where_it_belongs():
     """v2_tiny: D 64, H 4, N 16, R 16, V 24, C 32, Q 40, E 16, F 24, X 48, I 112; layer 0 is dense."""
     hf = load_file(GOLDEN / "v2_tiny" / "model.safetensors")
     _, params = load_params(GOLDEN / "v2_tiny")
@@ -148,7 +147,7 @@ def test_where_every_number_of_a_golden_checkpoint_goes():
     same(params["head"]["w_head_DW"], "lm_head", slice(None))
 
 
-def test_llamas_queries_turn_halves_where_ours_turn_pairs():
+def test_llama_rotates_halves_and_we_rotate_pairs():
     w_dhr = np.arange(8.0).reshape(1, 2, 4)
     hf = ROTATED_HALVES.to_hf([w_dhr])
     assert hf.tolist() == [[0], [2], [1], [3], [4], [6], [5], [7]]

@@ -1,17 +1,16 @@
-"""What an export answers under transformers and mlx-lm, against our own model and a float64 one written out here."""
+"""Logits, gradients and greedy text of an export under transformers and mlx-lm, against our model and float64."""
 
 import dataclasses
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import mlx.core as mx
 import mlx_lm.utils
 import numpy as np
 import pytest
 import torch
 import transformers
-from hf_cases import MODELS, lite, make_run
+from tiny import MODELS, lite, make_run, rows_of, training_rows
 
 from configs import models
 from dsv2_jax.config import Attention, Batch, Compute, Config, Model, Moe, Rope
@@ -108,9 +107,7 @@ def test_logits_are_those_of_transformers_and_mlx_lm(case):
     """200 tokens, beyond the original context of 128 where the model stretches it."""
     hf, model, params, judge = case
     ids = np.random.default_rng(2).integers(0, model.vocab_size, (1, 200))
-    batch = {"tokens_BT": ids, "positions_BT": np.arange(200)[None], "segments_BT": np.ones_like(ids)}
-    batch = {name: jnp.asarray(x, jnp.int32) for name, x in batch.items()}
-    out = jax.jit(lambda p, b: transformer.forward(p, b, model=model, compute=EXACT))(params, batch)
+    out = jax.jit(lambda p, b: transformer.forward(p, b, model=model, compute=EXACT))(params, rows_of(ids))
     mine = np.asarray(transformer.logits(params, out.hidden_BTD))
     with torch.no_grad():
         theirs = judge(torch.tensor(ids)).logits.numpy()
@@ -165,15 +162,7 @@ def test_loss_and_gradients_are_those_of_transformers(make, tmp_path):
     model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, **silent))
     config = Config(workdir=tmp_path, model=model, batch=Batch(size=2, length=40), tokens=1000, compute=EXACT)
     ids = np.random.default_rng(4).integers(0, model.vocab_size, (2, 41))
-    tokens = jnp.asarray(ids[:, :-1], jnp.int32)
-    batch = {
-        "tokens_BT": tokens,
-        "targets_BT": jnp.asarray(ids[:, 1:], jnp.int32),
-        "positions_BT": jnp.broadcast_to(jnp.arange(40), (2, 40)),
-        "segments_BT": jnp.ones_like(tokens),
-        "weights_BT": jnp.ones((2, 40)),
-        "bytes_BT": jnp.ones((2, 40), jnp.int32),
-    }
+    batch = training_rows(ids)
 
     def total(p):
         return loss(p, batch, config=config, exempt_B=None, total_weight=80.0, share=1.0)[0]

@@ -1,4 +1,4 @@
-"""Whole folders out and in: to the byte, under transformers' and mlx-lm's eyes, and in little memory."""
+"""Export and import of whole folders: byte for byte, as transformers and mlx-lm read them, and within memory."""
 
 import dataclasses
 import json
@@ -15,9 +15,10 @@ import orbax.checkpoint as ocp
 import pytest
 import torch
 import transformers
-from hf_cases import GOLDEN, MODELS, contents, give_tokenizer, make_run, tensors
+from folders import contents, tensors
 from mlx.utils import tree_flatten
 from safetensors.torch import load_file, save_file
+from tiny import GOLDEN, MODELS, ROOT, give_tokenizer, make_run
 
 from configs import models
 from dsv2_jax.data import tokenizer
@@ -44,7 +45,7 @@ def test_export_import_export_is_the_same_to_the_byte(exported, dtype, tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"a", "b", "run"}
 
 
-def test_what_lies_beside_is_left_alone(exported, tmp_path):
+def test_other_files_in_the_folder_are_left_alone(exported, tmp_path):
     """Also a folder of the name that an import once wrote into and cleared; and nothing of a failed one stays."""
     run, hf, _ = exported
     theirs = tmp_path / "run.partial"
@@ -160,7 +161,7 @@ def test_transformers_and_mlx_lm_agree_on_the_export(exported):
 def test_a_log_gets_a_line_for_every_tenth(exported, tmp_path):
     _, hf, _ = exported
     command = [sys.executable, "-m", "dsv2_jax.hf", "import", "--hf", hf, "--out", tmp_path / "run"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
+    ended = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     lines = [line for line in ended.stderr.splitlines() if line.startswith("importing")]
     assert 5 < len(lines) <= 10
     assert lines[-1].startswith("importing  100%")
@@ -243,7 +244,7 @@ def test_memory_stays_near_the_largest_tensor(tmp_path):
     size = sum(file.stat().st_size for file in (tmp_path / "big").glob("*.safetensors"))
     assert size > 300e6
     words = [sys.executable, "-c", MEASURE, GOLDEN / "v2_tiny", tmp_path, tmp_path / "big"]
-    out = subprocess.run(words, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent).stdout
+    out = subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT).stdout
     print(out)
     imported, both = map(float, out.split())
     assert imported < 100
