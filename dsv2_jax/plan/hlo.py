@@ -21,7 +21,8 @@ _NO_ESTIMATE = 2**62  # the compiler writes 2^63 - 1 for an instruction without 
 _MAX_ITERATIONS = 10**6
 # Called from many places, so a line in these files does not say what an operation is for.
 _HELPERS = tuple(
-    f"dsv2_jax/{name}.py" for name in ("parallel/collectives", "parallel/sharding", "model/matmul", "model/layers")
+    f"dsv2_jax/{name}.py"
+    for name in ("parallel/collectives", "parallel/sharding", "ops/matmul", "ops/cpu/matmul", "model/layers")
 )
 COLLECTIVES = (
     "all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all", "collective-permute",
