@@ -108,8 +108,8 @@ def test_conversations_are_written_by_any_template_of_a_checkpoint(ours, theirs,
         "{% endif %}{% generation %}<{{ m | tojson }}>{% endgeneration %}{% if loop.index == 2 %}{% break %}{% endif %}"
         "\n{% endfor %}{{ strftime_now('%Y') }}{{ eos_token }}"
     )
-    words = dataclasses.replace(ours._words, template=chat.Template(template, {"eos_token": ours._eos}))
-    monkeypatch.setattr(ours, "_words", words)
+    tokenizer = dataclasses.replace(ours._tokenizer, template=chat.Template(template, {"eos_token": ours._eos}))
+    monkeypatch.setattr(ours, "_tokenizer", tokenizer)
     monkeypatch.setattr(theirs.tokenizer, "chat_template", template)
     history = [{"role": "user", "content": f"<{n}> &"} for n in range(3)]
     assert ours.chat_template(True) == template
