@@ -185,7 +185,7 @@ def test_perplexity_over_a_padded_last_batch(tmp_path):
 
 def test_perplexity_of_nothing_is_refused(tmp_path):
     config = Config(workdir=tmp_path, model=models.tiny(), batch=Batch(size=2, length=16), tokens=1000)
-    with pytest.raises(ValueError, match="it holds no token to predict"):
+    with pytest.raises(ValueError, match="the data hold no token to predict"):
         perplexity.evaluate({}, [], config=config)
 
 

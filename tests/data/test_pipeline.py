@@ -124,7 +124,7 @@ def test_mistakes_are_named(setup):
     config, corpus, tok = setup
     state = pipeline.train_batches(config, corpus, tok).get_state()
     other = pipeline.train_batches(dataclasses.replace(config, seed=9), corpus, tok)
-    with pytest.raises(ValueError, match="is of seed 3, and this run has 9"):
+    with pytest.raises(ValueError, match="is for seed 3, and this run has 9"):
         other.set_state(state)
 
 
