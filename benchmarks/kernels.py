@@ -1,4 +1,4 @@
-"""Prices every kernel at every shape for every chip, and writes the table of docs/kernels.md.
+"""Prices every kernel at every shape for every chip, and writes docs/kernel_costs.md.
 
     python benchmarks/kernels.py [--ops OP ...] [--shapes SHAPE ...] [--chips CHIP ...] [--json FILE] [--out FILE]
 
@@ -22,28 +22,10 @@ from dsv2_jax import cli  # noqa: E402
 from pallas_kernels import chips, cost  # noqa: E402
 from pallas_kernels.ops import OPS  # noqa: E402
 
-_HEAD = """# What the kernels cost
+_HEAD = """# Kernel costs
 
-Made by `python benchmarks/kernels.py --out docs/kernels.md`, without a TPU: estimates from the compiler's own final
-bundles (`pallas_kernels/cost.py`), good for comparing kernels on one chip; differences under 10% say nothing.
-Roofline: the longer of useful FLOPs at the peak and needed bytes at the HBM's. Efficiency: roofline / estimate.
-Best public: the fastest kernel of jax (splash attention, megablox) and tokamax at the same shape, priced in the same
-way; empty where none was priced. A branch that hangs on data is taken as not taken, and named under doubts: in the
-flash kernel it is the second pass over scores too large for the first.
-
-What binds where little is gained on the best public kernel: expert_up at V2's sizes on v5e is near the MXU's peak, and
-the first and last blocks of a pipeline are the rest; of V2-Lite on v6e and tpu7x the MXU is 256 wide, and 1408 columns
-take the time of 1536. expert_gate_up stands in place of two expert_up and XLA's SiLU and product, and saves the
-latter's passes over three arrays of hidden rows in the HBM; where both ways are bound by the MXU, as at V2's sizes on
-v5, that is all there is to save.
-
-latent_decode_int8 and _int6 read a cache in fewer bits: at the 128 heads of V2 the matrix units set the pace, and it
-buys capacity; at the 16 of V2-Lite it buys time, until the matrix units cannot be fed the latents any faster.
-
-`v2_decode` and `v2_decode_full` are a step of generation on one of 8 devices, each with 20 experts: 384 and 2,560
-(token, expert) pairs. `_int8` and `_float8` read weights of 8 bits with a scale for each output channel: int8 becomes
-bfloat16 in vector registers, float8_e4m3fn in the MXU, which a tpu7x does by itself; on the others Mosaic pushes it as
-float8_e4m3b11fnuz, whose bits mean a 16th, and multiplies the sums by 16.
+`python benchmarks/kernels.py --out docs/kernel_costs.md` wrote this table without a TPU. All times are estimates from the
+compiler's final instruction bundles. [Kernels](kernels.md) says how to read it.
 
 | op | shape | chip | estimate, us | roofline, us | bound | efficiency | best public, us | VMEM, MiB | doubts |
 |---|---|---|---|---|---|---|---|---|---|
