@@ -24,8 +24,8 @@ from pallas_kernels.ops import OPS  # noqa: E402
 
 _HEAD = """# Kernel costs
 
-`python benchmarks/kernels.py --out docs/kernel_costs.md` wrote this table without a TPU. All times are estimates from the
-compiler's final instruction bundles. [Kernels](kernels.md) says how to read it.
+`python benchmarks/kernels.py --out docs/kernel_costs.md` writes this table without a TPU. All times are estimates from
+the compiler's final instruction bundles. [Kernels](kernels.md) says how to read it.
 
 | op | shape | chip | estimate, us | roofline, us | bound | efficiency | best public, us | VMEM, MiB | doubts |
 |---|---|---|---|---|---|---|---|---|---|
