@@ -47,7 +47,7 @@ def test_the_tree_names_every_file_and_no_other():
     assert [path for path in listed if not (ROOT / path).exists()] == []
     there = {
         path.relative_to(ROOT).as_posix()
-        for folder in ("dsv2_jax", "pallas_kernels", "configs", "benchmarks")
+        for folder in ("dsv2_jax", "pallas_kernels", "configs", "benchmarks", "scripts")
         for path in (ROOT / folder).rglob("*.py")
         if path.stat().st_size  # an empty __init__.py says nothing
     }
