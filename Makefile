@@ -1,6 +1,6 @@
 # make demo: train, evaluate, sample and export a small DeepSeek-V2.   make align: fine-tune it and train it by GRPO.
-# make eval: the whole evaluation.   make wheel: dist/*.whl, for other machines.   make test, make prove, make lint: for
-# developers.
+# make eval: every evaluation.   make wheel: dist/*.whl, for other machines.
+# For developers: make test, make prove, make lint, make docs (the website, in site/).
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -19,7 +19,7 @@ ANSWER ?= 128
 OWN := offline_boolq,offline_openbookqa,offline_commonsenseqa,offline_truthfulqa_100
 CHINESE := offline_chengyu_meaning,offline_chengyu_cloze
 
-.PHONY: demo align eval wheel test prove lint
+.PHONY: demo align eval wheel docs test prove lint
 
 demo: $(VENV)/.installed
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(PY) train.py nano --workdir $(RUN)
@@ -27,11 +27,12 @@ demo: $(VENV)/.installed
 	$(PY) -m dsv2_jax.generate --checkpoint $(RUN) --prompt "$(PROMPT)" | tee $(RUN)/sample.txt
 	rm -rf $(RUN)/hf
 	$(PY) -m dsv2_jax.hf export --checkpoint $(RUN) --out $(RUN)/hf
+	$(PY) scripts/demo_figure.py $(RUN)
 	@echo
 	@echo "corpus, tokenizer  data/  (notices of the texts: data/corpora/*/notices)"
 	@echo "checkpoints        $(RUN)/checkpoints"
 	@echo "metrics            $(RUN)/metrics.jsonl  (for TensorBoard: $(RUN)/tensorboard)"
-	@echo "plots              $(RUN)/plots"
+	@echo "plots              $(RUN)/plots  (demo.png: the loss, and the sample under it)"
 	@echo "held-out figures   $(RUN)/eval.json"
 	@echo "sample             $(RUN)/sample.txt"
 	@echo "Hugging Face       $(RUN)/hf  (transformers.AutoModelForCausalLM.from_pretrained reads it)"
@@ -51,6 +52,9 @@ eval: $(VENV)/.installed
 wheel:
 	rm -rf build dist
 	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 # The tests of a file run in one worker: they share its fixtures and its compiled programs.
 test: $(VENV)/.installed-dev

@@ -1,4 +1,4 @@
-"""Estimates the cost of every kernel at every shape for every chip, and writes the table of docs/kernels.md.
+"""Estimates the cost of every kernel at every shape for every chip, and writes docs/kernel_costs.md.
 
     python benchmarks/kernels.py [--ops OP ...] [--shapes SHAPE ...] [--chips CHIP ...] [--json FILE] [--out FILE]
 
@@ -23,32 +23,10 @@ from pallas_kernels import chips  # noqa: E402
 from pallas_kernels.pricing import cost  # noqa: E402
 from pallas_kernels.pricing.ops import OPS  # noqa: E402
 
-_HEAD = """# The cost of the kernels
+_HEAD = """# Kernel costs
 
-Made by `python benchmarks/kernels.py --out docs/kernels.md`, without a TPU. All figures are estimates from the
-compiler's final bundles (`pallas_kernels/pricing/cost.py`). They compare kernels on one chip; differences below 10%
-mean nothing.
-
-- Roofline: the longer of two times, useful FLOPs at the peak and necessary bytes at the HBM's bandwidth.
-- Efficiency: roofline / estimate.
-- Best public: the fastest kernel of jax (splash attention, megablox) and tokamax at the same shape, estimated in the
-  same way; empty where there is no estimate.
-- Warnings: branches on data, which count as not taken. In the flash kernel this is the second pass over scores that are
-  too large for the first.
-
-Where the gain over the best public kernel is small: expert_up at V2's sizes on v5e is near the MXU's peak, and the rest
-is the first and last blocks of its pipeline. At V2-Lite's sizes on v6e and tpu7x the MXU is 256 wide, so 1408 columns
-take as long as 1536. expert_gate_up replaces two expert_up with XLA's SiLU and product, and saves XLA's reads and
-writes of three arrays of hidden rows in HBM. At V2's sizes on v5 the MXU bounds both variants, so it saves only that.
-
-latent_decode_int8 and _int6 read a quantized cache. With the 128 heads of V2 the matrix units are the bound, and
-quantization gains capacity. With the 16 heads of V2-Lite it also saves time, until the matrix units cannot load latents
-any faster.
-
-`v2_decode` and `v2_decode_full` are a step of generation on one of 8 devices, each with 20 experts: 384 and 2,560
-(token, expert) pairs. `_int8` and `_float8` read weights in 8 bits, with a scale for each output channel. Vector
-registers convert int8 to bfloat16; the MXU converts float8_e4m3fn. A tpu7x supports that natively. On the others Mosaic
-passes it as float8_e4m3b11fnuz, whose bits mean 1/16 of the value, and multiplies the sums by 16.
+`python benchmarks/kernels.py --out docs/kernel_costs.md` writes this table without a TPU. All times are estimates from
+the compiler's final instruction bundles. [Kernels](kernels.md) says how to read it.
 
 | op | shape | chip | estimate, us | roofline, us | bound | efficiency | best public, us | VMEM, MiB | warnings |
 |---|---|---|---|---|---|---|---|---|---|

@@ -1,9 +1,11 @@
-"""README and docs/ against the code: the tree, presets' figures, functions named, settings and meshes shown."""
+"""README and docs/ against the code: tree, the paper's table, presets' figures, links, settings and meshes shown."""
 
 import ast
 import dataclasses
 import re
 from pathlib import Path
+
+import pytest
 
 from configs import PRESETS
 from dsv2_jax import cli, parameters
@@ -11,14 +13,21 @@ from dsv2_jax.config import Config
 from dsv2_jax.parallel import sharding
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-PODS = (ROOT / "docs" / "pods.md").read_text(encoding="utf-8")
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+}
+README, PODS, TRAINING = PAGES["README.md"], PAGES["docs/pods.md"], PAGES["docs/training.md"]
 PODS_CHIPS = {"tiny": 8, "nano": 8, "v2": 256}  # that the page says its commands run on
 
 
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 150
+
+
 def tree_paths() -> list[str]:
-    """The paths of README's tree: a name a line, two spaces a level, folders with a slash at their end."""
-    drawn = re.search(r"## The tree\n\n```\n(.*?)```", README, re.DOTALL)
+    """The paths of architecture.md's tree: a name a line, two spaces a level, folders with a slash at their end."""
+    drawn = re.search(r"## The tree\n\n```\n(.*?)```", PAGES["docs/architecture.md"], re.DOTALL)
     assert drawn
     folders, paths = [], []
     for line in drawn[1].splitlines():
@@ -37,7 +46,7 @@ def test_the_tree_names_every_file_and_no_other():
     assert [path for path in listed if not (ROOT / path).exists()] == []
     there = {
         path.relative_to(ROOT).as_posix()
-        for folder in ("dsv2_jax", "pallas_kernels", "configs", "benchmarks")
+        for folder in ("dsv2_jax", "pallas_kernels", "configs", "benchmarks", "scripts")
         for path in (ROOT / folder).rglob("*.py")
         if path.stat().st_size  # an empty __init__.py says nothing
     }
@@ -45,7 +54,7 @@ def test_the_tree_names_every_file_and_no_other():
 
 
 def test_the_presets_figures():
-    rows = re.findall(r"^\| `(\w+)` \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \|", README, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \|", TRAINING, re.MULTILINE)
     configs = {name: preset() for name, preset in PRESETS.items()}
     models = {
         name: config.model for name, config in configs.items() if not config.epochs and not config.grpo.group
@@ -56,28 +65,79 @@ def test_the_presets_figures():
     }
 
 
-def defined(path: Path) -> set[str]:
-    """Names of a file's functions and classes, and `Class.name` of its classes' own."""
-    names = set()
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            names.add(node.name)
-        if isinstance(node, ast.ClassDef):
-            names |= {f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)}
-    return names
+def definition(path: str, name: str) -> ast.AST | None:
+    """The function, class or `Class.name` of a file; its module where the name is empty."""
+    node: ast.AST | None = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    for part in name.split(".") if name else ():
+        body = getattr(node, "body", [])
+        node = next((n for n in body if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name == part), None)
+    return node
 
 
-def test_every_function_of_the_papers_table_exists():
-    named = re.findall(r"`([\w/]+\.py):([\w.]+)`", README)
-    assert len(named) > 20
-    assert [(path, name) for path, name in named if name not in defined(ROOT / path)] == []
+def citations(text: str) -> set[str]:
+    """The places of the paper that a text cites: `eq. 9 to 11` gives `eq. 9`, `eq. 10` and `eq. 11`."""
+    joined = re.sub(r"\s+#?\s*", " ", text)
+    found = set()
+    for kind, listed in re.findall(
+        r"(eq\.|section|Table|App\.)s? ([\dA-Z][\d.]*(?:(?:, | and | to )\d[\d.]*)*)", joined
+    ):
+        parts = re.split(r"(, | and | to )", listed)
+        places = [part.rstrip(".") for part in parts[::2]]
+        for joint, first, last in zip(parts[1::2], places, places[1:], strict=False):
+            if joint == " to ":
+                places += [str(n) for n in range(int(first), int(last))]
+        found |= {f"{kind} {place}" for place in places}
+    return found
 
 
-def test_links_lead_to_files():
-    for folder, text in (ROOT, README), (ROOT / "docs", PODS):
-        links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("https://")]
-        assert links
-        assert [link for link in links if not (folder / link).exists()] == []
+PAPER = re.findall(
+    r"^\| ([^|]+) \| [^|]+ \| [^|]+ \| `([\w/]+\.py)(?::([\w.]+))?` \|$", PAGES["docs/paper.md"], re.MULTILINE
+)
+
+
+@pytest.mark.parametrize(("places", "path", "name"), PAPER, ids=[f"{places}-{name}" for places, _, name in PAPER])
+def test_the_code_cites_what_the_papers_table_says_of_it(places, path, name):
+    """An equation is cited in the object's own source; a section there, or in the first lines of its file."""
+    assert (ROOT / path).is_file()
+    source = (ROOT / path).read_text(encoding="utf-8")
+    node = definition(path, name)
+    assert node is not None, f"{path} has no {name}"
+    own = source if isinstance(node, ast.Module) else ast.get_source_segment(source, node)
+    of_file = {place for place in citations(ast.get_docstring(ast.parse(source)) or "") if not place.startswith("eq.")}
+    assert citations(places) and citations(places) <= citations(own or "") | of_file
+
+
+def test_the_papers_table_has_every_equation():
+    rows = PAGES["docs/paper.md"].count("| `dsv2_jax/") + PAGES["docs/paper.md"].count("| `configs/")
+    assert len(PAPER) == rows
+    cited = set().union(*(citations(places) for places, _, _ in PAPER))
+    assert {f"eq. {number}" for number in range(9, 35)} <= cited
+    assert citations("(section 2.2.3, eq. 23 to 25), App. D.1; eq. 28 and 31") == {
+        *("section 2.2.3", "App. D.1"),
+        *("eq. 23", "eq. 24", "eq. 25", "eq. 28", "eq. 31"),
+    }
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub and mkdocs make them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files_and_headings(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+        if link.startswith("https://"):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / file if file else ROOT / page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+def test_every_page_of_the_website_is_in_its_navigation():
+    shown = re.findall(r": (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(f"docs/{name}" for name in shown) == sorted(set(PAGES) - {"README.md"})
 
 
 def pods_commands() -> list[tuple[str, list[str]]]:
@@ -111,6 +171,6 @@ def test_flags_named_in_the_text_on_pods_are_flags():
 
 def test_settings_named_in_the_text_are_settings():
     known = set(cli.flags(Config))
-    shown = re.findall(r"--(?:model|data|batch|optimizer|compute|cadence)\.[\w.]+", README)
-    assert len(shown) > 3
+    shown = re.findall(r"--(?:model|data|batch|optimizer|compute|cadence|grpo)\.[\w.]*\w", "\n".join(PAGES.values()))
+    assert len(shown) > 30
     assert [flag for flag in shown if flag not in known] == []

@@ -38,17 +38,8 @@ def draw(run: Path) -> list[Path]:
 
 def _loss(train: list[dict[str, Any]], held_out: list[dict[str, Any]], path: Path) -> Path:
     figure, (loss, rate) = plt.subplots(2, 1, figsize=(9, 6), sharex=True, height_ratios=[4, 1], layout="constrained")
-    tokens, nll = (np.array([line[name] for line in train], float) for name in ("tokens", "nll"))
-    loss.plot(tokens, nll, color=_TRAIN, linewidth=1, label="training, single steps")
-    window = len(nll) // 50
-    if window > 1:
-        mean = np.convolve(nll, np.ones(window) / window, "valid")
-        loss.plot(tokens[window // 2 :][: len(mean)], mean, color=_MEAN, label=f"training, mean of {window} lines")
+    loss_curve(loss, train, held_out)
     if held_out:
-        at = [line["tokens"] for line in held_out]
-        loss.plot(
-            at, [line["held_out_nll"] for line in held_out], "o-", color=_HELD_OUT, markersize=4, label="held out"
-        )
         last = held_out[-1]
         loss.annotate(
             f"{last['held_out_bits_per_byte']:.3f} bits per byte",
@@ -58,14 +49,30 @@ def _loss(train: list[dict[str, Any]], held_out: list[dict[str, Any]], path: Pat
             ha="right",
             color=_HELD_OUT,
         )
-    loss.set(ylabel="loss, nats per token", title=f"Loss of {path.absolute().parent.parent.name}")
-    loss.legend(frameon=False, loc="upper right")
-    rate.plot(tokens, [line["lr"] for line in train], color=_INK, linewidth=1.2)
+    loss.set(title=f"Loss of {path.absolute().parent.parent.name}")
+    rate.plot([line["tokens"] for line in train], [line["lr"] for line in train], color=_INK, linewidth=1.2)
     rate.set(xlabel="tokens", ylabel="learning rate")
     rate.set_ylim(bottom=0)
-    for axes in (loss, rate):
-        axes.grid(alpha=0.25)
+    rate.grid(alpha=0.25)
     return _save(figure, path)
+
+
+def loss_curve(axes: Any, train: list[dict[str, Any]], held_out: list[dict[str, Any]]) -> None:
+    """Draws the loss of logged steps and of held-out text over tokens on matplotlib axes."""
+    tokens, nll = (np.array([line[name] for line in train], float) for name in ("tokens", "nll"))
+    axes.plot(tokens, nll, color=_TRAIN, linewidth=1, label="training, single steps")
+    window = len(nll) // 50
+    if window > 1:
+        mean = np.convolve(nll, np.ones(window) / window, "valid")
+        axes.plot(tokens[window // 2 :][: len(mean)], mean, color=_MEAN, label=f"training, mean of {window} lines")
+    if held_out:
+        at = [line["tokens"] for line in held_out]
+        axes.plot(
+            at, [line["held_out_nll"] for line in held_out], "o-", color=_HELD_OUT, markersize=4, label="held out"
+        )
+    axes.set(ylabel="loss, nats per token")
+    axes.legend(frameon=False, loc="upper right")
+    axes.grid(alpha=0.25)
 
 
 def _grpo(train: list[dict[str, Any]], held_out: list[dict[str, Any]], path: Path) -> Path:

@@ -64,7 +64,7 @@ def test_every_layout_suits_its_slice():
 
 def test_claims_page_contains_the_printed_table():
     """Compares all rows that need no compilation."""
-    page = (Path(__file__).parent.parent.parent / "docs" / "claims.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parent.parent.parent / "docs" / "results.md").read_text(encoding="utf-8")
     for row in claims.table(claims.claims(Topology("v5p:4x8x8"), Topology("v5p:2x2x2"), None)).splitlines():
         if "pending" not in row:
             assert row in page
