@@ -22,7 +22,7 @@ class Grpo:
     rewards: tuple[str, ...] = ("task",)  # names of alignment/verifiers.py, or folders of reward models
     weights: tuple[float, ...] = (1.0,)  # c_1, c_2, ...: their weights in the sum
     # Responses that reach max_new, which the paper does not mention: keep them (TRL's default), mask their loss (TRL's
-    # mask_truncated_completions), or subtract `penalty` from their reward. See docs/alignment.md.
+    # mask_truncated_completions), or subtract `penalty` from their reward. See docs/fine_tuning.md.
     unfinished: Literal["keep", "mask", "penalize"] = "keep"
     penalty: float = 1.0  # subtracted with unfinished penalize, in units of the summed reward
     evaluate_prompts: int = 128  # held-out prompts per evaluation, answered greedily
