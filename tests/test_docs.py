@@ -171,6 +171,8 @@ def test_flags_named_in_the_text_on_pods_are_flags():
 
 def test_settings_named_in_the_text_are_settings():
     known = set(cli.flags(Config))
-    shown = re.findall(r"--(?:model|data|batch|optimizer|compute|cadence|grpo)\.[\w.]*\w", "\n".join(PAGES.values()))
+    sections = "model|data|batch|optimizer|compute|cadence|grpo"
+    shown = re.findall(rf"--(?:{sections})\.[\w.-]*\w", "\n".join(PAGES.values()))
+    shown = ["--" + flag.removeprefix("--").replace("-", "_") for flag in shown]
     assert len(shown) > 30
     assert [flag for flag in shown if flag not in known] == []

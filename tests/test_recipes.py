@@ -4,7 +4,9 @@ import ast
 import glob
 import re
 import shlex
+import sys
 import tomllib
+import unittest.mock
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ from dsv2_jax.alignment import __main__ as alignment
 from dsv2_jax.hf import __main__ as hf
 from dsv2_jax.plan import __main__ as plan
 from dsv2_jax.serve import __main__ as serve
+from pallas_kernels import cost
+from pallas_kernels.chips import CHIPS
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "Makefile", "Dockerfile", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -73,7 +77,7 @@ def parse(name: str, arguments: list[str]) -> None:
     """Reads a command's arguments with its own parser, which ends the process at a mistake."""
     known = name in (*DATACLASSES, "train", "hf", "plan", "-m pallas_kernels.cost") or (ROOT / name).is_file()
     assert known, name
-    if not arguments:  # a page may name a command alone
+    if not arguments or arguments == ["--help"]:  # a page may name a command alone
         return
     if name in ("hf", "plan") and f"{name} {arguments[0]}" in DATACLASSES:
         name, arguments = f"{name} {arguments[0]}", arguments[1:]
@@ -87,6 +91,10 @@ def parse(name: str, arguments: list[str]) -> None:
     elif name == "plan":
         preset, *flags = ["v2" if word == "PRESET" else word for word in arguments]
         plan._parsed(preset, flags)
+    elif name == "-m pallas_kernels.cost":
+        with unittest.mock.patch.object(sys, "argv", [name, *arguments]):
+            options = cost._parsed()
+        assert options.shape in cost.OPS[options.op].shapes and options.chip in CHIPS
     elif name.startswith("benchmarks/"):
         own = re.findall(r"^    (\w+): ", text_of(name), re.MULTILINE)
         flags = [word.removeprefix("--").replace("-", "_") for word in arguments if word.startswith("--")]
