@@ -61,7 +61,7 @@ def objective(
     level: Level = "token",
     correction_NT: Array | None = None,
 ) -> tuple[Array, dict[str, Array]]:
-    """Minus GRPO's objective, summed over responses, and metrics; the step's loss is the mean over its responses.
+    """Minus GRPO's objective (eq. 32), summed over responses, and metrics; the step's loss is their mean.
 
     mask_NT is 1 at a response's tokens and 0 at padding. clip is epsilon; beta weights the KL divergence. correction_NT
     multiplies the clipped ratio's term (see `truncated_ratio`); at the level `sequence` its mean over the response

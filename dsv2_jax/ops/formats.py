@@ -1,4 +1,4 @@
-"""Formats of the cache's rows: the activations' dtype, bfloat16, or int8 and 6-bit integers with a scale a row.
+"""Formats of the cache's rows (section 3.2.3): the activations' dtype, bfloat16, or integers with one scale a row.
 
 A row is what one token keeps in one array of one layer. Its scale is the largest magnitude over the largest integer,
 rounded up to float16, so no number is clipped. pallas_kernels/latent_attention/packing.py packs and dequantises rows.
