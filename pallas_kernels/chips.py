@@ -42,6 +42,7 @@ class Chip:
     links: int  # of a chip to its neighbours: 6 in a 3D torus, 4 in a 2D torus
     link: float  # bytes per second, one way
     dcn: float  # bytes per second of a chip to other slices, one way
+    published: float  # FLOP/s of one JAX device in bfloat16, as its page gives it
 
     @property
     def peak(self) -> float:
@@ -65,6 +66,7 @@ CHIPS = {
         links=4,
         link=45e9,
         dcn=3.125e9,
+        published=197e12,
     ),
     "v5p": Chip(
         kind="TPU v5",
@@ -81,6 +83,7 @@ CHIPS = {
         links=6,
         link=90e9,
         dcn=6.25e9,
+        published=459e12,
     ),
     "v6e": Chip(
         kind="TPU v6 lite",
@@ -97,6 +100,7 @@ CHIPS = {
         links=4,
         link=90e9,
         dcn=12.5e9,
+        published=918e12,
     ),
     "tpu7x": Chip(  # a chip is two devices with one core each
         kind="TPU7x",
@@ -115,6 +119,7 @@ CHIPS = {
         links=6,
         link=90e9,
         dcn=12.5e9,
+        published=2307e12 / 2,
     ),
     "v4": Chip(
         kind="TPU v4",
@@ -131,6 +136,7 @@ CHIPS = {
         links=6,
         link=45e9,
         dcn=6.25e9,
+        published=275e12,
     ),
 }
 

@@ -23,19 +23,8 @@ from dsv2_jax import parameters
 from dsv2_jax.config import Config, Model
 from dsv2_jax.parallel import processes
 from dsv2_jax.training.checkpoint import Progress
+from pallas_kernels.chips import CHIPS
 
-# Dense bf16 FLOP/s of one JAX device, by `jax.Device.device_kind`, from Google Cloud's page of each TPU version. A
-# tpu7x chip has 2307 TFLOP/s and is two devices.
-_PEAK = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 2307e12 / 2,
-}
 _IN_FLIGHT = 2  # steps with metrics still on the device: enough to keep it busy
 
 
@@ -57,8 +46,8 @@ def peak_flops(dtype: str) -> float | None:
     """
     device = jax.devices()[0]
     if device.platform != "cpu":
-        peak = _PEAK.get(device.device_kind)
-        return peak * jax.device_count() if peak else None
+        known = (chip.published for chip in CHIPS.values() if chip.kind == device.device_kind)
+        return next((peak * jax.device_count() for peak in known), None)
     size = 1024
     operand = jnp.ones((size, size), jnp.bfloat16 if dtype == "bfloat16" else jnp.float32)
     matmul = jax.jit(lambda a: jax.lax.dot(a, a, preferred_element_type=jnp.float32))
