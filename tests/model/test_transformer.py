@@ -14,7 +14,7 @@ from dsv2_jax import parameters
 from dsv2_jax.config import SINGLE, Attention, Compute, Model, Moe
 from dsv2_jax.model import attention, rope, transformer
 from dsv2_jax.model.layers import cast
-from dsv2_jax.ops import pages
+from dsv2_jax.ops import pages, switch
 from dsv2_jax.ops.attention import PackedTokens
 from dsv2_jax.ops.switch import Execution
 
@@ -143,12 +143,12 @@ def test_gradients_unrolled_are_those_of_the_scan(remat):
 
     scanned, unrolled = (
         jax.jit(jax.grad(functools.partial(square, arrange=arrange)))(params)
-        for arrange in (lambda params: params, functools.partial(transformer.arrange, model=model))
+        for arrange in (lambda params: params, transformer.unstack)
     )
     for mine, theirs in zip(jax.tree.leaves(unrolled), jax.tree.leaves(scanned), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4 * float(jnp.abs(theirs).max()))
-    deep = dataclasses.replace(model, num_hidden_layers=17)
-    assert transformer.arrange(params, deep) is params
+    assert switch.unrolls(model, SINGLE)
+    assert not switch.unrolls(dataclasses.replace(model, num_hidden_layers=17), SINGLE)
 
 
 def test_the_unrolled_form_agrees_with_the_scanned_one(case):
