@@ -1,7 +1,7 @@
 """Converts `config.json` to our model config and back: DeepSeek-V2's, and Llama's for grouped-query models.
 
 Writes the released style (`rope_theta` and `rope_scaling`), which all readers support. Also reads the style of
-transformers 5 (`rope_parameters`). Released configs do not give token dropping and two of the three balance losses;
+transformers 5 (`rope_parameters`). Released configs do not give token dropping and no balance loss but the experts';
 these take our defaults.
 """
 
