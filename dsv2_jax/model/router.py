@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from dsv2_jax.config import SINGLE, Mesh, Moe
-from dsv2_jax.parallel import collectives, context, expert
+from dsv2_jax.parallel import collectives, context
+from dsv2_jax.parallel.mesh import CONTEXT, EXPERT
 
 
 class Routing(NamedTuple):
@@ -24,7 +25,7 @@ class Routing(NamedTuple):
     gates_BTK: Array
 
 
-class Sequences(NamedTuple):
+class SequenceMeans(NamedTuple):
     """What the balance losses are made of: means over each sequence's valid tokens, float32.
 
     f_BE: choices of an expert, 1 on average (the gshard router counts first choices). p_BE: affinities. f_device_BG,
@@ -48,7 +49,7 @@ class Sequences(NamedTuple):
 
 # The balance losses of each sequence [B], without their factors, under the names of the factors in the config. The
 # training loss adds up all of them, and the metrics have all of them.
-LOSSES: dict[str, Callable[[Sequences], Array]] = {
+LOSSES: dict[str, Callable[[SequenceMeans], Array]] = {
     "expert_balance": lambda s: (s.f_BE * s.p_BE).sum(axis=-1),  # eq. 23
     "device_balance": lambda s: (s.f_device_BG * s.p_BG).sum(axis=-1),  # eq. 26
     "communication_balance": lambda s: (s.f_sent_BG * s.p_BG).sum(axis=-1),  # eq. 29
@@ -111,7 +112,7 @@ def balance(routing: Routing, valid_BT: Array, moe: Moe, mesh: Mesh = SINGLE) ->
     return {**losses, "load_E": jax.lax.stop_gradient(load_E)}
 
 
-def sequence_means(routing: Routing, chosen_BTE: Array, valid_BT1: Array, moe: Moe, mesh: Mesh) -> Sequences:
+def sequence_means(routing: Routing, chosen_BTE: Array, valid_BT1: Array, moe: Moe, mesh: Mesh) -> SequenceMeans:
     """Means over each sequence's valid tokens. chosen_BTE float32: 1 for the chosen experts of valid tokens."""
     e, g = moe.n_routed_experts, moe.n_group
     sent_BTG = chosen_BTE.reshape(*chosen_BTE.shape[:2], g, -1).max(axis=-1)
@@ -124,7 +125,7 @@ def sequence_means(routing: Routing, chosen_BTE: Array, valid_BT1: Array, moe: M
     at_least_B1 = jnp.maximum(tokens_B1, 1)
     f_BE = counted_BE * e / (per_token * at_least_B1)  # eq. 24
     p_BE = scores_BE / at_least_B1  # eq. 25
-    return Sequences(
+    return SequenceMeans(
         routing=routing,
         valid_BT1=valid_BT1,
         mesh=mesh,
@@ -139,7 +140,7 @@ def sequence_means(routing: Routing, chosen_BTE: Array, valid_BT1: Array, moe: M
 
 def _over_time(x_BT: Array, mesh: Mesh) -> Array:
     """The sum of x [B, T, ...] over time, over all devices that hold a part of a sequence."""
-    return collectives.add(x_BT.sum(axis=1), context.AXIS, mesh)
+    return collectives.add(x_BT.sum(axis=1), CONTEXT, mesh)
 
 
 def kept(routing: Routing, valid_BT: Array, exempt_B: Array, moe: Moe, mesh: Mesh = SINGLE) -> Array:
@@ -157,17 +158,17 @@ def kept(routing: Routing, valid_BT: Array, exempt_B: Array, moe: Moe, mesh: Mes
     priority_BTK = jnp.where(valid_BT[..., None], priority_BTK, -1.0)
     group_BTK = routing.experts_BTK // (moe.n_routed_experts // moe.n_group)
 
-    sequences = moe.budget_sequences or b * mesh.expert  # that share a budget
+    sequences = moe.budget_sequences or b * mesh.size(*EXPERT)  # that share a budget
     spread = b % sequences != 0  # over devices of the expert axis
     group, priority = (context.gather(x, mesh) for x in (group_BTK, priority_BTK))
     if spread:
-        group, priority = (collectives.gather(x, expert.AXIS, 0, mesh) for x in (group, priority))
+        group, priority = (collectives.gather(x, EXPERT, 0, mesh) for x in (group, priority))
     shape, runs = group.shape, (-1, sequences * group.shape[1] * k)
     budget = moe.budget(sequences * group.shape[1])
     within = jax.vmap(functools.partial(_within_budget, budget=budget, groups=moe.n_group))
     kept = within(group.reshape(runs), priority.reshape(runs)).reshape(shape)
     if spread:
-        kept = jax.lax.dynamic_slice_in_dim(kept, collectives.index(expert.AXIS, mesh) * b, b)
+        kept = jax.lax.dynamic_slice_in_dim(kept, collectives.index(EXPERT, mesh) * b, b)
     return context.local(kept, mesh) | exempt_B[:, None, None]
 
 

@@ -7,6 +7,7 @@ from jax import Array
 from dsv2_jax.config import Config
 from dsv2_jax.model import router, transformer
 from dsv2_jax.parallel import pipeline
+from dsv2_jax.parallel.mesh import PIPELINE, TENSOR
 from dsv2_jax.training.cross_entropy import cross_entropy
 
 
@@ -38,7 +39,7 @@ def loss(
         exempt_B=exempt_B,
         micro_batches=micro_batches,
     )
-    if mesh.pipeline > 1:
+    if mesh.size(*PIPELINE) > 1:
         batch = {name: pipeline.part(leaf, mesh) for name, leaf in batch.items()}
     nll: Array = cross_entropy(
         out.hidden_BTD.reshape(-1, model.hidden_size),
@@ -50,8 +51,8 @@ def loss(
     )
     metrics = {
         "nll": nll / total_weight,
-        "tokens": batch["weights_BT"].sum() / mesh.tensor,
-        "bytes": (batch["weights_BT"] * batch["bytes_BT"]).sum() / mesh.tensor,
+        "tokens": batch["weights_BT"].sum() / mesh.size(*TENSOR),
+        "bytes": (batch["weights_BT"] * batch["bytes_BT"]).sum() / mesh.size(*TENSOR),
     }
     total, metrics = balanced(metrics["nll"], metrics, out.statistics, share)
     if out.statistics:
