@@ -25,6 +25,25 @@ class Routing(NamedTuple):
     gates_BTK: Array
 
 
+class RouterKind(NamedTuple):
+    """What the kinds of routers differ in; parameters.ROUTERS has their parameters.
+
+    affinities: of the logits [B, T, E], along the last axis. compared: what the top K compares, from affinities and
+    parameters; None for the affinities themselves. of_group: a group's score, from those of its experts along the last
+    axis. normalised: whether gates are divided by their sum over the K chosen. first_choices: whether the expert loss
+    counts only these.
+    """
+
+    affinities: Callable[..., Array] = jax.nn.softmax  # eq. 22
+    compared: Callable[[Array, dict[str, Array]], Array] | None = None
+    of_group: Callable[..., Array] = functools.partial(jnp.max, axis=-1)
+    normalised: bool = False
+    first_choices: bool = False
+
+
+KINDS = {"deepseek": RouterKind(), "gshard": RouterKind(normalised=True, first_choices=True)}
+
+
 class SequenceMeans(NamedTuple):
     """What the balance losses are made of: means over each sequence's valid tokens, float32.
 
@@ -56,38 +75,41 @@ LOSSES: dict[str, Callable[[SequenceMeans], Array]] = {
 }
 
 
-def route(x_BTD: Array, w_router_DE: Array, moe: Moe, experts_BTK: Array | None = None) -> Routing:
+def route(x_BTD: Array, p: dict[str, Array], moe: Moe, experts_BTK: Array | None = None) -> Routing:
     """Device-limited top-K routing in float32 (eq. 21 and 22, section 2.2.2).
 
     Experts are chosen from the M groups whose best expert has the highest affinity. A gate is the affinity times
-    `routed_scaling_factor`; the gshard router first normalises it over the K chosen.
+    `routed_scaling_factor`. KINDS says what the kinds of routers change.
 
     Args:
       x_BTD: The FFN's input.
-      w_router_DE: Expert centroids e_i, float32.
+      p: The layer's parameters; of these `w_router_DE`, the expert centroids e_i, float32.
       moe: The settings.
       experts_BTK: A choice made before, which is kept; only gates are computed (routing replay).
     """
-    logits_BTE = jnp.einsum("btd,de->bte", x_BTD.astype(jnp.float32), w_router_DE, precision="highest")
-    scores_BTE = jax.nn.softmax(logits_BTE, axis=-1)  # eq. 22
+    kind = KINDS[moe.router]
+    logits_BTE = jnp.einsum("btd,de->bte", x_BTD.astype(jnp.float32), p["w_router_DE"], precision="highest")
+    scores_BTE = kind.affinities(logits_BTE, axis=-1)  # eq. 22
     if experts_BTK is None:
-        chosen_BTK, experts_BTK = _top_experts(scores_BTE, moe)
+        compared_BTE = kind.compared(scores_BTE, p) if kind.compared else scores_BTE
+        chosen_BTK, experts_BTK = _top_experts(compared_BTE, moe, kind)
     else:
-        experts_BTK = experts_BTK.astype(jnp.int32)
+        experts_BTK, chosen_BTK = experts_BTK.astype(jnp.int32), None
+    if chosen_BTK is None or kind.compared:
         chosen_BTK = jnp.take_along_axis(scores_BTE, experts_BTK, axis=-1)
-    if moe.router == "gshard":
+    if kind.normalised:
         chosen_BTK = chosen_BTK / chosen_BTK.sum(axis=-1, keepdims=True)
     return Routing(logits_BTE, scores_BTE, experts_BTK, chosen_BTK * moe.routed_scaling_factor)  # eq. 21
 
 
-def _top_experts(scores_BTE: Array, moe: Moe) -> tuple[Array, Array]:
-    """Affinities and ids [B, T, K] of the top-K experts in the M groups with the highest maximum (section 2.2.2)."""
+def _top_experts(scores_BTE: Array, moe: Moe, kind: RouterKind) -> tuple[Array, Array]:
+    """Scores and ids [B, T, K] of the top-K experts in the M groups with the highest score (section 2.2.2)."""
     eligible_BTE = scores_BTE
     if moe.topk_group < moe.n_group:
         grouped = scores_BTE.reshape(*scores_BTE.shape[:-1], moe.n_group, -1)
-        _, kept_BTM = jax.lax.top_k(grouped.max(axis=-1), moe.topk_group)
+        _, kept_BTM = jax.lax.top_k(kind.of_group(grouped), moe.topk_group)
         kept_BTG = jax.nn.one_hot(kept_BTM, moe.n_group, dtype=bool).any(axis=-2)
-        eligible_BTE = jnp.where(kept_BTG[..., None], grouped, -1.0).reshape(scores_BTE.shape)
+        eligible_BTE = jnp.where(kept_BTG[..., None], grouped, -jnp.inf).reshape(scores_BTE.shape)
     chosen_BTK, experts_BTK = jax.lax.top_k(eligible_BTE, moe.num_experts_per_tok)
     return chosen_BTK, experts_BTK
 
@@ -117,7 +139,7 @@ def sequence_means(routing: Routing, chosen_BTE: Array, valid_BT1: Array, moe: M
     e, g = moe.n_routed_experts, moe.n_group
     sent_BTG = chosen_BTE.reshape(*chosen_BTE.shape[:2], g, -1).max(axis=-1)
     counted_BTE, per_token = chosen_BTE, moe.num_experts_per_tok
-    if moe.router == "gshard":
+    if KINDS[moe.router].first_choices:
         counted_BTE, per_token = jax.nn.one_hot(routing.experts_BTK[..., 0], e) * valid_BT1, 1
 
     over_time = (valid_BT1, counted_BTE, routing.scores_BTE * valid_BT1, sent_BTG)

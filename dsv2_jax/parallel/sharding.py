@@ -66,7 +66,7 @@ def is_storage(name: str, axis: str, dim: int) -> bool:
     """Whether `axis` over dimension `dim` of a layer's parameter splits its storage and not the computation."""
     if axis in TENSOR:
         return name == "w_embed_WD"  # rows are looked up, not multiplied
-    return not (axis in EXPERT and dim == 0 and parameters.letters(name)[0] == "E")
+    return not (axis in EXPERT and dim == 0 and parameters.per_expert(name))
 
 
 def split(name: str, model: Model, mesh: Mesh, rules: Rules = RULES) -> tuple[Axes, ...]:

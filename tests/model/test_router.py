@@ -36,6 +36,10 @@ def tokens(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return rng.standard_normal((3, 9, 8)).astype(np.float32), rng.standard_normal((8, 12)).astype(np.float32)
 
 
+def route(x_BTD, w_router_DE, moe: Moe) -> router.Routing:
+    return router.route(jnp.asarray(x_BTD), {"w_router_DE": jnp.asarray(w_router_DE, jnp.float32)}, moe)
+
+
 def softmax(logits: np.ndarray) -> np.ndarray:
     e = np.exp(logits - logits.max())
     return e / e.sum()
@@ -68,7 +72,7 @@ def routed(scores_BTE, experts_BTK) -> router.Routing:
 def test_choices_and_gates(moe):
     x, w = tokens()
     scores, experts, gates = choose_all(x, w, moe)
-    routing = router.route(jnp.asarray(x), jnp.asarray(w), moe)
+    routing = route(x, w, moe)
     np.testing.assert_array_equal(routing.experts_BTK, experts)
     np.testing.assert_allclose(routing.scores_BTE, scores, rtol=2e-5, atol=1e-7)
     np.testing.assert_allclose(routing.gates_BTK, gates, rtol=2e-5)
@@ -77,17 +81,17 @@ def test_choices_and_gates(moe):
 def test_the_group_limit_matters_and_counts_the_best_expert_of_a_group():
     """A group with the single best expert is kept over one whose experts are better together."""
     scores = np.log([0.30, 0.01, 0.01, 0.20, 0.19, 0.02, 0.17, 0.05, 0.02, 0.01, 0.01, 0.01])
-    routing = router.route(jnp.ones((1, 1, 1)), jnp.asarray(scores[None], jnp.float32), MOE)
+    routing = route(jnp.ones((1, 1, 1)), scores[None], MOE)
     assert routing.experts_BTK.tolist() == [[[0, 3, 4]]]  # groups 0 and 1; without the limit the same
     scores = np.log([0.30, 0.01, 0.01, 0.20, 0.04, 0.02, 0.17, 0.16, 0.06, 0.01, 0.01, 0.01])
-    routing = router.route(jnp.ones((1, 1, 1)), jnp.asarray(scores[None], jnp.float32), MOE)
+    routing = route(jnp.ones((1, 1, 1)), scores[None], MOE)
     assert routing.experts_BTK.tolist() == [[[0, 3, 4]]]  # not 6, of group 2
 
 
 def test_the_gate_is_float32_whatever_the_activations_are():
     x, w = tokens()
     low = jnp.asarray(x, jnp.bfloat16)
-    routing = router.route(low, jnp.asarray(w), MOE)
+    routing = route(low, w, MOE)
     assert routing.scores_BTE.dtype == routing.gates_BTK.dtype == jnp.float32
     scores, _, _ = choose_all(np.asarray(low, np.float32), w, MOE)
     np.testing.assert_allclose(routing.scores_BTE, scores, rtol=2e-5, atol=1e-7)
@@ -126,7 +130,7 @@ def expected_losses(scores: np.ndarray, experts: np.ndarray, lengths: tuple[int,
 def test_balance_losses_and_load(moe):
     x, w = tokens()
     scores, experts, _ = choose_all(x, w, moe)
-    mine = router.balance(router.route(jnp.asarray(x), jnp.asarray(w), moe), jnp.asarray(VALID_BT), moe)
+    mine = router.balance(route(x, w, moe), jnp.asarray(VALID_BT), moe)
     theirs = expected_losses(scores, experts, LENGTHS, moe)
     assert set(mine) == set(theirs) == {*Moe.balances(), "load_E"}
     for name, value in theirs.items():
@@ -144,7 +148,7 @@ def test_perfect_balance_costs_the_factors():
 
 def test_gradients_of_the_balance_losses():
     x, w = tokens()
-    routing = router.route(jnp.asarray(x), jnp.asarray(w), MOE)
+    routing = route(x, w, MOE)
 
     def total(scores):
         losses = router.balance(routing._replace(scores_BTE=scores), jnp.asarray(VALID_BT), MOE)
@@ -170,7 +174,7 @@ def test_balance_gradient_reaches_the_router_through_the_affinities():
             gradient += np.outer(x[row, t], s * (slope - s @ slope))
 
     def total(w_router):
-        losses = router.balance(router.route(jnp.asarray(x), w_router, MOE), jnp.asarray(VALID_BT), MOE)
+        losses = router.balance(route(x, w_router, MOE), jnp.asarray(VALID_BT), MOE)
         return sum(losses[name] for name in LOSSES)
 
     np.testing.assert_allclose(jax.grad(total)(jnp.asarray(w)), gradient, rtol=1e-4, atol=1e-6)
