@@ -12,6 +12,7 @@ A name ends in the letters of its dimensions: `w_uk_CHN` has the dimensions late
 import math
 
 from dsv2_jax.config import Model
+from dsv2_jax.config.model import RouterName
 
 LOGICAL = {
     "B": "batch",
@@ -42,7 +43,7 @@ KEPT_FLOAT32 = ("norm", "w_router", "w_embed", "w_score")
 CONSTANT = {"norm": 1.0}
 
 # Parameters of each kind of router.
-ROUTERS = {"deepseek": ["w_router_DE"], "gshard": ["w_router_DE"]}
+ROUTERS: dict[RouterName, list[str]] = {"deepseek": ["w_router_DE"], "gshard": ["w_router_DE"]}
 
 
 def letters(name: str) -> str:

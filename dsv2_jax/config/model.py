@@ -73,6 +73,9 @@ class Rope:
         check(self.mscale >= 0 and self.mscale_all_dim >= 0, "rope.mscale and rope.mscale_all_dim must not be negative")
 
 
+# gshard: gates are normalised over the top k, and the balance loss counts first choices
+RouterName = Literal["deepseek", "gshard"]
+
 _BALANCE = "balance"
 
 
@@ -92,8 +95,7 @@ class Moe:
     n_group: int = 8  # D: groups of device-limited routing
     topk_group: int = 3  # M: groups per token
     routed_scaling_factor: float = 16.0
-    # gshard: gates are normalised over the top k, and the balance loss counts first choices
-    router: Literal["deepseek", "gshard"] = "deepseek"
+    router: RouterName = "deepseek"
     expert_balance: float = _balance(0.003)  # alpha_1
     device_balance: float = _balance(0.05)  # alpha_2
     communication_balance: float = _balance(0.02)  # alpha_3

@@ -9,6 +9,7 @@ import math
 from typing import Any, NamedTuple
 
 from dsv2_jax.config import Attention, Model, Moe, Rope, check
+from dsv2_jax.config.model import RouterName
 
 # Settings that our model supports with one value only.
 _FIXED = {
@@ -31,7 +32,7 @@ class HfRouter(NamedTuple):
 
 
 # The kinds of routers that have an architecture; dense models have that of deepseek.
-_ROUTERS = {
+_ROUTERS: dict[RouterName, HfRouter] = {
     "deepseek": HfRouter(
         "DeepseekV2",
         "deepseek_v2",

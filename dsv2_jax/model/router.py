@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from dsv2_jax.config import SINGLE, Mesh, Moe
+from dsv2_jax.config.model import RouterName
 from dsv2_jax.parallel import collectives, context
 from dsv2_jax.parallel.mesh import CONTEXT, EXPERT
 
@@ -41,7 +42,10 @@ class RouterKind(NamedTuple):
     first_choices: bool = False
 
 
-KINDS = {"deepseek": RouterKind(), "gshard": RouterKind(normalised=True, first_choices=True)}
+KINDS: dict[RouterName, RouterKind] = {
+    "deepseek": RouterKind(),
+    "gshard": RouterKind(normalised=True, first_choices=True),
+}
 
 
 class SequenceMeans(NamedTuple):
