@@ -40,7 +40,7 @@ _ROUTERS: dict[RouterName, HfRouter] = {
         {"norm_topk_prob": False, "scoring_func": "softmax"},
     ),
 }
-_KINDS = {router.model_type: kind for kind, router in _ROUTERS.items()}
+_KINDS: dict[str, RouterName] = {router.model_type: kind for kind, router in _ROUTERS.items()}
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings")
 _MLA = ("num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 _MOE = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")

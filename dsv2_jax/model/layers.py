@@ -33,7 +33,7 @@ def stored_dtype(name: str, dtype: Any) -> Any:
 
 
 def declare(module: nn.Module, model: Model, names: list[str]) -> dict[str, Array]:
-    """Declares float32 parameters on a Linen module: `parameters.initial`, else N(0, initializer_range)."""
+    """Declares float32 parameters on a module: `parameters.initial`, else N(0, initializer_range) (section 3.1.2)."""
 
     def initializer(name: str) -> Any:
         constant = parameters.initial(name)
