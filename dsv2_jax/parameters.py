@@ -12,6 +12,7 @@ A name ends in the letters of its dimensions: `w_uk_CHN` has the dimensions late
 import math
 
 from dsv2_jax.config import Model
+from dsv2_jax.config.model import RouterName
 
 LOGICAL = {
     "B": "batch",
@@ -36,6 +37,15 @@ LOGICAL = {
 }
 
 
+# Beginnings of names. The router runs in float32 (section 2.2), and so does a reward model's score. Embedding rows are
+# cast when read. A parameter with a constant initial value has no weight decay; others are drawn (section 3.1.2).
+KEPT_FLOAT32 = ("norm", "w_router", "w_embed", "w_score")
+CONSTANT = {"norm": 1.0}
+
+# Parameters of each kind of router.
+ROUTERS: dict[RouterName, list[str]] = {"deepseek": ["w_router_DE"], "gshard": ["w_router_DE"]}
+
+
 def letters(name: str) -> str:
     """The dimension letters at the end of a name: `CHN` for `w_uk_CHN`."""
     return name.rsplit("_", 1)[-1]
@@ -44,6 +54,16 @@ def letters(name: str) -> str:
 def dims(name: str) -> tuple[str, ...]:
     """The logical dimension names of a parameter or activation. Raises KeyError for an unknown letter."""
     return tuple(LOGICAL[letter] for letter in letters(name))
+
+
+def per_expert(name: str) -> bool:
+    """Whether a parameter holds a matrix of each routed expert, as `w_up_EDF` does."""
+    return letters(name)[0] == "E" and len(letters(name)) > 1
+
+
+def initial(name: str) -> float | None:
+    """The value that a parameter has everywhere at first; None if it is drawn."""
+    return next((value for prefix, value in CONSTANT.items() if name.startswith(prefix)), None)
 
 
 def shape(name: str, model: Model) -> tuple[int, ...]:
@@ -81,7 +101,7 @@ def ffn_names(model: Model, sparse: bool) -> list[str]:
     if not sparse:
         return ["w_gate_DI", "w_up_DI", "w_down_ID"]
     shared = ["w_gate_DX", "w_up_DX", "w_down_XD"] if model.moe.n_shared_experts else []
-    return ["w_router_DE", "w_gate_EDF", "w_up_EDF", "w_down_EFD", *shared]
+    return [*ROUTERS[model.moe.router], "w_gate_EDF", "w_up_EDF", "w_down_EFD", *shared]
 
 
 def layer_names(model: Model, sparse: bool) -> list[str]:

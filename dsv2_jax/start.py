@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dsv2_jax import cli
-from dsv2_jax.config import Config, Model, check
+from dsv2_jax.config import Config, Model, Moe, check
 
 # Fields of the model section that a stage may change. A preset that names one in configs.SETS sets it over the
 # checkpoint's value; the others keep the checkpoint's.
@@ -27,10 +27,9 @@ ModelField = Literal[
     "rope.mscale_all_dim",
 ]
 # Fields of the model section that affect training but not what the model computes; always the preset's. They depend on
-# batch and mesh, and a Hugging Face config.json does not have them.
+# batch and mesh, and a Hugging Face config.json does not have them. It has expert_balance, its aux_loss_alpha.
 TRAINING = (
-    "moe.device_balance",
-    "moe.communication_balance",
+    *(f"moe.{name}" for name in Moe.balances() if name != "expert_balance"),
     "moe.capacity_factor",
     "moe.exempt_fraction",
     "moe.budget_sequences",

@@ -66,12 +66,17 @@ def test_the_presets_figures():
 
 
 def definition(path: str, name: str) -> ast.AST | None:
-    """The function, class or `Class.name` of a file; its module where the name is empty."""
+    """The function, class, table or `Class.name` of a file; its module where the name is empty."""
     node: ast.AST | None = ast.parse((ROOT / path).read_text(encoding="utf-8"))
     for part in name.split(".") if name else ():
         body = getattr(node, "body", [])
-        node = next((n for n in body if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name == part), None)
+        node = next((n for n in body if part in (getattr(n, "name", None), assigned(n))), None)
     return node
+
+
+def assigned(node: ast.AST) -> str | None:
+    """The name of an annotated assignment."""
+    return node.target.id if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) else None
 
 
 def citations(text: str) -> set[str]:

@@ -15,8 +15,8 @@ from tiny import MODELS, make_run
 from dsv2_jax import hf, loading
 from dsv2_jax.config import Compute, Mesh, Model
 from dsv2_jax.inference import programs
-from dsv2_jax.model.layers import KEPT_FLOAT32
 from dsv2_jax.parallel import mesh as device_mesh
+from dsv2_jax.parameters import KEPT_FLOAT32
 
 ROOT = Path(__file__).parent.parent
 

@@ -17,6 +17,7 @@ from dsv2_jax.config import AXES, SINGLE, Config, Data, Mesh
 from dsv2_jax.data import corpora, tokenizer
 from dsv2_jax.inference.request import Request
 from dsv2_jax.parallel import sharding
+from dsv2_jax.parallel.mesh import BATCH
 from dsv2_jax.plan import program
 from dsv2_jax.training import checkpoint, run_folder
 from dsv2_jax.training.loss import loss
@@ -157,7 +158,7 @@ def test_a_full_preset_fits_its_mesh_and_its_engine(name):
     sharding.check_model(config.model, config.mesh)
     sharding.check_batch(config.batch.micro_size or config.batch.size, config.batch.length, config.model, config.mesh)
     if config.grpo.group:
-        g, lanes = config.grpo, config.mesh.size("data", "fsdp", "expert")
+        g, lanes = config.grpo, config.mesh.size(*BATCH)
         for how in ("pallas", "xla"):
             capacity = sampler.capacity(config, how).resolve(config.model, how)
             assert capacity.rows == min(64, -(-g.prompts * g.group // lanes))

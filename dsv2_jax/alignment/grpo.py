@@ -113,10 +113,7 @@ def _checked(config: Config) -> Config:
         )
     config = dataclasses.replace(config, tokens=config.grpo.steps * config.batch.size * config.batch.length)
     config = loop.resolve(config)
-    check(
-        config.mesh.size("pipeline", "context", "tensor") == 1,
-        "GRPO runs on the axes data, fsdp and expert; mesh.pipeline, mesh.context and mesh.tensor must be 1",
-    )
+    device_mesh.check_axes(config.mesh, device_mesh.BATCH, "GRPO")
     return config
 
 

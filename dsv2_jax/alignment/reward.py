@@ -21,6 +21,7 @@ from dsv2_jax.evaluation import perplexity
 from dsv2_jax.model import transformer
 from dsv2_jax.parallel import collectives, pipeline
 from dsv2_jax.parallel.feed import Feed
+from dsv2_jax.parallel.mesh import CONTEXT, PIPELINE, SAME_BATCH
 from dsv2_jax.training.loss import balanced
 from dsv2_jax.training.stage import Stage
 
@@ -64,20 +65,20 @@ def loss(
     del exempt_B
     mesh, (_, t) = config.mesh, batch["ends_BT"].shape
     score_BT, statistics = scores(params, batch, config, micro_batches)
-    if mesh.pipeline > 1:
+    if mesh.size(*PIPELINE) > 1:
         batch = {name: pipeline.part(leaf, mesh) for name, leaf in batch.items()}
 
     def by_preference(x_BT: Array) -> Array:
-        one = functools.partial(jax.ops.segment_sum, num_segments=max(1, t * mesh.context // _MIN_TOKENS))
+        one = functools.partial(jax.ops.segment_sum, num_segments=max(1, t * mesh.size(*CONTEXT) // _MIN_TOKENS))
         # The ends of the two answers may be on different devices.
-        return collectives.add(jax.vmap(one)(x_BT, batch["pairs_BT"]), ("context", "pipeline"), mesh)
+        return collectives.add(jax.vmap(one)(x_BT, batch["pairs_BT"]), (*CONTEXT, *PIPELINE), mesh)
 
     lead_BP = by_preference(score_BT * batch["ends_BT"])
     value_BP, weight_BP = by_preference(batch["values_BT"]), by_preference(batch["weights_BT"])
     pair_BP = by_preference((batch["ends_BT"] < 0).astype(jnp.float32)) > 0
     each_BP = jnp.where(pair_BP, jax.nn.softplus(value_BP - lead_BP), (lead_BP - value_BP) ** 2)
     right_BP = jnp.where(pair_BP, lead_BP > 0, jnp.abs(lead_BP - value_BP) < 0.5)
-    copies = mesh.size("pipeline", "context", "tensor")  # devices that hold the same preferences
+    copies = mesh.size(*SAME_BATCH)  # devices that hold the same preferences
 
     def mean(x_BP: Array) -> Array:
         return (x_BP * weight_BP).sum() / (total_weight * copies)

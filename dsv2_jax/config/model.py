@@ -73,6 +73,17 @@ class Rope:
         check(self.mscale >= 0 and self.mscale_all_dim >= 0, "rope.mscale and rope.mscale_all_dim must not be negative")
 
 
+# gshard: gates are normalised over the top k, and the balance loss counts first choices
+RouterName = Literal["deepseek", "gshard"]
+
+_BALANCE = "balance"
+
+
+def _balance(factor: float) -> float:
+    """A field that is the factor of a balance loss, which model/router.py computes under the field's name."""
+    return dataclasses.field(default=factor, metadata={_BALANCE: True})
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Moe:
     """DeepSeekMoE (section 2.2). With 0 routed experts every layer has a dense FFN."""
@@ -84,11 +95,10 @@ class Moe:
     n_group: int = 8  # D: groups of device-limited routing
     topk_group: int = 3  # M: groups per token
     routed_scaling_factor: float = 16.0
-    # gshard: gates are normalised over the top k, and the balance loss counts first choices
-    router: Literal["deepseek", "gshard"] = "deepseek"
-    expert_balance: float = 0.003  # alpha_1
-    device_balance: float = 0.05  # alpha_2
-    communication_balance: float = 0.02  # alpha_3
+    router: RouterName = "deepseek"
+    expert_balance: float = _balance(0.003)  # alpha_1
+    device_balance: float = _balance(0.05)  # alpha_2
+    communication_balance: float = _balance(0.02)  # alpha_3
     capacity_factor: float = 1.0  # capacity of a group in training, relative to the average load; 0: no token dropping
     exempt_fraction: float = 0.1  # fraction of sequences whose tokens are never dropped
     budget_sequences: int = 0  # sequences that share the capacity of a group; 0: all of a micro-batch
@@ -111,9 +121,14 @@ class Moe:
         check(self.capacity_factor >= 0, f"moe.capacity_factor must not be negative, not {self.capacity_factor}")
         check(self.budget_sequences >= 0, f"moe.budget_sequences must not be negative, not {self.budget_sequences}")
         check(
-            min(self.expert_balance, self.device_balance, self.communication_balance, self.n_shared_experts) >= 0,
+            min(self.n_shared_experts, *(getattr(self, name) for name in self.balances())) >= 0,
             "moe: balance factors and n_shared_experts must not be negative",
         )
+
+    @classmethod
+    def balances(cls) -> tuple[str, ...]:
+        """The names of the factors of balance losses."""
+        return tuple(field.name for field in dataclasses.fields(cls) if _BALANCE in field.metadata)
 
     def budget(self, tokens: int) -> int:
         """Most token-expert pairs per group in training: the average load of `tokens` tokens times capacity_factor."""

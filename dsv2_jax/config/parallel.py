@@ -15,6 +15,7 @@ class Mesh:
     depend on the mesh. `parallel/sharding.py` gives the sharding of every array.
     """
 
+    # The axes, outermost first: the last ones are closest on the torus.
     data: int = 1  # replicas of the model; may cross slices that a slower network connects
     pipeline: int = 1  # pipeline stages of the MoE layers
     fsdp: int = -1  # shards of parameters and optimizer state, all-gathered layer by layer
@@ -54,7 +55,7 @@ class Mesh:
         return dataclasses.replace(self, **rest)
 
 
-AXES = ("data", "pipeline", "fsdp", "expert", "context", "tensor")
+AXES = tuple(f.name for f in dataclasses.fields(Mesh) if f.name not in ("shard", "slices"))
 SINGLE = Mesh(fsdp=1)  # one device, without collectives
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import tensorstore as ts
 
 from dsv2_jax.config import check
-from dsv2_jax.parameters import letters
+from dsv2_jax.parameters import letters, per_expert
 from dsv2_jax.training import checkpoint, integrity
 
 Tree = dict[str, dict[str, tuple[int, ...]]]
@@ -199,8 +199,7 @@ def _create(folder: Path, shape: tuple[int, ...], chunk: tuple[int, ...]) -> ts.
 
 def _leading(name: str, shape: tuple[int, ...]) -> int:
     """Number of leading axes for layers and experts, which are separate tensors in Hugging Face files."""
-    dims = letters(name)
-    return len(shape) - len(dims) + dims.startswith("E")
+    return len(shape) - len(letters(name)) + per_expert(name)
 
 
 def _chunk(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,19 +1,18 @@
 """Converts `config.json` to our model config and back: DeepSeek-V2's, and Llama's for grouped-query models.
 
 Writes the released style (`rope_theta` and `rope_scaling`), which all readers support. Also reads the style of
-transformers 5 (`rope_parameters`). Released configs do not give token dropping and two of the three balance losses;
+transformers 5 (`rope_parameters`). Released configs do not give token dropping and no balance loss but the experts';
 these take our defaults.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from dsv2_jax.config import Attention, Model, Moe, Rope, check
+from dsv2_jax.config.model import RouterName
 
 # Settings that our model supports with one value only.
 _FIXED = {
-    "norm_topk_prob": False,
-    "scoring_func": "softmax",
     "moe_layer_freq": 1,
     "tie_word_embeddings": False,
     "attention_bias": False,
@@ -21,6 +20,27 @@ _FIXED = {
     "hidden_act": "silu",
     "quantization_config": None,
 }
+
+
+class HfRouter(NamedTuple):
+    """What `config.json` says about a kind of router. methods: topk_method without and with groups."""
+
+    family: str
+    model_type: str
+    methods: tuple[str, str]
+    settings: dict[str, Any]
+
+
+# The kinds of routers that have an architecture; dense models have that of deepseek.
+_ROUTERS: dict[RouterName, HfRouter] = {
+    "deepseek": HfRouter(
+        "DeepseekV2",
+        "deepseek_v2",
+        ("greedy", "group_limited_greedy"),
+        {"norm_topk_prob": False, "scoring_func": "softmax"},
+    ),
+}
+_KINDS: dict[str, RouterName] = {router.model_type: kind for kind, router in _ROUTERS.items()}
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings")
 _MLA = ("num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 _MOE = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
@@ -35,8 +55,9 @@ def to_hf_config(
     a model without a Hugging Face architecture.
     """
     check(
-        not model.moe_layers or model.moe.router == "deepseek",
-        "moe.router gshard has no Hugging Face architecture; only router deepseek can be exported",
+        not model.moe_layers or model.moe.router in _ROUTERS,
+        f"moe.router {model.moe.router} has no Hugging Face architecture; only router {', '.join(_ROUTERS)} can be "
+        "exported",
     )
     common = {
         "attention_bias": False,
@@ -65,18 +86,17 @@ def from_hf_config(raw: dict[str, Any]) -> Model:
     """
     kind = raw.get("model_type")
     check(
-        kind in ("deepseek_v2", "llama"),
-        f"config.json: model_type is {kind!r}; supported: deepseek_v2, llama",
+        kind in _KINDS or kind == "llama",
+        f"config.json: model_type is {kind!r}; supported: {', '.join(_KINDS)}, llama",
     )
-    for name, only in _FIXED.items():
+    fixed = _FIXED | (_ROUTERS[_KINDS[kind]].settings if kind in _KINDS else {})
+    for name, only in fixed.items():
         check(
             raw.get(name) in (only, None),
             f"config.json: {name} is {raw.get(name)!r}, which is not supported; it must be {only!r}",
         )
     _require(raw, (*_SIZES, "num_attention_heads", "rms_norm_eps"), "config.json")
-    attention, moe = (
-        (_read_mla(raw), _read_moe(raw)) if kind == "deepseek_v2" else (_read_gqa(raw), Moe(n_routed_experts=0))
-    )
+    attention, moe = (_read_mla(raw), _read_moe(raw)) if kind in _KINDS else (_read_gqa(raw), Moe(n_routed_experts=0))
     return Model(
         **{name: raw[name] for name in _SIZES},
         first_k_dense_replace=raw.get("first_k_dense_replace", 0) if moe.n_routed_experts else 0,
@@ -94,6 +114,7 @@ _SCORE = "ForSequenceClassification"  # class name of reward models in transform
 
 def _deepseek(model: Model) -> dict[str, Any]:
     a, m = model.attention, model.moe
+    router = _ROUTERS[m.router if model.moe_layers else "deepseek"]
     experts = {
         "aux_loss_alpha": m.expert_balance,
         "ep_size": 1,
@@ -101,16 +122,15 @@ def _deepseek(model: Model) -> dict[str, Any]:
         **{name: getattr(m, name) for name in _MOE},
         "n_group": m.n_group,
         "n_shared_experts": m.n_shared_experts or None,
-        "norm_topk_prob": False,
         "routed_scaling_factor": m.routed_scaling_factor,
-        "scoring_func": "softmax",
         "seq_aux": True,
         "topk_group": m.topk_group,
-        "topk_method": "greedy" if m.n_group == 1 else "group_limited_greedy",
+        "topk_method": router.methods[m.n_group > 1],
+        **router.settings,
     }
     return {
-        **_architecture("DeepseekV2", model),
-        "model_type": "deepseek_v2",
+        **_architecture(router.family, model),
+        "model_type": router.model_type,
         "first_k_dense_replace": model.dense_layers,
         **{name: getattr(a, name) for name in _MLA},
         "num_key_value_heads": a.num_attention_heads,
@@ -200,15 +220,18 @@ def _read_moe(raw: dict[str, Any]) -> Moe:
     if not raw.get("n_routed_experts") or raw.get("first_k_dense_replace", 0) >= raw["num_hidden_layers"]:
         return Moe(n_routed_experts=0)
     _require(raw, (*_MOE, "routed_scaling_factor"), "config.json")
-    method = raw.get("topk_method", "greedy")
+    kind = _KINDS[raw["model_type"]]
+    methods = _ROUTERS[kind].methods
+    method = raw.get("topk_method", methods[0])
     check(
-        method in ("greedy", "group_limited_greedy"),
-        f"config.json: topk_method is {method!r}; supported: greedy, group_limited_greedy",
+        method in methods,
+        f"config.json: topk_method is {method!r}; supported: {', '.join(dict.fromkeys(methods))}",
     )
-    limited = method == "group_limited_greedy"
+    limited = method == methods[1]
     _require(raw, ("n_group", "topk_group") if limited else (), "config.json")
     return Moe(
         **{name: raw[name] for name in _MOE},
+        router=kind,
         routed_scaling_factor=float(raw["routed_scaling_factor"]),
         n_shared_experts=raw.get("n_shared_experts") or 0,
         n_group=raw["n_group"] if limited else 1,
@@ -236,7 +259,7 @@ def _read_rope(raw: dict[str, Any]) -> Rope:
         mscale_all_dim=float(scaling.get("mscale_all_dim", 0.0)),
     )
     check(
-        raw["model_type"] == "deepseek_v2" or not rope.mscale_all_dim,
+        raw["model_type"] in _KINDS or not rope.mscale_all_dim,
         f"{where}.mscale_all_dim is {rope.mscale_all_dim}; it must be 0 or absent, "
         "because Llama does not scale the softmax",
     )

@@ -116,8 +116,9 @@ def load_params(
 ) -> tuple[Model, dict[str, dict[str, jax.Array]]]:
     """The model of a Hugging Face folder and its parameters: the tree of `parameters.tree`, matrices in `dtype`.
 
-    Parameters of `KEPT_FLOAT32` are float32. With a mesh, they are sharded by `sharding.param_specs`, and a host reads
-    only the shards of its devices; memory holds one more shard at a time. Raises ValueError as `import_` does.
+    Parameters of `parameters.KEPT_FLOAT32` are float32. With a mesh, they are sharded by `sharding.param_specs`, and a
+    host reads only the shards of its devices; memory holds one more shard at a time. Raises ValueError as `import_`
+    does.
     """
     model, found = open_checked(hf)
     sharding.check_model(model, sizes(mesh))

@@ -59,10 +59,7 @@ class Setup:
 
 def check_mesh(sizes: config.Mesh) -> None:
     """Raises ValueError for a mesh on which generation does not run."""
-    config.check(
-        sizes.size("pipeline", "context") == 1,
-        "generation runs on the axes data, fsdp, expert and tensor; mesh.pipeline and mesh.context must be 1",
-    )
+    mesh.check_axes(sizes, (*mesh.BATCH, *mesh.TENSOR), "generation")
 
 
 class StepInputs(NamedTuple):

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from dsv2_jax import parameters
-from dsv2_jax.model.layers import KEPT_FLOAT32
 from pallas_kernels.quantized import Quantized
 
 Weights = Literal["compute", "int8", "float8"]
@@ -28,14 +27,14 @@ def quantize(unstacked: Any, kind: Weights) -> Any:
 @functools.partial(jax.jit, static_argnames=("name", "kind"))
 def leaf(name: str, w: Array, kind: Weights) -> Array | Quantized:
     """Quantizes one parameter of the unstacked tree, if it is a matrix to quantize."""
-    return w if name.startswith(KEPT_FLOAT32) else channelwise(w, contracted(name), kind)
+    return w if name.startswith(parameters.KEPT_FLOAT32) else channelwise(w, contracted(name), kind)
 
 
 def contracted(name: str) -> tuple[int, ...]:
     """The dimensions that the matmul of a parameter contracts; the others are its output channels."""
     if name == "w_o_HVD":
         return 0, 1
-    return (1,) if parameters.letters(name)[0] == "E" else (0,)
+    return (1,) if parameters.per_expert(name) else (0,)
 
 
 def channelwise(w: Array, axes: tuple[int, ...], kind: Weights) -> Quantized:

@@ -12,9 +12,6 @@ from dsv2_jax.config import Model
 from dsv2_jax.ops.matmul import project
 from pallas_kernels.quantized import Quantized, Weight
 
-# The router runs in float32 (section 2.2), and so does a reward model's score. Embedding rows are cast when read.
-KEPT_FLOAT32 = ("norm", "w_router", "w_embed", "w_score")
-
 
 def cast(params: Any, dtype: Any) -> Any:
     """Parameters as matmul operands of `dtype`; norms, router, score and embedding stay float32.
@@ -23,7 +20,7 @@ def cast(params: Any, dtype: Any) -> Any:
     """
 
     def leaf(path: tuple, w: Weight) -> Weight:
-        if isinstance(w, Quantized) or path[-1].key.startswith(KEPT_FLOAT32):
+        if isinstance(w, Quantized) or path[-1].key.startswith(parameters.KEPT_FLOAT32):
             return w
         return w.astype(dtype)
 
@@ -32,14 +29,16 @@ def cast(params: Any, dtype: Any) -> Any:
 
 def stored_dtype(name: str, dtype: Any) -> Any:
     """The dtype of a parameter where matmul operands are `dtype`: float32 for parameters that `cast` leaves alone."""
-    return jnp.dtype(jnp.float32 if name.startswith(KEPT_FLOAT32) else dtype)
+    return jnp.dtype(jnp.float32 if name.startswith(parameters.KEPT_FLOAT32) else dtype)
 
 
 def declare(module: nn.Module, model: Model, names: list[str]) -> dict[str, Array]:
-    """Declares float32 parameters on a Linen module: N(0, initializer_range) (section 3.1.2), norm scales one."""
+    """Declares float32 parameters on a module: `parameters.initial`, else N(0, initializer_range) (section 3.1.2)."""
 
     def initializer(name: str) -> Any:
-        return nn.initializers.ones if name.startswith("norm") else nn.initializers.normal(model.initializer_range)
+        constant = parameters.initial(name)
+        drawn = nn.initializers.normal(model.initializer_range)
+        return drawn if constant is None else nn.initializers.constant(constant)
 
     if not module.is_initializing():  # shapes differ then: shards on a mesh, transposed matrices in generation
         return dict(module.variables["params"])

@@ -37,7 +37,7 @@ def mixture(
     Statistics: those of `router.balance` and `dropped`, the dropped share of the valid token-expert pairs, which add up
     over the devices; and `experts_BTK`.
     """
-    routing = router.route(x_BTD, p["w_router_DE"], moe, tokens.experts_BTK)
+    routing = router.route(x_BTD, p, moe, tokens.experts_BTK)
     valid_BT1, exempt_B = tokens.valid_BT[..., None], tokens.exempt_B
     dropping = exempt_B is not None and moe.capacity_factor > 0
     kept_BTK = jnp.broadcast_to(valid_BT1, routing.experts_BTK.shape)

@@ -1,6 +1,7 @@
 """The router: each token's experts, the losses that balance them, and the pairs a full device drops (section 2.2)."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -8,70 +9,117 @@ import jax.numpy as jnp
 from jax import Array
 
 from dsv2_jax.config import SINGLE, Mesh, Moe
-from dsv2_jax.parallel import collectives, context, expert
-
-LOSSES = ("expert_balance", "device_balance", "communication_balance")  # factors in the config, keys of the metrics
+from dsv2_jax.config.model import RouterName
+from dsv2_jax.parallel import collectives, context
+from dsv2_jax.parallel.mesh import CONTEXT, EXPERT
 
 
 class Routing(NamedTuple):
-    """scores_BTE float32: affinities s_i, which sum to one. experts_BTK int32 and gates_BTK float32: the choice."""
+    """logits_BTE and scores_BTE float32: the router's product, and the affinities s_i, which sum to one.
 
+    experts_BTK int32 and gates_BTK float32: the choice.
+    """
+
+    logits_BTE: Array
     scores_BTE: Array
     experts_BTK: Array
     gates_BTK: Array
 
 
-class SequenceSums(NamedTuple):
-    """Sums over each sequence's valid tokens, float32.
+class RouterKind(NamedTuple):
+    """What the kinds of routers differ in; parameters.ROUTERS has their parameters.
 
-    tokens_B1: their number. counted_BE: choices of an expert (the gshard router counts first choices). scores_BE:
-    affinities. sent_BG: tokens sent to a group.
+    affinities: of the logits [B, T, E], along the last axis. compared: what the top K compares, from affinities and
+    parameters; None for the affinities themselves. of_group: a group's score, from those of its experts along the last
+    axis. normalised: whether gates are divided by their sum over the K chosen. first_choices: whether the expert loss
+    counts only these.
     """
 
+    affinities: Callable[..., Array] = jax.nn.softmax  # eq. 22
+    compared: Callable[[Array, dict[str, Array]], Array] | None = None
+    of_group: Callable[..., Array] = functools.partial(jnp.max, axis=-1)
+    normalised: bool = False
+    first_choices: bool = False
+
+
+KINDS: dict[RouterName, RouterKind] = {
+    "deepseek": RouterKind(),
+    "gshard": RouterKind(normalised=True, first_choices=True),
+}
+
+
+class SequenceMeans(NamedTuple):
+    """What the balance losses are made of: means over each sequence's valid tokens, float32.
+
+    f_BE: choices of an expert, 1 on average (the gshard router counts first choices). p_BE: affinities. f_device_BG,
+    p_BG: of a group's experts, the mean and the sum. f_sent_BG: tokens sent to a group. tokens_B1: number of tokens.
+    """
+
+    routing: Routing
+    valid_BT1: Array
+    mesh: Mesh
     tokens_B1: Array
-    counted_BE: Array
-    scores_BE: Array
-    sent_BG: Array
+    f_BE: Array
+    p_BE: Array
+    f_device_BG: Array
+    p_BG: Array
+    f_sent_BG: Array
+
+    def mean(self, x_BT: Array) -> Array:
+        """The mean of any x float32 [B, T] over each sequence's valid tokens: [B]."""
+        return (_over_time(x_BT[..., None] * self.valid_BT1, self.mesh) / jnp.maximum(self.tokens_B1, 1))[:, 0]
 
 
-def route(x_BTD: Array, w_router_DE: Array, moe: Moe, experts_BTK: Array | None = None) -> Routing:
+# The balance losses of each sequence [B], without their factors, under the names of the factors in the config. The
+# training loss adds up all of them, and the metrics have all of them.
+LOSSES: dict[str, Callable[[SequenceMeans], Array]] = {
+    "expert_balance": lambda s: (s.f_BE * s.p_BE).sum(axis=-1),  # eq. 23
+    "device_balance": lambda s: (s.f_device_BG * s.p_BG).sum(axis=-1),  # eq. 26
+    "communication_balance": lambda s: (s.f_sent_BG * s.p_BG).sum(axis=-1),  # eq. 29
+}
+
+
+def route(x_BTD: Array, p: dict[str, Array], moe: Moe, experts_BTK: Array | None = None) -> Routing:
     """Device-limited top-K routing in float32 (eq. 21 and 22, section 2.2.2).
 
     Experts are chosen from the M groups whose best expert has the highest affinity. A gate is the affinity times
-    `routed_scaling_factor`; the gshard router first normalises it over the K chosen.
+    `routed_scaling_factor`. KINDS says what the kinds of routers change.
 
     Args:
       x_BTD: The FFN's input.
-      w_router_DE: Expert centroids e_i, float32.
+      p: The layer's parameters; of these `w_router_DE`, the expert centroids e_i, float32.
       moe: The settings.
       experts_BTK: A choice made before, which is kept; only gates are computed (routing replay).
     """
-    logits_BTE = jnp.einsum("btd,de->bte", x_BTD.astype(jnp.float32), w_router_DE, precision="highest")
-    scores_BTE = jax.nn.softmax(logits_BTE, axis=-1)  # eq. 22
+    kind = KINDS[moe.router]
+    logits_BTE = jnp.einsum("btd,de->bte", x_BTD.astype(jnp.float32), p["w_router_DE"], precision="highest")
+    scores_BTE = kind.affinities(logits_BTE, axis=-1)  # eq. 22
     if experts_BTK is None:
-        chosen_BTK, experts_BTK = _top_experts(scores_BTE, moe)
+        compared_BTE = kind.compared(scores_BTE, p) if kind.compared else scores_BTE
+        chosen_BTK, experts_BTK = _top_experts(compared_BTE, moe, kind)
     else:
-        experts_BTK = experts_BTK.astype(jnp.int32)
+        experts_BTK, chosen_BTK = experts_BTK.astype(jnp.int32), None
+    if chosen_BTK is None or kind.compared:
         chosen_BTK = jnp.take_along_axis(scores_BTE, experts_BTK, axis=-1)
-    if moe.router == "gshard":
+    if kind.normalised:
         chosen_BTK = chosen_BTK / chosen_BTK.sum(axis=-1, keepdims=True)
-    return Routing(scores_BTE, experts_BTK, chosen_BTK * moe.routed_scaling_factor)  # eq. 21
+    return Routing(logits_BTE, scores_BTE, experts_BTK, chosen_BTK * moe.routed_scaling_factor)  # eq. 21
 
 
-def _top_experts(scores_BTE: Array, moe: Moe) -> tuple[Array, Array]:
-    """Affinities and ids [B, T, K] of the top-K experts in the M groups with the highest maximum (section 2.2.2)."""
+def _top_experts(scores_BTE: Array, moe: Moe, kind: RouterKind) -> tuple[Array, Array]:
+    """Scores and ids [B, T, K] of the top-K experts in the M groups with the highest score (section 2.2.2)."""
     eligible_BTE = scores_BTE
     if moe.topk_group < moe.n_group:
         grouped = scores_BTE.reshape(*scores_BTE.shape[:-1], moe.n_group, -1)
-        _, kept_BTM = jax.lax.top_k(grouped.max(axis=-1), moe.topk_group)
+        _, kept_BTM = jax.lax.top_k(kind.of_group(grouped), moe.topk_group)
         kept_BTG = jax.nn.one_hot(kept_BTM, moe.n_group, dtype=bool).any(axis=-2)
-        eligible_BTE = jnp.where(kept_BTG[..., None], grouped, -1.0).reshape(scores_BTE.shape)
+        eligible_BTE = jnp.where(kept_BTG[..., None], grouped, -jnp.inf).reshape(scores_BTE.shape)
     chosen_BTK, experts_BTK = jax.lax.top_k(eligible_BTE, moe.num_experts_per_tok)
     return chosen_BTK, experts_BTK
 
 
 def balance(routing: Routing, valid_BT: Array, moe: Moe, mesh: Mesh = SINGLE) -> dict[str, Array]:
-    """The three balance losses (section 2.2.3), each averaged over the sequences with valid tokens, and the load.
+    """The losses of LOSSES (section 2.2.3), each averaged over the sequences with valid tokens, and the load.
 
     Returns float32 scalars under the names of LOSSES, factors included, and
     `load_E`, an expert's share of the choices times E, so that 1 is average. Choices count before any is dropped. Each
@@ -79,48 +127,46 @@ def balance(routing: Routing, valid_BT: Array, moe: Moe, mesh: Mesh = SINGLE) ->
     """
     valid_BT1 = valid_BT[..., None].astype(jnp.float32)
     chosen_BTE = jax.nn.one_hot(routing.experts_BTK, moe.n_routed_experts).sum(axis=-2) * valid_BT1
-    sums = _sums(routing, chosen_BTE, valid_BT1, moe, mesh)
-    has_tokens_B = sums.tokens_B1[:, 0] > 0
-    factors = (getattr(moe, name) for name in LOSSES)
-    losses = (
-        collectives.mean_over_sequences(loss_B, has_tokens_B, mesh, scale=factor)
-        for factor, loss_B in zip(factors, sequence_losses(sums, moe), strict=True)
-    )
+    sequences = sequence_means(routing, chosen_BTE, valid_BT1, moe, mesh)
+    has_tokens_B = sequences.tokens_B1[:, 0] > 0
+    losses = {
+        name: collectives.mean_over_sequences(loss(sequences), has_tokens_B, mesh, scale=getattr(moe, name))
+        for name, loss in LOSSES.items()
+    }
     counts_E = chosen_BTE.sum(axis=(0, 1))
     load_E = collectives.fraction_of_tokens(counts_E * moe.n_routed_experts, counts_E.sum(), mesh)
-    return {
-        **dict(zip(LOSSES, losses, strict=True)),
-        "load_E": jax.lax.stop_gradient(load_E),
-    }
+    return {**losses, "load_E": jax.lax.stop_gradient(load_E)}
 
 
-def sequence_losses(sums: SequenceSums, moe: Moe) -> tuple[Array, Array, Array]:
-    """The expert, device and communication loss of each sequence, float32 [B], without their factors (eq. 23 to 31)."""
+def sequence_means(routing: Routing, chosen_BTE: Array, valid_BT1: Array, moe: Moe, mesh: Mesh) -> SequenceMeans:
+    """Means over each sequence's valid tokens. chosen_BTE float32: 1 for the chosen experts of valid tokens."""
     e, g = moe.n_routed_experts, moe.n_group
-    per_token = 1 if moe.router == "gshard" else moe.num_experts_per_tok
-    tokens_B1 = jnp.maximum(sums.tokens_B1, 1)
+    sent_BTG = chosen_BTE.reshape(*chosen_BTE.shape[:2], g, -1).max(axis=-1)
+    counted_BTE, per_token = chosen_BTE, moe.num_experts_per_tok
+    if KINDS[moe.router].first_choices:
+        counted_BTE, per_token = jax.nn.one_hot(routing.experts_BTK[..., 0], e) * valid_BT1, 1
 
-    f_BE = sums.counted_BE * e / (per_token * tokens_B1)  # eq. 24
-    p_BE = sums.scores_BE / tokens_B1  # eq. 25
-    f_device_BG = f_BE.reshape(-1, g, e // g).mean(axis=-1)  # eq. 27
-    p_BG = p_BE.reshape(-1, g, e // g).sum(axis=-1)  # eq. 28 and 31
-    f_sent_BG = sums.sent_BG * g / (moe.topk_group * tokens_B1)  # eq. 30
-
-    return (
-        (f_BE * p_BE).sum(axis=-1),  # eq. 23
-        (f_device_BG * p_BG).sum(axis=-1),  # eq. 26
-        (f_sent_BG * p_BG).sum(axis=-1),  # eq. 29
+    over_time = (valid_BT1, counted_BTE, routing.scores_BTE * valid_BT1, sent_BTG)
+    tokens_B1, counted_BE, scores_BE, sent_BG = (_over_time(x_BT, mesh) for x_BT in over_time)
+    at_least_B1 = jnp.maximum(tokens_B1, 1)
+    f_BE = counted_BE * e / (per_token * at_least_B1)  # eq. 24
+    p_BE = scores_BE / at_least_B1  # eq. 25
+    return SequenceMeans(
+        routing=routing,
+        valid_BT1=valid_BT1,
+        mesh=mesh,
+        tokens_B1=tokens_B1,
+        f_BE=f_BE,
+        p_BE=p_BE,
+        f_device_BG=f_BE.reshape(-1, g, e // g).mean(axis=-1),  # eq. 27
+        p_BG=p_BE.reshape(-1, g, e // g).sum(axis=-1),  # eq. 28 and 31
+        f_sent_BG=sent_BG * g / (moe.topk_group * at_least_B1),  # eq. 30
     )
 
 
-def _sums(routing: Routing, chosen_BTE: Array, valid_BT1: Array, moe: Moe, mesh: Mesh) -> SequenceSums:
-    """Sums over time, over all devices that hold a part of a sequence."""
-    sent_BTG = chosen_BTE.reshape(*chosen_BTE.shape[:2], moe.n_group, -1).max(axis=-1)
-    counted_BTE = chosen_BTE
-    if moe.router == "gshard":
-        counted_BTE = jax.nn.one_hot(routing.experts_BTK[..., 0], moe.n_routed_experts) * valid_BT1
-    over_time = (valid_BT1, counted_BTE, routing.scores_BTE * valid_BT1, sent_BTG)
-    return SequenceSums(*(collectives.add(x_BT.sum(axis=1), context.AXIS, mesh) for x_BT in over_time))
+def _over_time(x_BT: Array, mesh: Mesh) -> Array:
+    """The sum of x [B, T, ...] over time, over all devices that hold a part of a sequence."""
+    return collectives.add(x_BT.sum(axis=1), CONTEXT, mesh)
 
 
 def kept(routing: Routing, valid_BT: Array, exempt_B: Array, moe: Moe, mesh: Mesh = SINGLE) -> Array:
@@ -138,17 +184,17 @@ def kept(routing: Routing, valid_BT: Array, exempt_B: Array, moe: Moe, mesh: Mes
     priority_BTK = jnp.where(valid_BT[..., None], priority_BTK, -1.0)
     group_BTK = routing.experts_BTK // (moe.n_routed_experts // moe.n_group)
 
-    sequences = moe.budget_sequences or b * mesh.expert  # that share a budget
+    sequences = moe.budget_sequences or b * mesh.size(*EXPERT)  # that share a budget
     spread = b % sequences != 0  # over devices of the expert axis
     group, priority = (context.gather(x, mesh) for x in (group_BTK, priority_BTK))
     if spread:
-        group, priority = (collectives.gather(x, expert.AXIS, 0, mesh) for x in (group, priority))
+        group, priority = (collectives.gather(x, EXPERT, 0, mesh) for x in (group, priority))
     shape, runs = group.shape, (-1, sequences * group.shape[1] * k)
     budget = moe.budget(sequences * group.shape[1])
     within = jax.vmap(functools.partial(_within_budget, budget=budget, groups=moe.n_group))
     kept = within(group.reshape(runs), priority.reshape(runs)).reshape(shape)
     if spread:
-        kept = jax.lax.dynamic_slice_in_dim(kept, collectives.index(expert.AXIS, mesh) * b, b)
+        kept = jax.lax.dynamic_slice_in_dim(kept, collectives.index(EXPERT, mesh) * b, b)
     return context.local(kept, mesh) | exempt_B[:, None, None]
 
 

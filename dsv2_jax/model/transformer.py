@@ -25,7 +25,7 @@ from dsv2_jax.ops.matmul import project
 from dsv2_jax.ops.pages import Cache, LayerPages
 from dsv2_jax.ops.switch import Execution, compute_dtype
 from dsv2_jax.parallel import collectives, context, pipeline, sharding
-from dsv2_jax.parallel.mesh import TENSOR
+from dsv2_jax.parallel.mesh import PIPELINE, TENSOR
 
 REMAT = {  # the activations of a layer that are kept for its backward pass, which recomputes all others
     "none": None,
@@ -172,7 +172,7 @@ class Transformer(nn.Module):
         statistics = {}
         for kind, count in self._kinds():
             layer = self._layer(kind, name=kind)
-            if kind == "moe" and self.mesh.pipeline > 1:
+            if kind == "moe" and self.mesh.size(*PIPELINE) > 1:
                 assert experts_LBTK is None, "a pipeline does not replay routing"
                 x_BTD, statistics = self._pipelined(layer, x_BTD, tokens, exempt_B, micro_batches)
             else:
@@ -204,7 +204,7 @@ class Transformer(nn.Module):
         def stage(layer: Layer, x_BTD: Array, inputs: Any) -> tuple[Array, dict[str, Array]]:
             phases, segments_BT, segments_BS, exempt_B = inputs
             micro = PackedTokens(phases, segments_BT, segments_BS)
-            layers = self.model.moe_layers // self.mesh.pipeline
+            layers = self.model.moe_layers // self.mesh.size(*PIPELINE)
             x_BTD, statistics = self._scan(layer, x_BTD, micro, exempt_B, layers)
             return x_BTD, {name: x for name, x in statistics.items() if name != "experts_BTK"}
 

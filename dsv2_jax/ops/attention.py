@@ -18,6 +18,7 @@ from dsv2_jax.ops.formats import Format
 from dsv2_jax.ops.pages import LayerPages, Placement
 from dsv2_jax.ops.switch import Execution, Implementation
 from dsv2_jax.parallel import context
+from dsv2_jax.parallel.mesh import CONTEXT
 from pallas_kernels.latent_attention import CachePages, Sequences, latent_attention, latent_decode
 
 
@@ -110,7 +111,7 @@ _Attend = Callable[[tuple[Array, Array | None], Array, Array | int], Array]
 
 def _over_chunks(attend: _Attend, q: tuple[Array, Array | None], segments_BT: Array, mesh: Mesh) -> Array:
     """`attend` for this device's queries: with context parallelism they are two chunks at different slots."""
-    if mesh.context == 1:
+    if mesh.size(*CONTEXT) == 1:
         return attend(q, segments_BT, 0)
     halves = zip(*(jnp.split(x, 2, axis=1) if x is not None else (None, None) for x in q), strict=True)
     segments, length = jnp.split(segments_BT, 2, axis=1), segments_BT.shape[1] // 2

@@ -11,6 +11,7 @@ from dsv2_jax.ops.cpu.experts import Weights
 from dsv2_jax.ops.switch import Execution
 from dsv2_jax.parallel import expert
 from dsv2_jax.parallel.expert import Bounds, Work
+from dsv2_jax.parallel.mesh import EXPERT
 from pallas_kernels import expert_dispatch
 
 
@@ -62,7 +63,7 @@ def _local_experts(
     if run.implementation == "pallas":
         sizes = {"max_pairs": limits.pairs, "buffer_size": limits.buffer_size}
         return expert_dispatch.grouped_swiglu(x_ND, experts_NK, gates_NK, weights, **sizes)
-    if run.mesh.expert == 1:
+    if run.mesh.size(*EXPERT) == 1:
         return cpu.grouped_swiglu(x_ND, experts_NK, gates_NK, weights)
     # Products of blocks read rows that no device sent, of x here and of the gradient in the backward pass.
     sent_N1 = (experts_NK < limits.own).any(axis=1, keepdims=True)

@@ -18,6 +18,7 @@ from dsv2_jax.ops import formats
 from dsv2_jax.ops.cpu.matmul import from_bits, to_bits
 from dsv2_jax.ops.formats import Format
 from dsv2_jax.ops.switch import Implementation
+from dsv2_jax.parallel.mesh import TENSOR
 from pallas_kernels.latent_attention import packing
 
 # {"latent_LKC", "rope_LRK"} for MLA, {"key_LKJR", "value_LKJV"} for GQA; int8 and int6 add "scales_L1K" or "scales_LKJ"
@@ -65,7 +66,7 @@ def empty(model: Model, mesh: Mesh, pages: int, slots: int, form: Format, dtype:
         }
         scales = {"scales_L1K": (pages, 1, slots)}
     else:
-        heads = a.num_key_value_heads // mesh.tensor
+        heads = a.num_key_value_heads // mesh.size(*TENSOR)
         sizes = {
             "key_LKJR": (pages, slots, heads, packing.width(a.qk_rope_head_dim, stored)),
             "value_LKJV": (pages, slots, heads, packing.width(a.v_head_dim, stored)),

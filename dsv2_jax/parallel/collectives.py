@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from dsv2_jax.config import Mesh
-from dsv2_jax.parallel.mesh import BATCH, SAME_SEQUENCES, TOKENS, platform
+from dsv2_jax.parallel.mesh import BATCH, SAME_SEQUENCES, TENSOR, TOKENS, platform
 
 Axes = tuple[str, ...]
 
@@ -67,7 +67,7 @@ def fraction_of_tokens(count: Array, total: Array, mesh: Mesh) -> Array:
 
     Devices of the tensor axis count the same tokens. The parts add up over the mesh.
     """
-    return count / (jnp.maximum(add(total, TOKENS, mesh), 1) * mesh.tensor)
+    return count / (jnp.maximum(add(total, TOKENS, mesh), 1) * mesh.size(*TENSOR))
 
 
 def _present(axes: Axes, mesh: Mesh) -> Axes:

@@ -11,8 +11,7 @@ from jax import Array
 
 from dsv2_jax.config import Mesh
 from dsv2_jax.parallel import collectives
-
-AXIS = ("context",)
+from dsv2_jax.parallel.mesh import CONTEXT
 
 
 def order(length: int, devices: int) -> np.ndarray:
@@ -25,23 +24,23 @@ def order(length: int, devices: int) -> np.ndarray:
 
 def gather(x_BT: Array, mesh: Mesh) -> Array:
     """The positions of all devices in text order, [B, S, ...], given this device's [B, T, ...]."""
-    if mesh.context == 1:
+    if mesh.size(*CONTEXT) == 1:
         return x_BT
-    gathered = collectives.gather(x_BT, AXIS, 1, mesh)
-    parts = jnp.split(gathered, 2 * mesh.context, axis=1)
+    gathered = collectives.gather(x_BT, CONTEXT, 1, mesh)
+    parts = jnp.split(gathered, 2 * mesh.size(*CONTEXT), axis=1)
     return jnp.concatenate([*parts[0::2], *parts[1::2][::-1]], axis=1)
 
 
 def local(x_BS: Array, mesh: Mesh) -> Array:
     """The inverse of `gather`: this device's two chunks of [B, S, ...], as [B, T, ...]."""
-    if mesh.context == 1:
+    if mesh.size(*CONTEXT) == 1:
         return x_BS
-    parts = jnp.stack(jnp.split(x_BS, 2 * mesh.context, axis=1))
+    parts = jnp.stack(jnp.split(x_BS, 2 * mesh.size(*CONTEXT), axis=1))
     first, last = chunks(mesh)
     return jnp.concatenate([parts[first], parts[last]], axis=1)
 
 
 def chunks(mesh: Mesh) -> tuple[Array | int, Array | int]:
     """The numbers of this device's two chunks, int32."""
-    i = collectives.index(AXIS, mesh)
-    return i, 2 * mesh.context - 1 - i
+    i = collectives.index(CONTEXT, mesh)
+    return i, 2 * mesh.size(*CONTEXT) - 1 - i

@@ -21,10 +21,9 @@ from jax.experimental.xla_metadata import set_xla_metadata
 
 from dsv2_jax.config import Mesh, Moe
 from dsv2_jax.parallel import collectives
-from dsv2_jax.parallel.mesh import platform
+from dsv2_jax.parallel.mesh import CONTEXT, EXPERT, platform
 from pallas_kernels.common import LANES
 
-AXIS = ("expert",)
 _FEW_PAIRS = 32_768  # their rows take a third of a GiB at V2's width, which is cheaper than reading the weights twice
 
 Experts = Callable[[Array, Array, Array], Array]  # (x_ND, experts_NK, gates_NK) -> y_ND, of this device's experts
@@ -72,16 +71,16 @@ def bounds(moe: Moe, mesh: Mesh, b: int, t: int, *, dropping: bool) -> Bounds:
     group's pairs, exempt sequences included. These alone exceed the budget only if their share times D is above the
     capacity factor. The buffer holds a quarter more pairs than a balanced router sends, and never few.
     """
-    own, k = moe.n_routed_experts // mesh.expert, moe.num_experts_per_tok
+    own, k = moe.n_routed_experts // mesh.size(*EXPERT), moe.num_experts_per_tok
     # A token's K experts lie in M groups, each on its own run of devices.
-    devices = min(k, mesh.expert, moe.topk_group * math.ceil(mesh.expert / moe.n_group))
-    sequences, length = b * mesh.expert, t * mesh.context
+    devices = min(k, mesh.size(*EXPERT), moe.topk_group * math.ceil(mesh.size(*EXPERT) / moe.n_group))
+    sequences, length = b * mesh.size(*EXPERT), t * mesh.size(*CONTEXT)
     pairs = sequences * t * min(k, own)
     if dropping:
         together = moe.budget_sequences or sequences
         exempt = math.ceil(moe.exempt_fraction * together) * length * k
         budget = sequences // together * max(moe.budget(together * length), exempt)
-        pairs = min(pairs, budget * max(1, moe.n_group // mesh.expert))
+        pairs = min(pairs, budget * max(1, moe.n_group // mesh.size(*EXPERT)))
     buffer_size = max(b * t * k * 5 // 4, _FEW_PAIRS)
     return Bounds(own=own, devices=devices, rows=min(sequences * t, pairs), pairs=pairs, buffer_size=buffer_size)
 
@@ -115,11 +114,11 @@ def dispatch(
     """
     own = limits.own
     out, back = overlap or (None, None)
-    if mesh.expert <= limits.devices:  # includes a single device
-        x, gates, ids = (collectives.gather(a, AXIS, 0, mesh) for a in (x_ND, gates_NK, experts_NK))
-        y = experts(x, _local(ids, collectives.index(AXIS, mesh), own), gates)
+    if mesh.size(*EXPERT) <= limits.devices:  # includes a single device
+        x, gates, ids = (collectives.gather(a, EXPERT, 0, mesh) for a in (x_ND, gates_NK, experts_NK))
+        y = experts(x, _local(ids, collectives.index(EXPERT, mesh), own), gates)
         overlapped = back.function(out.function(*out.arguments), *back.arguments) if out and back else None
-        return collectives.scatter(y, AXIS, 0, mesh), overlapped
+        return collectives.scatter(y, EXPERT, 0, mesh), overlapped
     transfer = plan_transfer(experts_NK // own, limits.devices, mesh)
     # On TPU a row that travels must be contiguous, so each row is tiles of its own, [.., D / 128, 128], from its gather
     # to the sum at home. XLA would lay a matrix out as [P, 2, D / 2], which makes each access ten times as slow.
@@ -135,7 +134,7 @@ def dispatch(
     x_SCL, overlapped = lax.optimization_barrier(arrived)
     x_SD = _retile(x_SCL, (limits.rows, x_ND.shape[1]))
     gates_SK, ids_SK = jnp.split(notes_SK, 2, axis=1)
-    came_S1 = jnp.arange(limits.rows)[:, None] < transfer.sizes_XX[:, lax.axis_index(AXIS)].sum()
+    came_S1 = jnp.arange(limits.rows)[:, None] < transfer.sizes_XX[:, lax.axis_index(EXPERT)].sum()
     y_SD = experts(x_SD, jnp.where(came_S1, ids_SK, own).astype(jnp.int32), gates_SK)
     with set_xla_metadata(_scheduling_group_id=str(2 * layer + 1)):
         arrived = exchange(_retile(y_SD, x_SCL.shape), transfer.sizes_XX.T, len(rows_PCL)), _run(back, overlapped)
@@ -174,7 +173,7 @@ def _local(ids: Array, device: Array | int, own: int) -> Array:
 
 def plan_transfer(devices_NK: Array, copies: int, mesh: Mesh) -> Transfer:
     """This device's transfer, given the device of each choice, X or more for none; `copies`: devices of a token."""
-    n, x = devices_NK.shape[0], mesh.expert
+    n, x = devices_NK.shape[0], mesh.size(*EXPERT)
     sends_NX = (devices_NK[:, :, None] == jnp.arange(x)).any(axis=1)
     counts_X = sends_NX.sum(axis=0, dtype=jnp.int32)
     ends_X = jnp.cumsum(counts_X)
@@ -190,7 +189,7 @@ def plan_transfer(devices_NK: Array, copies: int, mesh: Mesh) -> Transfer:
         devices_P=(row_P[:, None] >= ends_X).sum(axis=1, dtype=jnp.int32),
         rows_NR=jnp.sum(copy_NXR * rows_NX[:, :, None], axis=1),
         sent_NR=copy_NXR.any(axis=1),
-        sizes_XX=lax.all_gather(counts_X, AXIS),
+        sizes_XX=lax.all_gather(counts_X, EXPERT),
     )
 
 
@@ -240,15 +239,15 @@ _exchange.defvjp(lambda buffer_rows, _, rows, sizes: (_move(rows, sizes, buffer_
 
 
 def _move(rows_PD: Array, sizes_XX: Array, buffer_rows: int) -> Array:
-    me = lax.axis_index(AXIS)
+    me = lax.axis_index(EXPERT)
     sent_XX = jnp.cumsum(sizes_XX, axis=1) - sizes_XX  # the start of each run among the sender's rows
     landed_XX = jnp.cumsum(sizes_XX, axis=0) - sizes_XX  # and among the receiver's
     if platform() != "cpu":
         runs = (sent_XX[me], sizes_XX[me], landed_XX[me], sizes_XX[:, me])
         empty = lax.empty((buffer_rows, *rows_PD.shape[1:]), rows_PD.dtype)
-        return lax.ragged_all_to_all(rows_PD, empty, *runs, axis_name=AXIS[0])
+        return lax.ragged_all_to_all(rows_PD, empty, *runs, axis_name=EXPERT[0])
     # XLA's CPU backend has no ragged transfer: each device gathers all rows and picks its own.
-    everything_XPD = lax.all_gather(rows_PD, AXIS)
+    everything_XPD = lax.all_gather(rows_PD, EXPERT)
     row_S = jnp.arange(buffer_rows, dtype=jnp.int32)
     ends_X = landed_XX[:, me] + sizes_XX[:, me]
     sender_S = (row_S[:, None] >= ends_X).sum(axis=1)

@@ -12,27 +12,34 @@ from jax.experimental import mesh_utils
 from dsv2_jax import config
 from dsv2_jax.config import AXES, check
 
-BATCH = ("data", "fsdp", "expert")  # split a batch's sequences, in this order
-TOKENS = (*BATCH, "context")  # split its tokens
-TENSOR = ("tensor",)  # splits heads, vocabulary and FFN widths
-SAME_SEQUENCES = ("context", "tensor")  # whose devices hold the same sequences
+# What the axes split. Other code names these groups and no axis, so a new axis joins its groups here.
+BATCH = ("data", "fsdp", "expert")  # a batch's sequences, in this order
+EXPERT = ("expert",)  # routed experts
+CONTEXT = ("context",)  # positions of a sequence
+PIPELINE = ("pipeline",)  # MoE layers
+TENSOR = ("tensor",)  # heads, vocabulary and FFN widths
+TOKENS = (*BATCH, *CONTEXT)  # a batch's tokens
+STORAGE = ("fsdp", "context")  # the model and latent dimensions of stored parameters
+ACROSS_SLICES = ("data", "pipeline")  # the first of these that fits runs across slices
+SAME_SEQUENCES = (*CONTEXT, *TENSOR)  # devices of a stage that hold the same sequences
+SAME_BATCH = tuple(axis for axis in AXES if axis not in BATCH)  # devices of all stages that hold the same sequences
 
 
 def make(wanted: config.Mesh, devices: list[Any] | None = None) -> jax.sharding.Mesh | None:
     """The mesh of these devices (by default all), with the last axes closest on the torus; None for a single device.
 
-    Each slice has the layout of a single one. The data axis, or else the pipeline axis, runs across slices: nothing
+    Each slice has the layout of a single one. The first axis of ACROSS_SLICES that fits runs across slices: nothing
     else crosses the slow network between them. Raises ValueError if the sizes do not fit the devices or their slices.
     """
     devices = jax.devices() if devices is None else devices
     shape = wanted.resolve(len(devices)).sizes()
     if len(devices) == 1:
         return None
-    across = next((axis for axis in ("data", "pipeline") if shape[axis] % wanted.slices == 0), "")
+    across = next((axis for axis in ACROSS_SLICES if shape[axis] % wanted.slices == 0), "")
     check(
         bool(across),
-        f"mesh.slices ({wanted.slices}) must divide mesh.data ({shape['data']}) or mesh.pipeline "
-        f"({shape['pipeline']}): only these may run across slices",
+        f"mesh.slices ({wanted.slices}) must divide "
+        f"{' or '.join(f'mesh.{axis} ({shape[axis]})' for axis in ACROSS_SLICES)}: only these may run across slices",
     )
     inside = {**shape, across: shape[across] // wanted.slices}
     arrays = [_lay_out(inside, group) for group in _slices(devices, wanted.slices)]
@@ -114,6 +121,20 @@ def _blocks(extents: Sequence[int], size: int) -> list[tuple[int, ...]]:
     """The boxes of `size` positions whose sides divide the extents."""
     divisors = ([n for n in range(1, extent + 1) if extent % n == 0] for extent in extents)
     return [block for block in itertools.product(*divisors) if math.prod(block) == size]
+
+
+def check_axes(sizes: config.Mesh, axes: Sequence[str], what: str) -> None:
+    """Raises ValueError if an axis other than `axes` has more than one device. what: what runs on these axes only."""
+    others = [axis for axis in AXES if axis not in axes]
+    check(
+        sizes.size(*others) == 1,
+        f"{what} runs on the axes {_listed([axis for axis in AXES if axis in axes])}; "
+        f"{_listed([f'mesh.{axis}' for axis in others])} must be 1",
+    )
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def sizes(mesh: jax.sharding.Mesh | None) -> config.Mesh:

@@ -18,8 +18,7 @@ from jax import Array, lax
 
 from dsv2_jax.config import Mesh
 from dsv2_jax.parallel import collectives
-
-AXIS = ("pipeline",)
+from dsv2_jax.parallel.mesh import PIPELINE
 
 # (module, x_BTD, per-micro-batch inputs) -> (y_BTD, statistics): this device's layers on one micro-batch
 Stage = Callable[[Any, Array, Any], tuple[Array, dict[str, Array]]]
@@ -31,8 +30,8 @@ def run(stage: Stage, layer: nn.Module, x_ABTD: Array, inputs_A: Any, mesh: Mesh
     inputs_A: The other inputs of a stage, each leaf with a leading A. Statistics are this device's, summed over the
     micro-batches.
     """
-    micro_batches, stages = x_ABTD.shape[0], mesh.pipeline
-    stage_index = lax.axis_index(AXIS)
+    micro_batches, stages = x_ABTD.shape[0], mesh.size(*PIPELINE)
+    stage_index = lax.axis_index(PIPELINE)
 
     def tick(layer: Any, carry: tuple[Array, Array], t: Array) -> tuple[tuple[Array, Array], dict[str, Array]]:
         x_BTD, done_ABTD = carry
@@ -42,21 +41,22 @@ def run(stage: Stage, layer: nn.Module, x_ABTD: Array, inputs_A: Any, mesh: Mesh
         y_BTD, figures = stage(layer, x_BTD, jax.tree.map(lambda leaf: leaf[i], inputs_A))
         figures = {name: jnp.where(works, figure, 0) for name, figure in figures.items()}
         done_ABTD = done_ABTD.at[i].set(jnp.where(works & (stage_index == stages - 1), y_BTD, done_ABTD[i]))
-        return (lax.ppermute(y_BTD, AXIS[0], [(s, s + 1) for s in range(stages - 1)]), done_ABTD), figures
+        return (lax.ppermute(y_BTD, PIPELINE[0], [(s, s + 1) for s in range(stages - 1)]), done_ABTD), figures
 
     ticks = nn.scan(tick, variable_broadcast="params", split_rngs={"params": False})
     start = (jnp.zeros_like(x_ABTD[0]), jnp.zeros_like(x_ABTD))
     (_, done_ABTD), figures = ticks(layer, start, jnp.arange(micro_batches + stages - 1))
-    return collectives.scatter(done_ABTD, AXIS, 2, mesh), {name: figure.sum(axis=0) for name, figure in figures.items()}
+    statistics = {name: figure.sum(axis=0) for name, figure in figures.items()}
+    return collectives.scatter(done_ABTD, PIPELINE, 2, mesh), statistics
 
 
 def part(x_BT: Array, mesh: Mesh) -> Array:
     """This stage's part of the positions of [B, T, ...], as `run` returns them."""
-    size = x_BT.shape[1] // mesh.pipeline
-    return lax.dynamic_slice_in_dim(x_BT, collectives.index(AXIS, mesh) * size, size, 1)
+    size = x_BT.shape[1] // mesh.size(*PIPELINE)
+    return lax.dynamic_slice_in_dim(x_BT, collectives.index(PIPELINE, mesh) * size, size, 1)
 
 
 def all_layers(x_L: Array, mesh: Mesh) -> Array:
     """Figures of this device's layers among those of all stages, with 0 for other layers: parts that add up."""
-    all_L = jnp.zeros((x_L.shape[0] * mesh.pipeline, *x_L.shape[1:]), x_L.dtype)
-    return lax.dynamic_update_slice_in_dim(all_L, x_L, collectives.index(AXIS, mesh) * x_L.shape[0], 0)
+    all_L = jnp.zeros((x_L.shape[0] * mesh.size(*PIPELINE), *x_L.shape[1:]), x_L.dtype)
+    return lax.dynamic_update_slice_in_dim(all_L, x_L, collectives.index(PIPELINE, mesh) * x_L.shape[0], 0)

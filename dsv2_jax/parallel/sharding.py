@@ -18,7 +18,7 @@ from dsv2_jax import parameters
 from dsv2_jax.config import AXES, Mesh, Model, check
 from dsv2_jax.parallel import collectives
 from dsv2_jax.parallel.collectives import Axes
-from dsv2_jax.parallel.mesh import BATCH
+from dsv2_jax.parallel.mesh import BATCH, CONTEXT, EXPERT, PIPELINE, STORAGE, TENSOR
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,18 +30,18 @@ class Rules:
     """
 
     batch: Axes = BATCH
-    time: Axes = ("context",)
-    layers: Axes = ("pipeline",)
-    experts: Axes = ("expert",)
-    model: Axes = ("fsdp", "context")
-    query_latent: Axes = ("fsdp", "context")
-    kv_latent: Axes = ("fsdp", "context")
-    heads: Axes = ("tensor", "expert")
-    kv_heads: Axes = ("tensor",)
-    vocabulary: Axes = ("tensor", "expert")
-    dense_width: Axes = ("tensor", "expert")
-    shared_width: Axes = ("tensor", "expert")
-    expert_width: Axes = ("tensor",)
+    time: Axes = CONTEXT
+    layers: Axes = PIPELINE
+    experts: Axes = EXPERT
+    model: Axes = STORAGE
+    query_latent: Axes = STORAGE
+    kv_latent: Axes = STORAGE
+    heads: Axes = (*TENSOR, *EXPERT)
+    kv_heads: Axes = TENSOR
+    vocabulary: Axes = (*TENSOR, *EXPERT)
+    dense_width: Axes = (*TENSOR, *EXPERT)
+    shared_width: Axes = (*TENSOR, *EXPERT)
+    expert_width: Axes = TENSOR
     nope: Axes = ()
     rope: Axes = ()
     value: Axes = ()
@@ -64,9 +64,9 @@ RULES = Rules()
 
 def is_storage(name: str, axis: str, dim: int) -> bool:
     """Whether `axis` over dimension `dim` of a layer's parameter splits its storage and not the computation."""
-    if axis == "tensor":
+    if axis in TENSOR:
         return name == "w_embed_WD"  # rows are looked up, not multiplied
-    return not (axis == "expert" and dim == 0 and parameters.letters(name)[0] == "E")
+    return not (axis in EXPERT and dim == 0 and parameters.per_expert(name))
 
 
 def split(name: str, model: Model, mesh: Mesh, rules: Rules = RULES) -> tuple[Axes, ...]:
@@ -99,7 +99,7 @@ def spec(part: str, name: str, model: Model, mesh: Mesh, *, stored: bool = True)
         for i, axes in enumerate(split(name, model, mesh))
     ]
     if part in ("dense", "moe"):
-        pipeline = RULES.layers if part == "moe" and mesh.pipeline > 1 else ()
+        pipeline = RULES.layers if part == "moe" and mesh.size(*PIPELINE) > 1 else ()
         dims.insert(0, pipeline)
     return PartitionSpec(*(axes or None for axes in dims))
 
@@ -158,7 +158,7 @@ def reduce_gradients(gradients: dict, model: Model, mesh: Mesh) -> dict:
         if mesh.shard == "optimizer":
             for i, axes in enumerate(splits):
                 g = collectives.scatter(g, _storage(name, axes, i), lead + i, mesh)
-        split_over = {axis for axes in splits for axis in axes} | ({"pipeline"} if part == "moe" else set())
+        split_over = {axis for axes in splits for axis in axes} | (set(RULES.layers) if part == "moe" else set())
         return collectives.add(g, tuple(axis for axis in AXES if axis not in split_over), mesh)
 
     return _named(leaf, gradients)
@@ -168,7 +168,7 @@ def sum_of_squares(gradients: dict, model: Model, mesh: Mesh) -> Array:
     """The sum of squares of reduced gradients, each number counted once: float32 [], on all devices."""
 
     def leaf(part: str, name: str, g: Array) -> Array:
-        axes = [axis for axes in split(name, model, mesh) for axis in axes] + ["pipeline"] * (part == "moe")
+        axes = [axis for axes in split(name, model, mesh) for axis in axes] + [*RULES.layers] * (part == "moe")
         copies = mesh.size(*AXES) // mesh.size(*axes)
         return jnp.sum(jnp.square(g.astype(jnp.float32))) / copies
 
@@ -217,7 +217,7 @@ def check_model(model: Model, mesh: Mesh) -> None:
     """Raises ValueError if a mesh of these sizes cannot hold the model."""
     param_specs(model, mesh)
     check(
-        mesh.pipeline == 1 or model.moe_layers % mesh.pipeline == 0,
+        model.moe_layers % mesh.size(*PIPELINE) == 0,
         f"mesh.pipeline ({mesh.pipeline}) must divide the {model.moe_layers} MoE layers into equal stages",
     )
     check(
@@ -231,15 +231,17 @@ def check_batch(rows: int, length: int, model: Model, mesh: Mesh, dropping: bool
 
     Budgets bind only with `dropping`, not in evaluation.
     """
-    devices, axes = mesh.size(*BATCH), " x ".join(f"mesh.{axis}" for axis in BATCH)
+    devices, names = mesh.size(*BATCH), " x ".join(f"mesh.{axis}" for axis in BATCH)
     check(
         rows % devices == 0,
-        f"the {rows} sequences of a micro-batch must be a multiple of {axes} = {devices}",
+        f"the {rows} sequences of a micro-batch must be a multiple of {names} = {devices}",
     )
-    parts = (2 * mesh.context if mesh.context > 1 else 1) * mesh.pipeline
+    contexts, axes = mesh.size(*CONTEXT), (*CONTEXT, *PIPELINE)
+    parts = (2 * contexts if contexts > 1 else 1) * mesh.size(*PIPELINE)
     check(
         length % parts == 0,
-        f"the length of a sequence ({length}) must be a multiple of {parts}, for mesh.context and mesh.pipeline",
+        f"the length of a sequence ({length}) must be a multiple of {parts}, for "
+        f"{' and '.join(f'mesh.{axis}' for axis in axes)}",
     )
     m = model.moe
     together = rows // mesh.size(*(axis for axis in BATCH if axis not in RULES.experts))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from dsv2_jax.config import Config, Model
 from dsv2_jax.inference.engine import Capacity
-from dsv2_jax.parallel.mesh import BATCH
+from dsv2_jax.parallel.mesh import BATCH, CONTEXT
 from dsv2_jax.plan import hlo, timeline
 from dsv2_jax.plan.compile import Topology
 from dsv2_jax.plan.kernels import KernelCalls, KernelTimes
@@ -176,7 +176,7 @@ def estimate(
         simulated = timeline.simulate(module, torus, kernels.seconds, unknown_loop_seconds=pages, fastest_branch=True)
         assumption, tokens = f"each takes the time to read its pages from HBM, {pages * 1e3:.3f} ms", batch.size
     else:
-        kernels = KernelTimes(config, topology.kind, say, sequences * batch.length // mesh.context)
+        kernels = KernelTimes(config, topology.kind, say, sequences * batch.length // mesh.size(*CONTEXT))
         # With the kernels, only loops over the pairs in excess of a balanced router's depend on data.
         xla = config.compute.kernels == "xla"
         simulated = timeline.simulate(module, torus, kernels.seconds, unknown_loop_seconds=None if xla else 0.0)

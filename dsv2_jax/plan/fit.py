@@ -10,7 +10,7 @@ from dsv2_jax.alignment import sampler, verifiers
 from dsv2_jax.config import Config, Mesh, check
 from dsv2_jax.inference.engine import Capacity
 from dsv2_jax.ops import switch
-from dsv2_jax.parallel.mesh import BATCH
+from dsv2_jax.parallel.mesh import BATCH, CONTEXT, EXPERT, STORAGE, TENSOR
 from dsv2_jax.plan.compile import Topology, laid_out
 from dsv2_jax.plan.estimate import Estimate, Planner, model_flops
 from dsv2_jax.plan.program import Work
@@ -107,16 +107,17 @@ def guess(config: Config, topology: Topology) -> Guess:
     model, mesh, chip = config.model, config.mesh, topology.chip
     moe, width = model.moe, model.hidden_size
     micro_size = config.batch.micro_size or config.batch.size
-    tokens = micro_size // mesh.size(*BATCH) * config.batch.length // mesh.context  # of a device
+    tokens = micro_size // mesh.size(*BATCH) * config.batch.length // mesh.size(*CONTEXT)  # of a device
     micro_batches = config.batch.size // micro_size
     total = parameters.count(model)
     experts = model.moe_layers * 3 * moe.n_routed_experts * width * moe.moe_intermediate_size
-    gathered = (experts / mesh.expert + total - experts) / mesh.tensor * (1 - 1 / max(1, mesh.fsdp * mesh.context))
-    copies = min(mesh.expert - 1, moe.topk_group if mesh.expert > moe.num_experts_per_tok else mesh.expert - 1)
-    dispatched = 5 * model.moe_layers * copies * tokens * width if mesh.expert > 1 else 0
-    reduced = 6 * 2 * model.num_hidden_layers * tokens * width if mesh.tensor > 1 else 0
+    groups, tensor = mesh.size(*EXPERT), mesh.size(*TENSOR)
+    gathered = (experts / groups + total - experts) / tensor * (1 - 1 / max(1, mesh.size(*STORAGE)))
+    copies = min(groups - 1, moe.topk_group if groups > moe.num_experts_per_tok else groups - 1)
+    dispatched = 5 * model.moe_layers * copies * tokens * width if groups > 1 else 0
+    reduced = 6 * 2 * model.num_hidden_layers * tokens * width if tensor > 1 else 0
     recompute = 4 / 3 if config.compute.remat == "full" else 7 / 6
-    flops = model_flops(model, config.batch.length) * tokens / mesh.tensor * recompute
+    flops = model_flops(model, config.batch.length) * tokens / tensor * recompute
     stored = _STORED[config.compute.remat] * model.num_hidden_layers * tokens * width * 2
     return Guess(
         config=config,

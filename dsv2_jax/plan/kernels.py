@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from dsv2_jax.config import Config
+from dsv2_jax.parallel.mesh import EXPERT, TENSOR
 from dsv2_jax.plan import hlo, timeline
 from dsv2_jax.plan.compile import cache_folder, sources
 from pallas_kernels.chips import CHIPS, Chip
@@ -127,7 +128,7 @@ class KernelTimes:
         config, a, moe = self._config, self._config.model.attention, self._config.model.moe
         if op.startswith(_DECODE):
             return shapes.LatentDecode(
-                heads=a.num_attention_heads // config.mesh.tensor,
+                heads=a.num_attention_heads // config.mesh.size(*TENSOR),
                 latent=a.kv_lora_rank,
                 rope=a.qk_rope_head_dim,
                 sequences=_SEQUENCES,
@@ -135,10 +136,10 @@ class KernelTimes:
                 page=_PAGE,
             )
         if op == _ATTENTION:
-            heads, mla = a.num_attention_heads // config.mesh.tensor, a.kind == "mla"
+            heads, mla = a.num_attention_heads // config.mesh.size(*TENSOR), a.kind == "mla"
             return shapes.LatentAttention(
                 heads=heads,
-                kv_heads=heads if mla else a.num_key_value_heads // config.mesh.tensor,
+                kv_heads=heads if mla else a.num_key_value_heads // config.mesh.size(*TENSOR),
                 nope=a.qk_nope_head_dim if mla else a.qk_rope_head_dim,
                 rope=a.qk_rope_head_dim if mla else 0,
                 value=a.v_head_dim,
@@ -148,9 +149,9 @@ class KernelTimes:
             tokens=self._rows // moe.num_experts_per_tok,
             active=moe.num_experts_per_tok,
             rows=self._rows,
-            experts=moe.n_routed_experts // config.mesh.expert,
+            experts=moe.n_routed_experts // config.mesh.size(*EXPERT),
             hidden=_padded(config.model.hidden_size),
-            width=_padded(moe.moe_intermediate_size // config.mesh.tensor),
+            width=_padded(moe.moe_intermediate_size // config.mesh.size(*TENSOR)),
         )
 
     def at_peak(self, simulated: timeline.Timeline) -> float:

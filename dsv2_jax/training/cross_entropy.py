@@ -65,7 +65,7 @@ def _logits(h_ND: Array, w_DW: Array, mesh: Mesh) -> tuple[Array, Array]:
     """(this device's logits, log-sum-exp over the full vocabulary)."""
     logits_NW = dot(h_ND, w_DW)
     lse_N = jax.nn.logsumexp(logits_NW, axis=-1)
-    if mesh.tensor > 1:
+    if mesh.size(*TENSOR) > 1:
         lse_N = jax.nn.logsumexp(collectives.gather(lse_N[None], TENSOR, 0, mesh), axis=0)
     return logits_NW, lse_N
 
@@ -78,7 +78,7 @@ def _own(targets_N: Array, w_DW: Array, mesh: Mesh) -> Array:
 def _nll(logits_NW: Array, lse_N: Array, targets_N: Array, weights_N: Array, mesh: Mesh) -> Array:
     hit_N = (targets_N >= 0) & (targets_N < logits_NW.shape[1])
     chosen_N = jnp.take_along_axis(logits_NW, targets_N[:, None], axis=1, mode="clip")[:, 0]
-    return jnp.sum(weights_N * (lse_N / mesh.tensor - jnp.where(hit_N, chosen_N, 0)))
+    return jnp.sum(weights_N * (lse_N / mesh.size(*TENSOR) - jnp.where(hit_N, chosen_N, 0)))
 
 
 def _fwd(

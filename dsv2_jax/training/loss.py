@@ -5,11 +5,10 @@ from typing import Any
 from jax import Array
 
 from dsv2_jax.config import Config
-from dsv2_jax.model import transformer
+from dsv2_jax.model import router, transformer
 from dsv2_jax.parallel import pipeline
+from dsv2_jax.parallel.mesh import PIPELINE, TENSOR
 from dsv2_jax.training.cross_entropy import cross_entropy
-
-BALANCES = ("expert_balance", "device_balance", "communication_balance")
 
 
 def loss(
@@ -27,7 +26,7 @@ def loss(
     batch leaves are [B, T]. exempt_B bool: sequences without token dropping; None: no tokens are dropped. total_weight:
     the sum of the step's weights. share: 1 / (number of calls). micro_batches: the number of micro-batches in the rows,
     for a pipeline. Metrics are float32 and weighted: `nll` in nats per token, `tokens` (targets) and `bytes` (their
-    UTF-8 bytes); with experts also the three balance losses summed over layers, `dropped` (share of token-expert pairs)
+    UTF-8 bytes); with experts also the balance losses summed over layers, `dropped` (share of token-expert pairs)
     and `load_LE` (an expert's share of the choices, times E).
     """
     model, mesh = config.model, config.mesh
@@ -40,7 +39,7 @@ def loss(
         exempt_B=exempt_B,
         micro_batches=micro_batches,
     )
-    if mesh.pipeline > 1:
+    if mesh.size(*PIPELINE) > 1:
         batch = {name: pipeline.part(leaf, mesh) for name, leaf in batch.items()}
     nll: Array = cross_entropy(
         out.hidden_BTD.reshape(-1, model.hidden_size),
@@ -52,8 +51,8 @@ def loss(
     )
     metrics = {
         "nll": nll / total_weight,
-        "tokens": batch["weights_BT"].sum() / mesh.tensor,
-        "bytes": (batch["weights_BT"] * batch["bytes_BT"]).sum() / mesh.tensor,
+        "tokens": batch["weights_BT"].sum() / mesh.size(*TENSOR),
+        "bytes": (batch["weights_BT"] * batch["bytes_BT"]).sum() / mesh.size(*TENSOR),
     }
     total, metrics = balanced(metrics["nll"], metrics, out.statistics, share)
     if out.statistics:
@@ -64,11 +63,11 @@ def loss(
 def balanced(
     value: Array, metrics: dict[str, Array], statistics: dict[str, Array], share: Array | float
 ) -> tuple[Array, dict[str, Array]]:
-    """Adds the three balance losses (eq. 23 to 31) to a stage's loss, and them and `load_LE` to its metrics.
+    """Adds the balance losses of `router.LOSSES` (eq. 23 to 31) to a stage's loss; them and `load_LE` to its metrics.
 
     statistics: of the MoE layers; {} if there are none, which leaves both unchanged. share: as in `loss`.
     """
     if not statistics:
         return value, metrics
-    balances = {name: statistics[name].sum() * share for name in BALANCES}
+    balances = {name: statistics[name].sum() * share for name in router.LOSSES}
     return value + sum(balances.values()), metrics | balances | {"load_LE": statistics["load_E"] * share}

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dsv2_jax import parameters
 from dsv2_jax.config import Config
 from dsv2_jax.config import Optimizer as OptimizerConfig
 
@@ -33,8 +34,8 @@ def clip(gradients: Any, norm: jax.Array, config: OptimizerConfig) -> Any:
 
 
 def is_decayed(params: Any) -> Any:
-    """A tree of bools: True for parameters with weight decay, which are all but those named `norm...`."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.startswith("norm"), params)
+    """A tree of bools: True for parameters with weight decay, which are all that are drawn at first."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: parameters.initial(path[-1].key) is None, params)
 
 
 def learning_rate(config: Config, step: int, tokens: int) -> float:

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 
 from dsv2_jax.config import AXES, SINGLE, Config
 from dsv2_jax.parallel import collectives, sharding
-from dsv2_jax.parallel.mesh import BATCH, TOKENS
+from dsv2_jax.parallel.mesh import BATCH, PIPELINE, TOKENS
 from dsv2_jax.training.loss import loss as pretraining_loss
 from dsv2_jax.training.optimizer import adamw, clip
 
@@ -136,7 +136,7 @@ def _accumulate(state: State, batch: dict[str, jax.Array], config: Config, loss:
         one, exempt_B = inputs
         return jax.value_and_grad(loss, has_aux=True)(state.params, one, exempt_B=exempt_B, **common)
 
-    if mesh.pipeline > 1:  # one call for all micro-batches
+    if mesh.size(*PIPELINE) > 1:  # one call for all micro-batches
         rows_of = {name: leaf.reshape(-1, leaf.shape[-1]) for name, leaf in batch.items()}
         all_at_once = functools.partial(loss, micro_batches=micro_batches, **(common | {"share": 1.0}))
         return jax.value_and_grad(all_at_once, has_aux=True)(state.params, rows_of, exempt_B=exempt_AB.reshape(-1))

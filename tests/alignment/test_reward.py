@@ -111,9 +111,8 @@ def test_transformers_scores_padded_batches_where_we_do(model, params, tmp_path)
 
 
 def test_loss_by_hand(model, params):
-    model = dataclasses.replace(
-        model, moe=dataclasses.replace(model.moe, expert_balance=0.0, device_balance=0.0, communication_balance=0.0)
-    )
+    moe = dataclasses.replace(model.moe, **dict.fromkeys(model.moe.balances(), 0.0))
+    model = dataclasses.replace(model, moe=moe)
     config = dataclasses.replace(
         pretrain.tiny(), model=model, mesh=Mesh(fsdp=1), compute=Compute(dtype="float32", remat="none")
     )

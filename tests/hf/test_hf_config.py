@@ -68,7 +68,8 @@ def test_presets_come_back(preset):
     back = from_hf_config(json.loads(json.dumps(to_hf_config(model))))
     untold = {
         name: getattr(Moe(), name)
-        for name in ("device_balance", "communication_balance", "capacity_factor", "exempt_fraction")
+        for name in (*Moe.balances(), "capacity_factor", "exempt_fraction")
+        if name != "expert_balance"
     }
     moe = dataclasses.replace(model.moe, **untold)
     rope = back.rope if model.attention.kind == "gqa" else model.rope  # null in Llama's when nothing is stretched

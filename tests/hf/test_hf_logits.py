@@ -158,8 +158,8 @@ def test_loss_and_gradients_are_those_of_transformers(make, tmp_path):
     """Without balance losses and dropping, of which transformers knows nothing."""
     _, judge = exported(tmp_path, make())
     model, params = load_params(tmp_path / "hf")
-    silent = {"expert_balance": 0.0, "device_balance": 0.0, "communication_balance": 0.0, "capacity_factor": 0.0}
-    model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, **silent))
+    moe = dataclasses.replace(model.moe, **dict.fromkeys(model.moe.balances(), 0.0), capacity_factor=0.0)
+    model = dataclasses.replace(model, moe=moe)
     config = Config(workdir=tmp_path, model=model, batch=Batch(size=2, length=40), tokens=1000, compute=EXACT)
     ids = np.random.default_rng(4).integers(0, model.vocab_size, (2, 41))
     batch = training_rows(ids)

@@ -12,9 +12,9 @@ from dsv2_jax.config import SINGLE, Compute
 from dsv2_jax.hf import load_params
 from dsv2_jax.inference import quantize
 from dsv2_jax.inference.engine import Capacity, Engine
-from dsv2_jax.model.layers import KEPT_FLOAT32
 from dsv2_jax.ops import formats, pages
 from dsv2_jax.ops.matmul import dequantize, project
+from dsv2_jax.parameters import KEPT_FLOAT32
 from pallas_kernels.latent_attention import packing
 from pallas_kernels.quantized import Quantized
 

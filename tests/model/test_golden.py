@@ -26,9 +26,7 @@ def case(request):
     folder = GOLDEN / request.param
     model, params = convert.load_params(folder)
     # The golden losses hold no balance terms, and nothing is dropped.
-    moe = dataclasses.replace(
-        model.moe, expert_balance=0.0, device_balance=0.0, communication_balance=0.0, capacity_factor=0.0
-    )
+    moe = dataclasses.replace(model.moe, **dict.fromkeys(model.moe.balances(), 0.0), capacity_factor=0.0)
     model = dataclasses.replace(model, moe=moe)
     return folder, model, params, np.load(folder / "golden.npz")
 

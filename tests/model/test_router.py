@@ -36,6 +36,10 @@ def tokens(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return rng.standard_normal((3, 9, 8)).astype(np.float32), rng.standard_normal((8, 12)).astype(np.float32)
 
 
+def route(x_BTD, w_router_DE, moe: Moe) -> router.Routing:
+    return router.route(jnp.asarray(x_BTD), {"w_router_DE": jnp.asarray(w_router_DE, jnp.float32)}, moe)
+
+
 def softmax(logits: np.ndarray) -> np.ndarray:
     e = np.exp(logits - logits.max())
     return e / e.sum()
@@ -59,11 +63,16 @@ def choose_all(x: np.ndarray, w: np.ndarray, moe: Moe) -> tuple[np.ndarray, np.n
     return scores, experts, gates
 
 
+def routed(scores_BTE, experts_BTK) -> router.Routing:
+    """A routing of these affinities and choices, with gates of one."""
+    return router.Routing(jnp.log(scores_BTE), jnp.asarray(scores_BTE), experts_BTK, jnp.ones(experts_BTK.shape))
+
+
 @pytest.mark.parametrize("moe", [MOE, GSHARD, dataclasses.replace(MOE, n_group=1, topk_group=1)])
 def test_choices_and_gates(moe):
     x, w = tokens()
     scores, experts, gates = choose_all(x, w, moe)
-    routing = router.route(jnp.asarray(x), jnp.asarray(w), moe)
+    routing = route(x, w, moe)
     np.testing.assert_array_equal(routing.experts_BTK, experts)
     np.testing.assert_allclose(routing.scores_BTE, scores, rtol=2e-5, atol=1e-7)
     np.testing.assert_allclose(routing.gates_BTK, gates, rtol=2e-5)
@@ -72,17 +81,17 @@ def test_choices_and_gates(moe):
 def test_the_group_limit_matters_and_counts_the_best_expert_of_a_group():
     """A group with the single best expert is kept over one whose experts are better together."""
     scores = np.log([0.30, 0.01, 0.01, 0.20, 0.19, 0.02, 0.17, 0.05, 0.02, 0.01, 0.01, 0.01])
-    routing = router.route(jnp.ones((1, 1, 1)), jnp.asarray(scores[None], jnp.float32), MOE)
+    routing = route(jnp.ones((1, 1, 1)), scores[None], MOE)
     assert routing.experts_BTK.tolist() == [[[0, 3, 4]]]  # groups 0 and 1; without the limit the same
     scores = np.log([0.30, 0.01, 0.01, 0.20, 0.04, 0.02, 0.17, 0.16, 0.06, 0.01, 0.01, 0.01])
-    routing = router.route(jnp.ones((1, 1, 1)), jnp.asarray(scores[None], jnp.float32), MOE)
+    routing = route(jnp.ones((1, 1, 1)), scores[None], MOE)
     assert routing.experts_BTK.tolist() == [[[0, 3, 4]]]  # not 6, of group 2
 
 
 def test_the_gate_is_float32_whatever_the_activations_are():
     x, w = tokens()
     low = jnp.asarray(x, jnp.bfloat16)
-    routing = router.route(low, jnp.asarray(w), MOE)
+    routing = route(low, w, MOE)
     assert routing.scores_BTE.dtype == routing.gates_BTK.dtype == jnp.float32
     scores, _, _ = choose_all(np.asarray(low, np.float32), w, MOE)
     np.testing.assert_allclose(routing.scores_BTE, scores, rtol=2e-5, atol=1e-7)
@@ -121,9 +130,9 @@ def expected_losses(scores: np.ndarray, experts: np.ndarray, lengths: tuple[int,
 def test_balance_losses_and_load(moe):
     x, w = tokens()
     scores, experts, _ = choose_all(x, w, moe)
-    mine = router.balance(router.route(jnp.asarray(x), jnp.asarray(w), moe), jnp.asarray(VALID_BT), moe)
+    mine = router.balance(route(x, w, moe), jnp.asarray(VALID_BT), moe)
     theirs = expected_losses(scores, experts, LENGTHS, moe)
-    assert set(mine) == set(theirs)
+    assert set(mine) == set(theirs) == {*Moe.balances(), "load_E"}
     for name, value in theirs.items():
         np.testing.assert_allclose(mine[name], value, rtol=1e-5, err_msg=name)
 
@@ -131,7 +140,7 @@ def test_balance_losses_and_load(moe):
 def test_perfect_balance_costs_the_factors():
     """Every expert chosen alike with even affinities: sum f P is 1 for the first two losses, D / M over D groups."""
     experts = np.arange(12).reshape(1, 4, 3)  # each token takes one whole group
-    even = router.Routing(jnp.full((1, 4, 12), 1 / 12), jnp.asarray(experts), jnp.ones((1, 4, 3)))
+    even = routed(jnp.full((1, 4, 12), 1 / 12), jnp.asarray(experts))
     losses = router.balance(even, jnp.ones((1, 4), bool), MOE)
     np.testing.assert_allclose([losses[n] for n in LOSSES], [0.3, 0.5, 0.7 / 2], rtol=1e-6)
     np.testing.assert_array_equal(losses["load_E"], np.ones(12))
@@ -139,7 +148,7 @@ def test_perfect_balance_costs_the_factors():
 
 def test_gradients_of_the_balance_losses():
     x, w = tokens()
-    routing = router.route(jnp.asarray(x), jnp.asarray(w), MOE)
+    routing = route(x, w, MOE)
 
     def total(scores):
         losses = router.balance(routing._replace(scores_BTE=scores), jnp.asarray(VALID_BT), MOE)
@@ -165,7 +174,7 @@ def test_balance_gradient_reaches_the_router_through_the_affinities():
             gradient += np.outer(x[row, t], s * (slope - s @ slope))
 
     def total(w_router):
-        losses = router.balance(router.route(jnp.asarray(x), w_router, MOE), jnp.asarray(VALID_BT), MOE)
+        losses = router.balance(route(x, w_router, MOE), jnp.asarray(VALID_BT), MOE)
         return sum(losses[name] for name in LOSSES)
 
     np.testing.assert_allclose(jax.grad(total)(jnp.asarray(w)), gradient, rtol=1e-4, atol=1e-6)
@@ -206,7 +215,7 @@ def test_dropping(capacity, exempt):
     moe = dataclasses.replace(MOE, capacity_factor=capacity)
     for seed in range(3):
         scores, experts = crowded(seed)
-        routing = router.Routing(jnp.asarray(scores), jnp.asarray(experts), jnp.ones(experts.shape))
+        routing = routed(jnp.asarray(scores), jnp.asarray(experts))
         kept = np.asarray(router.kept(routing, jnp.asarray(VALID_BT), jnp.asarray(exempt), moe))
         np.testing.assert_array_equal(kept, expected_kept(scores, experts, VALID_BT, exempt, moe))
         if not any(exempt) and capacity <= 1:
@@ -216,7 +225,7 @@ def test_dropping(capacity, exempt):
 def test_exempt_sequences_are_kept_even_beyond_the_budget():
     """All choices fall on one group, whose budget is a quarter of them; two of three sequences are exempt."""
     experts = jnp.broadcast_to(jnp.arange(3), (3, 9, 3))
-    routing = router.Routing(jnp.full((3, 9, 12), 1 / 12), experts, jnp.ones((3, 9, 3)))
+    routing = routed(jnp.full((3, 9, 12), 1 / 12), experts)
     kept = np.asarray(router.kept(routing, jnp.ones((3, 9), bool), jnp.array([True, False, True]), MOE))
     assert kept[[0, 2]].all()
     assert not kept[1].any()
@@ -224,7 +233,7 @@ def test_exempt_sequences_are_kept_even_beyond_the_budget():
 
 def test_of_equal_pairs_the_earlier_are_kept_and_padding_goes_first():
     experts = jnp.broadcast_to(jnp.arange(3), (1, 8, 3))
-    routing = router.Routing(jnp.full((1, 8, 12), 1 / 12), experts, jnp.ones((1, 8, 3)))
+    routing = routed(jnp.full((1, 8, 12), 1 / 12), experts)
     valid = jnp.arange(8)[None] >= 5  # three tokens behind five of padding; the budget is 24 / 4 = 6 pairs
     kept = np.asarray(router.kept(routing, valid, jnp.array([False]), MOE))
     assert kept[0, :, :].sum(axis=-1).tolist() == [0, 0, 0, 0, 0, 3, 3, 0]
@@ -232,7 +241,7 @@ def test_of_equal_pairs_the_earlier_are_kept_and_padding_goes_first():
 
 def test_nothing_is_dropped_with_ample_capacity():
     scores, experts = crowded(0)
-    routing = router.Routing(jnp.asarray(scores), jnp.asarray(experts), jnp.ones(experts.shape))
+    routing = routed(jnp.asarray(scores), jnp.asarray(experts))
     ample = dataclasses.replace(MOE, capacity_factor=4.0)
     assert router.kept(routing, jnp.asarray(VALID_BT), jnp.zeros(3, bool), ample).all()
 

@@ -12,6 +12,7 @@ from jax.extend import core
 from configs import models
 from dsv2_jax.config import SINGLE, Batch, Compute, Config, Mesh
 from dsv2_jax.parallel import mesh as device_mesh
+from dsv2_jax.parallel.mesh import BATCH, EXPERT
 from dsv2_jax.plan import program
 from dsv2_jax.training.step import train_step
 
@@ -21,7 +22,7 @@ ROWS, LENGTH = 8, 32
 def traced_step(layers: int, mesh: Mesh) -> jax.stages.Traced:
     """The traced training step of the tiny preset's widths with so many layers."""
     tiny = models.tiny()
-    moe = dataclasses.replace(tiny.moe, budget_sequences=ROWS // mesh.size("data", "fsdp"))
+    moe = dataclasses.replace(tiny.moe, budget_sequences=ROWS // (mesh.size(*BATCH) // mesh.size(*EXPERT)))
     model = dataclasses.replace(tiny, num_hidden_layers=layers, moe=moe)
     batch = Batch(size=ROWS, length=LENGTH, micro_size=ROWS)
     config = Config(

@@ -12,6 +12,7 @@ from tiny import batch, eight_heads, train
 from configs import models
 from dsv2_jax.config import SINGLE, Batch, Compute, Config, Mesh, Model, Optimizer
 from dsv2_jax.model import transformer
+from dsv2_jax.parallel.mesh import BATCH, EXPERT
 from dsv2_jax.training.loop import resolve
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forget_each")]
@@ -109,7 +110,7 @@ def test_layout_equals_one_device(name, dropping, alone):
 )
 def test_pipeline_equals_one_device(name, dropping):
     mesh, micro_batches, moe_layers = PIPELINES[name]
-    budget = ROWS // micro_batches // mesh.size("data", "fsdp")
+    budget = ROWS // micro_batches // (mesh.size(*BATCH) // mesh.size(*EXPERT))
     ours, theirs = (config(m, budget, dropping, micro_batches, moe_layers) for m in (mesh, SINGLE))
     compare(run(ours, STEPS), run(theirs, STEPS), dropping)
 

@@ -73,8 +73,9 @@ def test_every_slice_is_laid_out_as_a_single_one():
     two = mesh.make(Mesh(slices=2, data=2, tensor=2, expert=8), described("v5p:4x8x8", 2))
     places = np.vectorize(lambda device: device.coords, otypes=[object])
     for index in range(2):
-        assert (places(two.devices[index]) == places(one.devices[0])).all()
-        assert {device.slice_index for device in two.devices[index].flat} == {index}
+        half = two.devices.take([index], AXES.index("data"))
+        assert (places(half) == places(one.devices)).all()
+        assert {device.slice_index for device in half.flat} == {index}
 
 
 def test_pipeline_stages_run_across_slices_where_replicas_cannot():
@@ -121,7 +122,7 @@ def test_slices_that_do_not_fit_are_refused_in_one_sentence():
         mesh.make(Mesh(slices=4, data=4), described("v5e:2x4", 2))
     with pytest.raises(ValueError, match=r"the slices differ in size: from 4 to 8 devices"):
         mesh.make(Mesh(slices=2, data=2), described("v5e:2x4", 2)[:-4])
-    with pytest.raises(ValueError, match=r"mesh.slices \(2\) must divide mesh.data \(1\) or mesh.pipeline \(1\)"):
+    with pytest.raises(ValueError, match=r"mesh.slices \(2\) must divide .*mesh.data \(1\) or mesh.pipeline \(1\)"):
         mesh.make(Mesh(slices=2), described("v5e:2x4", 2))
 
 
