@@ -16,7 +16,7 @@ from dsv2_jax.data.packing import PackedRows, document_ids
 from dsv2_jax.data.tokenizer import Tokenizer
 
 
-def _whole_document(text: str, tokenizer: Tokenizer) -> Encoded:
+def _text_ids(text: str, tokenizer: Tokenizer) -> Encoded:
     ids = document_ids(tokenizer, text)
     return Encoded(ids, np.ones(len(ids), bool))
 
@@ -38,7 +38,7 @@ class Form(NamedTuple):
     """
 
     read: Callable[[Any, str, str], str]
-    encode: Callable[[str, Tokenizer], Encoded] = _whole_document
+    encode: Callable[[str, Tokenizer], Encoded] = _text_ids
     cut: bool = False
     templated: bool = False
     rows: Callable[[Iterable[str], Tokenizer, int], PackedRows] | None = None
