@@ -27,8 +27,8 @@ def data(config: Config, mine: Sequence[int] | np.ndarray | None) -> StageData:
 
     notes = ()
     if batches.left_out:
-        cut = config.data.form == "conversations" and config.data.too_long == "cut"
-        notes = (f"{batches.left_out:,} {config.data.form} longer than a row: {'cut' if cut else 'dropped'}",)
+        fate = "cut" if config.data.too_long == "cut" else "dropped"
+        notes = (f"{batches.left_out:,} {config.data.form} longer than a row: {fate}",)
     return StageData(train=batches, held_out=held_out, epoch_tokens=batches.epoch_tokens, notes=notes)
 
 

@@ -54,12 +54,13 @@ def train(config: Config) -> "Ended":
     from dsv2_jax.alignment import reward, sft
     from dsv2_jax.training import loop
 
+    stages = {"conversations": sft.STAGE, "preferences": reward.STAGE}
+    stage = stages.get(config.data.form, pretraining.STAGE)
     check(
-        (config.model.head == "score") == (config.data.form == "preferences"),
+        config.model.head == stage.head,
         "a reward model (model.head score) learns from preferences (data.form), and nothing else does",
     )
-    stages = {"conversations": sft.STAGE, "preferences": reward.STAGE}
-    return loop.train(config, stages.get(config.data.form, pretraining.STAGE))
+    return loop.train(config, stage)
 
 
 def usage() -> str:

@@ -58,7 +58,7 @@ class RewardPool:
 
 def _scores(job: tuple[Sequence[str], Item, str]) -> list[float]:
     names, item, text = job
-    return [verifiers.REWARDS[name](item, text) for name in names]
+    return [verifiers.REWARDS[name].reward(item, text) for name in names]
 
 
 def _begin() -> None:

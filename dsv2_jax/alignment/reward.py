@@ -115,4 +115,5 @@ STAGE = Stage(
     data=pretraining.data,
     parameters=loading.start_params,
     headline="accuracy",
+    head="score",
 )

@@ -10,7 +10,7 @@ import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import reasoning_gym
 from reasoning_gym.dataset import ProceduralDataset
@@ -80,20 +80,18 @@ def brevity(item: Item, response: str) -> float:
     return max(0.0, min(1.0, 2.0 - len(response) / most))
 
 
-REWARDS: dict[str, Reward] = {"task": task, "maths": maths, "code": code, "form": form, "brevity": brevity}
-
-
 def check_item(rewards: Sequence[str], item: Item, where: str) -> None:
     """Checks that an item has the fields that these rewards need; names that are not in `REWARDS` need none.
 
     Raises ValueError, starting with `where`, for a missing or unusable field.
     """
-    for name in rewards:
-        for field, (kinds, fit) in _NEEDS.get(name, {}).items():
-            value = item.get(field, _SECONDS if field == "seconds" else None)
-            check(isinstance(value, kinds), f"{where}: the reward {name} needs {field!r}, {_KINDS[kinds]}")
-            problem = fit(value)
-            check(not problem, f"{where}: {field} {value!r} {problem}")
+    for reward in rewards:
+        fields = REWARDS[reward].fields if reward in REWARDS else {}
+        for name, field in fields.items():
+            value = item.get(name, field.default)
+            check(isinstance(value, field.kind), f"{where}: the reward {reward} needs {name!r}, {_KINDS[field.kind]}")
+            problem = field.problem(value)
+            check(not problem, f"{where}: {name} {value!r} {problem}")
 
 
 def _task_problem(name: str) -> str:
@@ -130,22 +128,43 @@ def _tests_problem(tests: str) -> str:
     return ""
 
 
-def _any(_: Any) -> str:
-    return ""
+def _seconds_problem(seconds: float) -> str:
+    return "" if 0 < seconds <= _MAX_SECONDS else f"is not in 0 to {_MAX_SECONDS:g}"
+
+
+def _length_problem(most: float) -> str:
+    return "" if most > 0 else "is not positive"
 
 
 _NUMBER = (int, float)
 _KINDS: dict[Any, str] = {str: "a text", _NUMBER: "a number"}
-_NEEDS: dict[str, dict[str, tuple[Any, Callable[[Any], str]]]] = {
-    "task": {"task": (str, _task_problem), "answer": (str, _any)},
-    "maths": {"answer": (str, _any)},
-    "code": {
-        "tests": (str, _tests_problem),
-        "seconds": (
-            _NUMBER,
-            lambda seconds: "" if 0 < seconds <= _MAX_SECONDS else f"is not in 0 to {_MAX_SECONDS:g}",
-        ),
-    },
-    "form": {"pattern": (str, _pattern_problem)},
-    "brevity": {"most_characters": (_NUMBER, lambda most: "" if most > 0 else "is not positive")},
+
+
+class ItemField(NamedTuple):
+    """A field that a reward reads in an item.
+
+    problem(value): what is wrong with a value of the right kind; "" if nothing is. default: the value of an item
+    without the field; None if every item must have it.
+    """
+
+    kind: Any  # a key of `_KINDS`
+    problem: Callable[[Any], str] = lambda _: ""
+    default: Any = None
+
+
+class Verifier(NamedTuple):
+    """A reward with the fields that it needs in an item."""
+
+    reward: Reward
+    fields: dict[str, ItemField]
+
+
+REWARDS = {
+    "task": Verifier(task, {"task": ItemField(str, _task_problem), "answer": ItemField(str)}),
+    "maths": Verifier(maths, {"answer": ItemField(str)}),
+    "code": Verifier(
+        code, {"tests": ItemField(str, _tests_problem), "seconds": ItemField(_NUMBER, _seconds_problem, _SECONDS)}
+    ),
+    "form": Verifier(form, {"pattern": ItemField(str, _pattern_problem)}),
+    "brevity": Verifier(brevity, {"most_characters": ItemField(_NUMBER, _length_problem)}),
 }

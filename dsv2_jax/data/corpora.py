@@ -18,7 +18,8 @@ from typing import Any, NamedTuple, Protocol
 import tensorflow_datasets as tfds
 
 from dsv2_jax.config import Data, check
-from dsv2_jax.data import builtin, chat
+from dsv2_jax.data import builtin
+from dsv2_jax.data.forms import FORMS
 from dsv2_jax.storage import published
 
 
@@ -36,6 +37,11 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: Any) -> Any: ...
+
+
+def texts_of(source: Source) -> Iterator[str]:
+    """The texts of all examples, in order."""
+    return (source[number]["text"].decode() for number in range(len(source)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +77,7 @@ def prepare(data: Data) -> Corpus:
         tasks, texts = instructions.chosen(data.tasks, data.form), iter(())
         if instructions.NEXT_LINE in tasks:  # from the training split only
             source = prepare(dataclasses.replace(data, form="text", tasks=())).train
-            texts = (source[number]["text"].decode() for number in range(len(source)))
+            texts = texts_of(source)
         made = instructions.make(data.form, tasks, texts)
         listed = [Document(m.name, instructions.text_of(m), m.held_out) for m in made]
         return _prepare(Instructions, root, lambda: listed, data)
@@ -133,7 +139,7 @@ def local(source: Path, text_field: str, form: str = "text") -> Callable[[], Ite
             name = path.name if path == source else path.relative_to(source).as_posix()
             if path.suffix == ".jsonl":
                 for where, line, value in _jsonl(path):
-                    yield Document(f"{name}:{line}", _READ[form](value, where, text_field))
+                    yield Document(f"{name}:{line}", FORMS[form].read(value, where, text_field))
             elif form != "text":
                 raise ValueError(f"{path}: {form} are read from .jsonl files only")
             elif text := _decode(path.read_bytes(), path, 0).strip("\ufeff"):
@@ -156,60 +162,6 @@ def _jsonl(path: Path) -> Iterator[tuple[str, int, Any]]:
             except json.JSONDecodeError as error:
                 raise ValueError(f"{where} is not JSON: {error.msg} at column {error.colno}") from None
             yield where, number, value
-
-
-def _text(value: Any, where: str, text_field: str) -> str:
-    check(isinstance(value, dict) and text_field in value, f"{where} has no key {text_field!r}")
-    text = value[text_field]
-    check(isinstance(text, str), f"{where}: {text_field!r} must hold a string, not {type(text).__name__}")
-    _check_unicode(text, f"{where}: {text_field!r}")
-    return text
-
-
-def _conversation(value: Any, where: str, _: str) -> str:
-    check(isinstance(value, dict) and "messages" in value, f"{where} has no key 'messages'")
-    messages = chat.checked(value["messages"], f"{where}: 'messages'")
-    check(
-        any(m["role"] == "assistant" for m in messages),
-        f"{where}: no message is the assistant's, so there is nothing to learn",
-    )
-    for message in messages:
-        _check_unicode(message["content"], f"{where}: a message")
-    return json.dumps(messages)
-
-
-def _check_unicode(text: str, where: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{where} holds an unpaired surrogate") from None
-
-
-def _prompt(value: Any, where: str, _: str) -> str:
-    check(isinstance(value, dict) and "prompt" in value, f"{where} has no key 'prompt'")
-    if isinstance(value["prompt"], str):
-        _check_unicode(value["prompt"], f"{where}: 'prompt'")
-    else:
-        chat.checked(value["prompt"], f"{where}: 'prompt'")
-    return json.dumps(value)
-
-
-def _preference(value: Any, where: str, _: str) -> str:
-    if isinstance(value, dict) and "score" in value:
-        check(isinstance(value["score"], int | float), f"{where}: 'score' must be a number")
-        chat.checked(value.get("messages"), f"{where}: 'messages'")
-        return json.dumps(value)
-    names = ("prompt", "chosen", "rejected")
-    check(
-        isinstance(value, dict) and all(name in value for name in names),
-        f"{where} must hold 'prompt', 'chosen' and 'rejected', or 'messages' and 'score'",
-    )
-    check(all(isinstance(value[name], str) for name in names[1:]), f"{where}: 'chosen' and 'rejected' must be strings")
-    check(isinstance(value.get("margin", 0), int | float), f"{where}: 'margin' must be a number")
-    return _prompt(value, where, "")
-
-
-_READ = {"preferences": _preference, "text": _text, "conversations": _conversation, "prompts": _prompt}
 
 
 def _decode(raw: bytes, path: Path, offset: int) -> str:

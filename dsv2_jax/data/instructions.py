@@ -83,7 +83,11 @@ def drawn(task: str) -> list[Question]:
 
 
 def chosen(tasks: Sequence[str], form: str) -> tuple[str, ...]:
-    """The given tasks, or without any all tasks of a form. Raises ValueError for an unknown task."""
+    """The given tasks, or without any all tasks of a form.
+
+    Raises ValueError for an unknown task, and for a form that has no built-in data.
+    """
+    check(form in _MAKE, f"there are no built-in {form}; give --data.source a file or a folder")
     known = (*TASKS, NEXT_LINE) if form == "conversations" else tuple(TASKS)
     for task in tasks:
         check(task in known, f"data.tasks: no task {task!r} for {form}; there are {', '.join(known)}")
@@ -93,10 +97,10 @@ def chosen(tasks: Sequence[str], form: str) -> tuple[str, ...]:
 def make(form: str, tasks: Sequence[str], texts: Iterable[str]) -> Iterator[Made]:
     """All documents of a form (`data.form`). texts: of the corpus, for `NEXT_LINE`."""
     for task in tasks:
-        if form == "conversations":
-            yield from conversations(task, next_lines(texts) if task == NEXT_LINE else drawn(task)[:_TAUGHT])
+        if task == NEXT_LINE:
+            yield from _MAKE[form](task, next_lines(texts))
         else:
-            yield from (prompts if form == "prompts" else preferences)(task)
+            yield from _MAKE[form](task, drawn(task) if form == "prompts" else drawn(task)[:_TAUGHT])
 
 
 def conversations(task: str, questions: Iterable[Question]) -> Iterator[Made]:
@@ -119,20 +123,23 @@ def conversations(task: str, questions: Iterable[Question]) -> Iterator[Made]:
             number += 1
 
 
-def prompts(task: str) -> Iterator[Made]:
+def prompts(task: str, questions: Iterable[Question]) -> Iterator[Made]:
     """An item per question: `prompt`, and the fields that the reward `task` needs."""
-    for number, (text, item) in enumerate(drawn(task)):
+    for number, (text, item) in enumerate(questions):
         yield Made(f"{task}/{number}", {**item, "task": task, "prompt": text}, held_out(text))
 
 
-def preferences(task: str) -> Iterator[Made]:
-    """A preference per question of the conversations: its own answer over another question's answer."""
-    items = list(itertools.islice(prompts(task), _TAUGHT))
+def preferences(task: str, questions: Iterable[Question]) -> Iterator[Made]:
+    """A preference per question: its own answer over another question's answer."""
+    items = list(prompts(task, questions))
     for number, (name, item, kept) in enumerate(items):
         others = (items[(number + ahead) % len(items)].value["answer"] for ahead in range(1, len(items)))
         wrong = next((answer for answer in others if answer != item["answer"]), None)
         if wrong is not None:
             yield Made(name, {"prompt": item["prompt"], "chosen": item["answer"], "rejected": wrong}, kept)
+
+
+_MAKE = {"conversations": conversations, "prompts": prompts, "preferences": preferences}  # by form
 
 
 def next_lines(texts: Iterable[str]) -> Iterator[Question]:

@@ -5,7 +5,6 @@ each epoch. A batch depends only on its index, so the iterator's state is one nu
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,8 +16,9 @@ import rich.console
 import rich.progress
 
 from dsv2_jax.config import Config, check
-from dsv2_jax.data import chat, preferences, retrieval
-from dsv2_jax.data.corpora import Corpus, Source, published
+from dsv2_jax.data import retrieval
+from dsv2_jax.data.corpora import Corpus, Source, published, texts_of
+from dsv2_jax.data.forms import FORMS, Form
 from dsv2_jax.data.packing import Batch, CutRows, Documents, Mixed, PackedRows, UncutRows, document_ids, join
 from dsv2_jax.data.tokenizer import Tokenizer
 
@@ -42,15 +42,16 @@ def train_batches(
 
 
 def packed_rows(config: Config, corpus: Corpus, split: str, tokenizer: Tokenizer, length: int) -> PackedRows:
-    """The rows of a split, `train` or `held_out`: text is cut at the ends of rows, conversations are not.
+    """The rows of a split, `train` or `held_out`, packed as the form of the data says (`FORMS`).
 
-    Training rows of text may include retrieval rows (`data.retrieval_share`). Raises ValueError if no conversation fits
-    in a row.
+    Training rows of text may include retrieval rows (`data.retrieval_share`). Raises ValueError if no document of a
+    form that is not cut fits in a row.
     """
-    if corpus.form == "preferences":
-        return preferences.rows(getattr(corpus, split), tokenizer, length)
+    form = FORMS[corpus.form]
+    if form.rows is not None:
+        return form.rows(texts_of(getattr(corpus, split)), tokenizer, length)
     documents = tokenised(corpus, split, tokenizer)
-    if corpus.form == "text":
+    if form.cut:
         text, data = CutRows(documents, length, tokenizer.bytes_per_token), config.data
         if split == "held_out" or not data.retrieval_share:
             return text
@@ -63,7 +64,9 @@ def packed_rows(config: Config, corpus: Corpus, split: str, tokenizer: Tokenizer
         )
         return Mixed(text, lookups)
     rows = UncutRows(documents, length, tokenizer.bytes_per_token, config.data.too_long)
-    check(len(rows) > 0, f"no conversation of the {split} split fits in the {length} tokens of a row (batch.length)")
+    check(
+        len(rows) > 0, f"none of the {corpus.form} ({split} split) fits in the {length} tokens of a row (batch.length)"
+    )
     return rows
 
 
@@ -136,24 +139,18 @@ def batches_of_text(
 
 def tokenised(corpus: Corpus, split: str, tokenizer: Tokenizer) -> Documents:
     """The documents of a split, `train` or `held_out`, tokenised once and memory-mapped from the corpus folder."""
-    key = tokenizer.identity + (tokenizer.template.source if corpus.form == "conversations" else "")
+    form = FORMS[corpus.form]
+    key = tokenizer.identity + (tokenizer.template.source if form.templated else "")
     folder = corpus.folder / f"{split}-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"
     if not folder.exists():
         with published(folder) as scratch:
-            _tokenise(getattr(corpus, split), tokenizer, corpus.form, scratch)
+            _tokenise(getattr(corpus, split), tokenizer, form, scratch)
     ids = np.memmap(folder / "ids.int32", np.int32, mode="r")
-    learnt = None if corpus.form == "text" else np.memmap(folder / "learnt.bool", bool, mode="r")
+    learnt = None if form.cut else np.memmap(folder / "learnt.bool", bool, mode="r")
     return Documents(ids, np.load(folder / "ends.npy"), learnt)
 
 
-def _encode(tokenizer: Tokenizer, text: str, form: str) -> chat.Encoded:
-    if form == "conversations":
-        return chat.encode(json.loads(text), tokenizer)
-    ids = document_ids(tokenizer, text)
-    return chat.Encoded(ids, np.ones(len(ids), bool))
-
-
-def _tokenise(source: Source, tokenizer: Tokenizer, form: str, folder: Path) -> None:
+def _tokenise(source: Source, tokenizer: Tokenizer, form: Form, folder: Path) -> None:
     console = rich.console.Console(stderr=True)
     numbers = rich.progress.track(
         range(len(source)), "tokenising", console=console, disable=not console.is_terminal, transient=True
@@ -161,9 +158,9 @@ def _tokenise(source: Source, tokenizer: Tokenizer, form: str, folder: Path) -> 
     ends, end = np.zeros(len(source), np.int64), 0
     with (folder / "ids.int32").open("wb") as file, (folder / "learnt.bool").open("wb") as learnt:
         for number in numbers:
-            encoded = _encode(tokenizer, source[number]["text"].decode(), form)
+            encoded = form.encode(source[number]["text"].decode(), tokenizer)
             file.write(encoded.ids.tobytes())
-            learnt.write(encoded.answers.tobytes() if form != "text" else b"")
+            learnt.write(b"" if form.cut else encoded.answers.tobytes())
             end += len(encoded.ids)
             ends[number] = end
     np.save(folder / "ends.npy", ends)

@@ -5,13 +5,13 @@ fit.
 """
 
 import json
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dsv2_jax.config import check
 from dsv2_jax.data import chat
-from dsv2_jax.data.corpora import Source
 from dsv2_jax.data.packing import Batch, Documents, UncutRows
 from dsv2_jax.data.tokenizer import Tokenizer
 
@@ -46,10 +46,9 @@ def _answered(messages: chat.Messages, tokenizer: Tokenizer) -> np.ndarray:
     return encoded.ids[: last[0] + 1] if len(last) else encoded.ids
 
 
-def rows(source: Source, tokenizer: Tokenizer, length: int) -> "PreferenceRows":
+def rows(documents: Iterable[str], tokenizer: Tokenizer, length: int) -> "PreferenceRows":
     """The rows of a split. Raises ValueError if no preference fits in a row."""
-    found = [read(source[number]["text"].decode(), tokenizer) for number in range(len(source))]
-    packed = PreferenceRows(found, length)
+    packed = PreferenceRows([read(text, tokenizer) for text in documents], length)
     check(len(packed) > 0, f"no preference fits in the {length} tokens of a row (batch.length)")
     return packed
 

@@ -15,7 +15,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import sentencepiece
@@ -24,8 +24,10 @@ from sentencepiece import sentencepiece_model_pb2
 
 from dsv2_jax.config import Data, check
 from dsv2_jax.data import chat
-from dsv2_jax.data.corpora import Corpus
 from dsv2_jax.storage import published
+
+if TYPE_CHECKING:  # corpora.py imports this module
+    from dsv2_jax.data.corpora import Corpus
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 
@@ -195,7 +197,7 @@ def train(texts: Iterable[str], vocab_size: int, folder: Path) -> Tokenizer:
     return load(folder)
 
 
-def for_config(data: Data, vocab_size: int, corpus: Corpus) -> Tokenizer:
+def for_config(data: Data, vocab_size: int, corpus: "Corpus") -> Tokenizer:
     """The tokenizer of the settings: loaded, or trained on the corpus once and stored under `data.folder`.
 
     Raises ValueError if it has more ids than the model.

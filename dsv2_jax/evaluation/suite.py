@@ -7,8 +7,6 @@ does not. For a benchmark without a task, `missing` gives the reason.
 import dataclasses
 from typing import Any
 
-OFFLINE = "deepseek_v2_offline"
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Benchmark:

@@ -107,7 +107,7 @@ class Log:
         truncate(config.workdir, progress.step)
         self._file = (config.workdir / "metrics.jsonl").open("a", encoding="utf-8")
         self._board = tensorboardX.SummaryWriter(str(config.workdir / "tensorboard"), purge_step=progress.step + 1)
-        self._display = Display(stage, config.tokens, progress.tokens)
+        self._display = Display(stage, headline, config.tokens, progress.tokens)
 
     def __enter__(self) -> "Log":
         return self
@@ -202,8 +202,10 @@ class Log:
 class Display:
     """A progress bar on a terminal, one plain line per log elsewhere."""
 
-    def __init__(self, stage: str, total_tokens: int, done_tokens: int) -> None:
+    def __init__(self, stage: str, headline: str, total_tokens: int, done_tokens: int) -> None:
+        """stage: its name. headline: the figure to show next to the loss, if a line of metrics has it."""
         self._total = total_tokens
+        self._shown = ("loss", headline, "kl")
         self._bar = None
         if sys.stdout.isatty():
             self._bar = rich.progress.Progress(
@@ -218,8 +220,8 @@ class Display:
 
     def show(self, line: dict[str, Any]) -> None:
         """Shows the figures of a line of metrics."""
-        shown = {"loss": "loss", "bits_per_byte": "bits/byte", "accuracy": "accuracy", "reward": "reward", "kl": "KL"}
-        figures = "  ".join(f"{name} {line[key]:.4f}" for key, name in shown.items() if key in line)
+        short = {"bits_per_byte": "bits/byte", "kl": "KL"}
+        figures = "  ".join(f"{short.get(key, key)} {line[key]:.4f}" for key in self._shown if key in line)
         if "tokens_per_second" in line:
             figures += f"  {line['tokens_per_second']:,.0f} tokens/s"
         if self._bar:

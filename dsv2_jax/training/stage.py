@@ -7,7 +7,7 @@ The loop trains any stage. Pretraining, fine-tuning and reward modelling are the
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import grain
 import jax
@@ -54,6 +54,7 @@ class Stage:
     data: Callable[[Config, Sequence[int] | np.ndarray | None], StageData]
     parameters: Callable[[Config, jax.sharding.Mesh | None], Any]
     headline: str  # the figure of `evaluate` that the log and the last line show
+    head: Literal["tokens", "score"] = "tokens"  # the `model.head` that it trains
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ def test_verdicts_are_those_of_each_answer_alone_in_float64(pool):
     assert list(found) == ["maths", "brevity"]
     for name, verdicts in found.items():
         assert verdicts.dtype == np.float64
-        assert verdicts.tolist() == [verifiers.REWARDS[name](i, t) for i, t in zip(items, texts, strict=True)]
+        assert verdicts.tolist() == [verifiers.REWARDS[name].reward(i, t) for i, t in zip(items, texts, strict=True)]
     assert {1.0, 0.0, 2 - 9 / 7} < {*found["maths"], *found["brevity"]}  # sevenths are no float32
 
 

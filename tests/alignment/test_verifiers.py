@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import json
+import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -119,6 +120,12 @@ def test_maths_has_limits_and_serves_threads():
 def test_code(response, reward):
     item = {"tests": "assert add(2, 2) == 4\nassert add(-1, 1) == 0"}
     assert verifiers.code(item, response) == reward
+
+
+def test_the_documentation_lists_every_reward():
+    text = (Path(__file__).parents[2] / "docs" / "fine_tuning.md").read_text(encoding="utf-8")
+    rows = re.search(r"\| reward \|.*?\n\n", text, re.DOTALL)
+    assert rows and re.findall(r"^\| `(\w+)` \|", rows[0], re.MULTILINE) == list(verifiers.REWARDS)
 
 
 def test_form_and_brevity():

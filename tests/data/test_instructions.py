@@ -74,6 +74,13 @@ def test_lines_follow_each_other_in_what_pretraining_learns(tmp_path):
             assert user["content"].removeprefix("Which line follows this one? ") + "\n" + assistant["content"] in learnt
 
 
+def test_the_documentation_lists_every_task():
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    rows = re.search(r"\| task \|.*?\n\n", text, re.DOTALL)
+    listed = [*instructions.TASKS, instructions.NEXT_LINE]
+    assert rows and re.findall(r"^\| `(\w+)` \|", rows[0], re.MULTILINE) == listed
+
+
 def test_a_task_without_a_verifier_gives_no_prompts():
     with pytest.raises(ValueError, match="no task 'next_line' for prompts"):
         corpora.prepare(Data(form="prompts", tasks=(instructions.NEXT_LINE,), folder=Path("unused")))

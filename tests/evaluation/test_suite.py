@@ -29,9 +29,11 @@ def test_every_benchmark_has_a_task_that_lm_eval_knows_or_a_reason(known):
 
 
 def test_the_offline_group_is_of_all_task_files(known):
-    names = {f"offline_{path.stem}" for path in benchmarks.TASKS.glob("*.yaml") if path.stem != "group"}
-    assert names == {f"offline_{name}" for name in sets.SETS}
-    assert names <= set(known.all_tasks)
+    files = {path.stem: path.read_text(encoding="utf-8") for path in benchmarks.TASKS.glob("*.yaml")}
+    assert sorted(re.findall(r"- offline_(\w+)", files.pop("group"))) == sorted(files) == sorted(sets.SETS)
+    for name, text in files.items():
+        assert f"task: offline_{name}\n" in text and f"dataset_kwargs: {{name: {name}}}\n" in text
+        assert f"offline_{name}" in known.all_tasks
 
 
 def test_an_unknown_task_is_refused_with_the_nearest_name():

@@ -179,7 +179,7 @@ def test_threads_may_judge_side_by_side_and_nothing_is_left_open():
 
 @pytest.mark.slow
 def test_all_canonical_solutions_of_human_eval_pass_and_stubs_fail():
-    problems = offline.human_eval()["test"]
+    problems = offline.dataset(name="human_eval")["test"]
     assert len(problems) == 164
     for problem in problems:
         assert offline.pass_at_1(problem, [problem["canonical_solution"]]) == {"pass_at_1": 1.0}, problem["task_id"]

