@@ -68,7 +68,7 @@ def requests(case: str, number: int) -> list[tuple[list[int], int]]:
 
 
 def run_ours(case: str, rounds: int, dtype: Dtype, tensor: int) -> dict[str, Any]:
-    """Rates of the engine on so many devices, and the number of compilations after warm-up."""
+    """Rates of the engine on `tensor` devices, and the number of compilations after warm-up."""
     import jax
 
     jax.config.update("jax_num_cpu_devices", tensor)

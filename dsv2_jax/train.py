@@ -56,7 +56,7 @@ def train(config: Config) -> "Ended":
 
     check(
         (config.model.head == "score") == (config.data.form == "preferences"),
-        "a reward model (model.head score) learns from preferences (data.form), and nothing else does",
+        "a reward model needs both model.head score and data.form preferences; only one of them is set",
     )
     stages = {"conversations": sft.STAGE, "preferences": reward.STAGE}
     return loop.train(config, stages.get(config.data.form, pretraining.STAGE))

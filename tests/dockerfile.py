@@ -1,8 +1,8 @@
 """Runs a Dockerfile's steps where there is no Docker: python tests/dockerfile.py FOLDER [DOCKERFILE].
 
 Every stage is a folder with a virtual environment as its Python, and a path in the image is a path in that folder. The
-steps are read from the Dockerfile and its .dockerignore; one that cannot be run so is refused, never left out. What is
-not an image's own: the libraries and programs of this system, and its Python of the version that FROM names.
+steps come from the Dockerfile and its .dockerignore. A step that cannot be run this way raises an error and is never
+skipped. Not from an image: the libraries and programs of this system, and its Python of the version that FROM names.
 """
 
 import argparse

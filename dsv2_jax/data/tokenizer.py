@@ -295,7 +295,7 @@ def _assemble(backend: tokenizers.Tokenizer, settings: dict[str, Any], file: Pat
     for key in ("bos_token", "eos_token"):
         name = _name(settings.get(key))
         ends[key] = backend.token_to_id(name)
-        check(ends[key] is not None, f"{file} has no id for its {key} {name!r}; name it in tokenizer_config.json")
+        check(ends[key] is not None, f"{file} has no id for its {key} {name!r}; set {key} in tokenizer_config.json")
     description = json.loads(backend.to_str())
     plain = tokenizers.Tokenizer.from_str(json.dumps(description | {"added_tokens": [], "post_processor": None}))
     template = _template(settings, file)

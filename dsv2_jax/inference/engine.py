@@ -42,7 +42,7 @@ class Capacity:
     """Sizes of the batch and of the cache. On a mesh they hold for each replica."""
 
     rows: int = 16  # sequences that run at the same time
-    length: int = 0  # most tokens of a sequence, prompt included; 0: the model's maximum
+    length: int = 0  # maximum number of tokens of a sequence, prompt included; 0: the model's maximum
     chunk: int = 512  # prompt tokens that a step computes together with the new tokens
     page: int = 0  # tokens of a page; 0: 64, or 256 with the TPU kernel, which takes multiples of 128
     pages: int = 0  # pages of the cache; 0: enough for `rows` sequences of `length`
@@ -52,11 +52,14 @@ class Capacity:
     def __post_init__(self) -> None:
         for name in ("rows", "chunk"):
             check(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
-        check(min(self.length, self.page, self.pages) >= 0, "length, page and pages must not be negative")
+        check(min(self.length, self.page, self.pages) >= 0, "length, page and pages must be at least 0")
         check(self.chunk % 64 == 0, f"chunk must be a multiple of 64, not {self.chunk}")
 
     def most_rows(self, pages: int, model: Model, implementation: Implementation) -> int:
-        """Most rows of `pages` pages whose page table fits in the kernel's memory; unlimited without the kernel."""
+        """Maximum number of rows of `pages` pages each whose page table fits in the kernel's memory.
+
+        Unlimited without the kernel.
+        """
         kernel = switch.of_pages(model, implementation) == "pallas"
         return max_sequences(pages, self.chunk) if kernel else sys.maxsize
 

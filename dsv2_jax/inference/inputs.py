@@ -25,7 +25,7 @@ class InputBuilder:
         self.shapes = [*((n, 0) for n in _powers(2, rows)), *itertools.product(_powers(4, rows), chunks)]
 
     def padding(self, rows: int, chunk: int) -> tuple[StepInputs, np.ndarray]:
-        """What `build` returns, for a step of padding alone."""
+        """The arrays that `build` would return for a step of nothing but padding."""
         inputs = programs.blank(self._replicas, rows, chunk, chunk // self._block, self._row_pages)
         return inputs, np.zeros((self._replicas, chunk), np.int32)
 

@@ -13,7 +13,7 @@ from pallas_kernels.quantized import Quantized
 
 Weights = Literal["compute", "int8", "float8"]
 
-_LARGEST = {"int8": 127.0, "float8": 448.0}  # float8_e4m3fn has no infinity
+_LARGEST = {"int8": 127.0, "float8": 448.0}  # largest value of each format; float8_e4m3fn has no infinity
 
 
 def quantize(unstacked: Any, kind: Weights) -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 from dsv2_jax.config import Model, check
 from dsv2_jax.inference.sampling import Sampling
 
-TOP = 20  # most alternatives of a token that a request may ask for
+TOP = 20  # maximum number of alternatives of a token that a request may ask for
 Reason = Literal["stop", "length"]
 
 
@@ -17,7 +17,7 @@ class Request:
     """One sequence to continue, to score, or both."""
 
     prompt: tuple[int, ...]
-    max_new: int = 128  # most new tokens; 0: only score
+    max_new: int = 128  # maximum number of new tokens; 0: only score
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     seed: int = 0  # equal requests with equal seeds get equal tokens, whatever else runs
     stop_ids: tuple[int, ...] = ()  # any of these tokens ends the sequence and is its last token
@@ -27,7 +27,7 @@ class Request:
     score_from: int | None = None  # return log-probabilities of the prompt's tokens from this index on
 
     def check(self, model: Model, max_length: int) -> None:
-        """Raises ValueError for a request that cannot be served. max_length: most tokens of a sequence."""
+        """Raises ValueError for a request that cannot be served. max_length: maximum number of tokens of a sequence."""
         check(len(self.prompt) > 0, "the prompt is empty")
         lowest, highest = min(self.prompt), max(self.prompt)
         check(

@@ -27,13 +27,15 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, value added to its logit)
 
     def __post_init__(self) -> None:
-        check(0 <= self.temperature < float("inf"), f"temperature must not be negative, not {self.temperature}")
+        check(
+            0 <= self.temperature < float("inf"), f"temperature must be finite and at least 0, not {self.temperature}"
+        )
         check(0 <= self.top_k < _MAX_EXACT, f"top_k must be from 0 to {_MAX_EXACT - 1}, not {self.top_k}")
         check(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, not {self.top_p}")
         check(0 <= self.min_p <= 1, f"min_p must be from 0 to 1, not {self.min_p}")
         check(
             0 < self.repetition_penalty < float("inf"),
-            f"repetition_penalty must be positive, not {self.repetition_penalty}",
+            f"repetition_penalty must be finite and positive, not {self.repetition_penalty}",
         )
         check(
             all(abs(bias) < float("inf") for _, bias in self.logit_bias),

@@ -70,7 +70,7 @@ class Scheduler:
 
     @property
     def load(self) -> int:
-        """Most tokens that its sequences may still compute."""
+        """An upper bound of the tokens that its sequences still have to compute."""
         every = (*self.waiting, *self.running)
         return sum(len(s.request.prompt) + s.request.max_new - s.computed for s in every)
 

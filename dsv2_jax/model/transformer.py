@@ -113,7 +113,7 @@ class Head(nn.Module):
 
 
 class Transformer(nn.Module):
-    """DeepSeek-V2. Its parameters are the tree of `parameters.tree`, or of `unstack` when `unrolled`."""
+    """DeepSeek-V2. Its parameters are the tree of `parameters.tree`, or of `unstack`'s result if `unrolled`."""
 
     model: Model
     compute: Compute = Compute()

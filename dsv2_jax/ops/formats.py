@@ -13,7 +13,7 @@ from pallas_kernels.latent_attention import packing
 
 Format = Literal["compute", "bfloat16", "int8", "int6"]  # compute: the dtype of activations
 
-_LARGEST = {"int8": 127, "int6": 31}
+_LARGEST = {"int8": 127, "int6": 31}  # largest value of each format
 _STORED = {"bfloat16": jnp.bfloat16, "int8": jnp.int8, "int6": jnp.uint8}
 
 

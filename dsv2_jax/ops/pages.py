@@ -1,8 +1,8 @@
 """The paged cache of generation: its layout, how tokens are written to it and how its pages are read.
 
-A page holds K slots, one token each. The pages of a sequence lie anywhere, in the order of its table. Padding is
-written to page 0, which belongs to no sequence. The arrays have the layout that the decode kernel of
-pallas_kernels/latent_attention reads. Letters besides those of parameters.py:
+A page holds K slots, one token each. The pages of a sequence can be anywhere in the cache; its table lists them in
+order. Padding is written to page 0, which belongs to no sequence. The arrays have the layout that the decode kernel of
+pallas_kernels/latent_attention reads. Letters in addition to those of parameters.py:
 
     L pages in all   K slots of a page   N sequences   P pages of a sequence   M blocks of chunk tokens
     X pages read together, one of each sequence
@@ -85,7 +85,7 @@ def empty(model: Model, mesh: Mesh, pages: int, slots: int, form: Format, dtype:
 def chunk_block(implementation: Implementation) -> int:
     """Tokens of a block of a chunk, all of one sequence; implementation: of `switch.of_pages`.
 
-    The kernel takes any rows. XLA takes rectangles.
+    The kernel takes any number of tokens per sequence, so its blocks are single tokens. XLA needs blocks of equal size.
     """
     return 1 if implementation == "pallas" else _CHUNK_BLOCK
 
@@ -93,7 +93,8 @@ def chunk_block(implementation: Implementation) -> int:
 def write(layer: LayerPages, rows: dict[str, Array], placement: Placement, form: Format) -> LayerPages:
     """A layer's cache with the tokens' rows [T, ...], in the activations' dtype, in their slots."""
     layer = dict(layer)
-    if len(placement.times_T) == 1:  # XLA turns the update of one row into a slice's, and copies the whole cache for it
+    if len(placement.times_T) == 1:
+        # XLA would compile the update of a single row as an update of a slice, and copy the complete cache for it.
         pad = {"times_T": jnp.pad(placement.times_T, (0, 1)), "page_T": jnp.pad(placement.page_T, (0, 1))}
         placement = placement._replace(**pad)
         rows = {name: jnp.pad(row, ((0, 1), *((0, 0),) * (row.ndim - 1))) for name, row in rows.items()}

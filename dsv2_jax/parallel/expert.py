@@ -33,8 +33,9 @@ Experts = Callable[[Array, Array, Array], Array]  # (x_ND, experts_NK, gates_NK)
 class Bounds(NamedTuple):
     """Static sizes of a dispatch.
 
-    own: experts of a device. devices: to which one token can be sent. rows: that a device can receive. pairs: (token,
-    expert) pairs that a device can be asked to compute. buffer_size: pairs that it computes at a time.
+    own: experts per device. devices: the maximum number of devices to which one token is sent. rows: the maximum number
+    of rows that a device can receive. pairs: the maximum number of (token, expert) pairs that it can receive.
+    buffer_size: pairs that it computes at a time.
     """
 
     own: int
@@ -48,7 +49,7 @@ class Transfer(NamedTuple):
     """Which rows go where. Sent rows are ordered by device, then by token.
 
     tokens_P: the token of each sent row. devices_P: its destination. rows_NR, sent_NR: the row of a token's r-th copy,
-    and whether it has that many. sizes_XX: rows that device i sends to device j, the same on all devices.
+    and whether that copy exists. sizes_XX: rows that device i sends to device j, the same on all devices.
     """
 
     tokens_P: Array
@@ -68,9 +69,10 @@ class Work(NamedTuple):
 def bounds(moe: Moe, mesh: Mesh, b: int, t: int, *, dropping: bool) -> Bounds:
     """The bounds of a dispatch in which each device holds b sequences of t tokens.
 
-    Without dropping, every token may choose as many of a device's experts as it can. With dropping, the budget bounds a
-    group's pairs, exempt sequences included. These alone exceed the budget only if their share times D is above the
-    capacity factor. The buffer holds a quarter more pairs than a balanced router sends, and never few.
+    Without dropping, all K experts of every token may be on one device, as far as it holds K. With dropping, the budget
+    bounds a group's pairs, exempt sequences included. Exempt sequences alone exceed the budget only if their share
+    times D is above the capacity factor. The buffer holds a quarter more pairs than a balanced router sends, and at
+    least `_FEW_PAIRS`.
     """
     own, k = moe.n_routed_experts // mesh.expert, moe.num_experts_per_tok
     # A token's K experts lie in M groups, each on its own run of devices.
@@ -121,15 +123,17 @@ def dispatch(
         overlapped = back.function(out.function(*out.arguments), *back.arguments) if out and back else None
         return collectives.scatter(y, AXIS, 0, mesh), overlapped
     transfer = plan_transfer(experts_NK // own, limits.devices, mesh)
-    # On TPU a row that travels must be contiguous, so each row is tiles of its own, [.., D / 128, 128], from its gather
-    # to the sum at home. XLA would lay a matrix out as [P, 2, D / 2], which makes each access ten times as slow.
+    # On TPU a sent row must be contiguous, so each row has its own tiles, [.., D / 128, 128], from the gather to the
+    # final sum on the token's own device. XLA would lay a matrix out as [P, 2, D / 2], in which each access takes ten
+    # times as long.
     tiles = (-1, LANES) if x_ND.shape[1] % LANES == 0 else (1, -1)
     rows_PCL, gates_PK = expand(x_ND.reshape(len(x_ND), *tiles), transfer), expand(gates_NK, transfer)
     ids_PK = _local(experts_NK[transfer.tokens_P], transfer.devices_P[:, None], own)
     notes_PK = jnp.concatenate([gates_PK, ids_PK.astype(jnp.float32)], axis=1)  # one array, so one transfer
     notes_SK = exchange(notes_PK, transfer.sizes_XX, limits.rows)
     # XLA does not know how long a ragged transfer takes and would schedule the work after it. The scheduling group
-    # puts the work between the start of a transfer and its end; the barriers keep what needs the results out of it.
+    # puts the work between the start and the end of a transfer. The barriers keep operations that need the results out
+    # of the group.
     with set_xla_metadata(_scheduling_group_id=str(2 * layer)):
         arrived = exchange(rows_PCL, transfer.sizes_XX, limits.rows), _run(out)
     x_SCL, overlapped = lax.optimization_barrier(arrived)
@@ -154,7 +158,10 @@ def _run(work: Work | None, *first: Array | None) -> Array | None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _forward_group(function: Callable[..., Array], *arguments: Array) -> Array:
-    """The function. Its gradient leaves the scheduling group, which would else hold both directions of a layer."""
+    """Calls the function, and takes its backward pass out of the scheduling group.
+
+    Otherwise the group would contain a layer's forward and backward work.
+    """
     return function(*arguments)
 
 
@@ -173,7 +180,7 @@ def _local(ids: Array, device: Array | int, own: int) -> Array:
 
 
 def plan_transfer(devices_NK: Array, copies: int, mesh: Mesh) -> Transfer:
-    """This device's transfer, given the device of each choice, X or more for none; `copies`: devices of a token."""
+    """This device's transfer. devices_NK: the device of each choice; X or more: none. copies: as `Bounds.devices`."""
     n, x = devices_NK.shape[0], mesh.expert
     sends_NX = (devices_NK[:, :, None] == jnp.arange(x)).any(axis=1)
     counts_X = sends_NX.sum(axis=0, dtype=jnp.int32)

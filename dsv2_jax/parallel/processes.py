@@ -174,7 +174,7 @@ def gathered(value: np.ndarray) -> np.ndarray:
 
 
 class Stop:
-    """Catches SIGTERM while entered; `asked` then returns True, in all processes at the same call."""
+    """Catches SIGTERM inside its `with` block. After it, `asked` returns True, in all processes at the same call."""
 
     def __init__(self) -> None:
         self._asked = False

@@ -180,14 +180,14 @@ def doubled(topology: Topology) -> Topology:
 
 
 def max_rows(config: Config, topology: Topology, capacity: Capacity, plan: Planner) -> tuple[Capacity, Estimate]:
-    """The capacity with the most sequences of `capacity.length` tokens that fit, and the estimate of its decode step.
+    """The capacity with the maximum number of rows of `capacity.length` tokens that fit, and its step's estimate.
 
     Starts at `capacity.rows` and corrects by the memory that is left or missing. Raises ValueError if no number of rows
     that was tried fits.
     """
     implementation = switch.implementation(config.compute, topology.kind)
     best, rows = None, capacity.rows
-    fitting, failing = 0, 0  # the most rows known to fit, and the fewest known not to fit (0: none)
+    fitting, failing = 0, 0  # the highest number of rows known to fit, the lowest known not to fit (0: none)
     for _ in range(_ATTEMPTS):
         tried = dataclasses.replace(capacity, rows=rows, pages=0).resolve(config.model, implementation)
         e = plan(config, topology, tried)

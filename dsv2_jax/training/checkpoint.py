@@ -128,7 +128,8 @@ def restore_params(run: Path, step: int | None = None, mesh: jax.sharding.Mesh |
     if not folder.is_dir():
         raise FileNotFoundError(f"no parameters of step {step} in {run}: {folder} is missing")
     expected = parameters.tree(config.model)
-    reader = ocp.StandardCheckpointHandler()  # a Checkpointer around it would warn that one item is not a checkpoint
+    # Used without a Checkpointer, which would warn that `params`, one item of a checkpoint, is not a checkpoint.
+    reader = ocp.StandardCheckpointHandler()
     with reading(run, step):
         stored = jax.tree.map(lambda array: tuple(array.shape), reader.metadata(folder).tree)
     check_shapes(expected, stored, run)

@@ -143,7 +143,10 @@ def _write(file: int, beat: int) -> None:
 
 @functools.cache
 def _host() -> str:
-    """Host name, boot and process namespace. Processes with the same ones share locks and process ids."""
+    """Identifies the host, its boot and its process namespace.
+
+    Processes for which this is equal see each other's locks and process ids.
+    """
     boot = Path("/proc/sys/kernel/random/boot_id")
     if not boot.is_file():
         return socket.gethostname()

@@ -1,4 +1,4 @@
-"""The training loop: next batch, step, log, evaluate, save. Each helper keeps to its own part.
+"""The training loop: next batch, step, log, evaluate, save.
 
 A restarted run continues from its newest checkpoint, bit for bit as if it had never stopped: the checkpoint holds the
 parameters, the optimizer state and the input pipeline's state, and every random number comes from the seed and the

@@ -94,7 +94,10 @@ class Log:
     def __init__(
         self, config: Config, progress: Progress, stage: str, headline: str, *, throughput: bool = True
     ) -> None:
-        """stage: its name. headline: the held-out figure to print. throughput: off where steps are not all the work."""
+        """stage: its name. headline: the held-out figure to print.
+
+        throughput: False if training steps are only a part of the work, as in GRPO. Lines then have no throughput.
+        """
         self._config, self._headline, self._throughput = config, headline, throughput
         self._first = processes.is_first()
         self._in_flight: collections.deque = collections.deque()
@@ -200,7 +203,7 @@ class Log:
 
 
 class Display:
-    """A progress bar on a terminal, one plain line per log elsewhere."""
+    """Shows progress: a bar on a terminal, elsewhere one plain line per logged step."""
 
     def __init__(self, stage: str, total_tokens: int, done_tokens: int) -> None:
         self._total = total_tokens

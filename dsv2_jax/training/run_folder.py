@@ -147,7 +147,7 @@ def keep_tokenizer(run: Path, save: Callable[[Path], object]) -> None:
     if complete_steps(run) and kept.exists():
         same = _contents(kept) == _contents(partial)
         shutil.rmtree(partial)
-        check(same, f"the tokenizer in {kept} is not the one that the data now give: has data.source changed?")
+        check(same, f"the tokenizer in {kept} differs from that of the present data: has data.source changed?")
         return
     shutil.rmtree(kept, ignore_errors=True)
     os.replace(partial, kept)

@@ -157,7 +157,10 @@ def _collect(own: _BackwardScratch, p: Array, ds: Array, rows: slice | pl.Slice,
 
 
 def _nearest(i: Array, scalars: Scalars, blocks: FlashBlocks, steps: int | Array) -> Array:
-    """i, at least the first block of queries that sees the chunk: a repeated block is not copied again."""
+    """i, raised to the first block of queries that sees the chunk.
+
+    For the skipped blocks the index then repeats, and Pallas copies nothing.
+    """
     chunk, offset = scalars.chunk[0], scalars.offset[0]
     unseeing = jnp.maximum(chunk * blocks.chunk - offset, 0) // blocks.queries
     return jnp.minimum(jnp.maximum(i, unseeing), steps - 1)

@@ -165,7 +165,8 @@ def _kernel(*refs: Ref, pages_of_sequence: int, scale: float) -> None:
             pl.when(at[0] < stream.end)(functools.partial(stream.fetch, *at, (i + 1) % 2))
         for stream, at in zip(streams, now, strict=True):
             pl.when(at[0] < stream.end)(functools.partial(stream.await_pages, *at, i % 2))
-        # A stream without jobs left computes on, without effect: branches around it would cost the others more.
+        # A stream that has run out of jobs keeps computing without effect, because branches to skip it would cost the
+        # other streams more.
         plain = functools.reduce(
             jnp.logical_and, (stream.sees_all(*at) for stream, at in zip(streams, now, strict=True))
         )

@@ -50,7 +50,7 @@ class TokenSlots(NamedTuple):
 
 
 def token_slots(sequences: Sequences, tokens: int) -> TokenSlots:
-    """Sequence and slot of each of so many tokens."""
+    """Sequence and slot of each of `tokens` tokens."""
     lengths_N, starts_N1 = sequences.lengths_N, sequences.each_start()
     rows_T = jnp.arange(tokens, dtype=jnp.int32)
     n_T = jnp.clip(jnp.searchsorted(starts_N1, rows_T, side="right").astype(jnp.int32) - 1, 0, lengths_N.shape[0] - 1)

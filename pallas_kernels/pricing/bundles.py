@@ -133,7 +133,7 @@ class _Unit:
         self.slots: dict[int, float] = {}
 
     def start(self, now: float, cycles: float) -> float:
-        """Queues work of so many cycles; returns the cycle at which it begins."""
+        """Queues work of `cycles` cycles; returns the cycle at which it begins."""
         begin = max(now, self.free)
         self.free = begin + cycles
         self.worked += cycles

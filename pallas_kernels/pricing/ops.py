@@ -92,7 +92,7 @@ def _latent_flash(shape: shapes.LatentAttention, chip: str, backward: bool) -> t
 
 
 def _latent_products(shape: shapes.LatentAttention, keys: int, values: int) -> float:
-    """FLOPs of so many products over the width of keys, and of values, for the causal half of the scores."""
+    """FLOPs of `keys` products over the keys' width and `values` over the values', for causal scores."""
     width = keys * (shape.nope + shape.rope) + values * shape.value
     return 2 * shape.heads * shape.tokens**2 / 2 * width
 

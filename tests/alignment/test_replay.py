@@ -1,4 +1,4 @@
-"""Routing replay: the experts that the engine tells are the network's own, and an update can use them."""
+"""Routing replay: the engine returns the experts that the network chose, and an update can use them."""
 
 import dataclasses
 import functools

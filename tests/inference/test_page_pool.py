@@ -1,4 +1,4 @@
-"""The bookkeeping of pages: a random life against a model of it, prefixes by content, and the order of giving up."""
+"""Page allocation: random operations compared with a simple model, prefixes found by content, order of eviction."""
 
 import random
 

@@ -136,7 +136,7 @@ def test_a_seed_fixes_the_draw():
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"temperature": -0.1}, "temperature must not be negative, not -0.1"),
+        ({"temperature": -0.1}, "temperature must be finite and at least 0, not -0.1"),
         ({"top_p": 0.0}, "top_p must be above 0"),
         ({"top_p": 1.01}, "top_p must be above 0"),
         ({"top_k": -1}, "top_k must be from 0 to 16777215, not -1"),

@@ -1,4 +1,4 @@
-"""The MoE layer where tokens travel to their experts, beside the same layer on one device."""
+"""The MoE layer with tokens sent to other devices, compared with the same layer on one device."""
 
 import dataclasses
 import functools

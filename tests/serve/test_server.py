@@ -1,4 +1,4 @@
-"""The server under OpenAI's own client: answers, streams, refusals, and a crowd of which a third leaves."""
+"""The server with OpenAI's own client: answers, streams, refused requests, many clients of whom a third disconnects."""
 
 import asyncio
 import contextlib
@@ -181,7 +181,7 @@ def refusal(address: str, path: str, body: bytes, key: str = "") -> tuple[int, s
         ("/v1/completions", b"\xff\xfe", 400, "the body is not JSON"),
         ("/v1/completions", b"[" * 15_000, 400, "the body is not JSON"),
         ("/v1/completions", b"[1]", 400, "the body must be a JSON object"),
-        ("/v1/completions", b'{"prompt": "x", "temperature": -1}', 400, "temperature must not be negative"),
+        ("/v1/completions", b'{"prompt": "x", "temperature": -1}', 400, "temperature must be finite and at least 0"),
         ("/v1/completions", b'{"prompt": [9999]}', 400, "prompt ids must be from 0 to 511"),
         ("/v1/completions", b'{"prompt": "x", "temperature": NaN}', 400, "the body is not JSON"),
         ("/v1/completions", b'{"prompt": "x", "temperature": 1e999}', 400, "temperature must be a number, not inf"),

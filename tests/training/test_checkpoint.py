@@ -1,4 +1,4 @@
-"""What is saved comes back to the bit, newest first; a run goes on only with the settings that it began with."""
+"""The newest checkpoint is restored bit for bit; a run continues only with its original settings."""
 
 import dataclasses
 import json
@@ -164,7 +164,7 @@ def test_a_tokenizer_cannot_change_under_a_run(config):
     assert (run / "tokenizer" / "words").read_text() == "b"
     checkpoint.save_params(run, config, random_params(config))
     run_folder.keep_tokenizer(run, lambda folder: (folder / "words").write_text("b"))
-    with pytest.raises(ValueError, match=r"the tokenizer in .* is not the one"):
+    with pytest.raises(ValueError, match=r"the tokenizer in .* differs from"):
         run_folder.keep_tokenizer(run, lambda folder: (folder / "words").write_text("c"))
     assert (run / "tokenizer" / "words").read_text() == "b"
 

@@ -169,7 +169,7 @@ def _run(
     empty = (jnp.zeros(x_ND.shape, jnp.float32), *kept)
     busy = jnp.cumsum(pairs.counts_E > 0, dtype=jnp.int32)
     stops = [stop for _, stop in streams.ranges(experts)]
-    # The backward pass reads them by the stream that an expert's number falls in.
+    # With `keep`, each part holds a fixed range of experts, so that the backward pass finds an expert's rows by its id.
     edges = [0, *(busy[stop - 1] if keep else busy[-1] * stop // experts for stop in stops)]
     parts = [lax.fori_loop(start, stop, expert, empty) for start, stop in itertools.pairwise(edges)]
     y_ND = functools.reduce(jnp.add, [y_ND for y_ND, *_ in parts])
