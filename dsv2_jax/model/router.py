@@ -1,4 +1,4 @@
-"""The router: each token's experts, the losses that balance them, and the pairs a full device drops (section 2.2)."""
+"""The router: each token's experts, the balance losses, and token dropping (section 2.2)."""
 
 import functools
 from typing import NamedTuple
@@ -14,7 +14,7 @@ LOSSES = ("expert_balance", "device_balance", "communication_balance")  # factor
 
 
 class Routing(NamedTuple):
-    """scores_BTE float32: affinities s_i, which sum to one. experts_BTK int32 and gates_BTK float32: the choice."""
+    """scores_BTE float32: affinities s_i, which sum to one. experts_BTK int32, gates_BTK float32: chosen experts."""
 
     scores_BTE: Array
     experts_BTK: Array
@@ -24,8 +24,8 @@ class Routing(NamedTuple):
 class SequenceSums(NamedTuple):
     """Sums over each sequence's valid tokens, float32.
 
-    tokens_B1: their number. counted_BE: choices of an expert (the gshard router counts first choices). scores_BE:
-    affinities. sent_BG: tokens sent to a group.
+    tokens_B1: number of tokens. counted_BE: how often each expert is chosen (the gshard router counts first choices
+    only). scores_BE: affinities. sent_BG: number of tokens sent to each group.
     """
 
     tokens_B1: Array
@@ -44,7 +44,7 @@ def route(x_BTD: Array, w_router_DE: Array, moe: Moe, experts_BTK: Array | None 
       x_BTD: The FFN's input.
       w_router_DE: Expert centroids e_i, float32.
       moe: The settings.
-      experts_BTK: A choice made before, which is kept; only gates are computed (routing replay).
+      experts_BTK: The experts of an earlier call, to use instead of choosing; only gates are computed (routing replay).
     """
     logits_BTE = jnp.einsum("btd,de->bte", x_BTD.astype(jnp.float32), w_router_DE, precision="highest")
     scores_BTE = jax.nn.softmax(logits_BTE, axis=-1)  # eq. 22
@@ -73,9 +73,9 @@ def _top_experts(scores_BTE: Array, moe: Moe) -> tuple[Array, Array]:
 def balance(routing: Routing, valid_BT: Array, moe: Moe, mesh: Mesh = SINGLE) -> dict[str, Array]:
     """The three balance losses (section 2.2.3), each averaged over the sequences with valid tokens, and the load.
 
-    Returns float32 scalars under the names of LOSSES, factors included, and
-    `load_E`, an expert's share of the choices times E, so that 1 is average. Choices count before any is dropped. Each
-    value is this device's part; the parts add up over the mesh.
+    Returns float32 scalars under the names of LOSSES, factors included, and `load_E`, an expert's share of the choices
+    times E, so that 1 is average. Dropped pairs count as choices. Each value is this device's part; the parts add up
+    over the mesh.
     """
     valid_BT1 = valid_BT[..., None].astype(jnp.float32)
     chosen_BTE = jax.nn.one_hot(routing.experts_BTK, moe.n_routed_experts).sum(axis=-2) * valid_BT1
@@ -114,7 +114,7 @@ def sequence_losses(sums: SequenceSums, moe: Moe) -> tuple[Array, Array, Array]:
 
 
 def _sums(routing: Routing, chosen_BTE: Array, valid_BT1: Array, moe: Moe, mesh: Mesh) -> SequenceSums:
-    """Sums over time, over all devices that hold a part of a sequence."""
+    """Sums over each sequence, including its parts on other devices."""
     sent_BTG = chosen_BTE.reshape(*chosen_BTE.shape[:2], moe.n_group, -1).max(axis=-1)
     counted_BTE = chosen_BTE
     if moe.router == "gshard":
@@ -126,10 +126,10 @@ def _sums(routing: Routing, chosen_BTE: Array, valid_BT1: Array, moe: Moe, mesh:
 def kept(routing: Routing, valid_BT: Array, exempt_B: Array, moe: Moe, mesh: Mesh = SINGLE) -> Array:
     """Device-level token dropping (section 2.2.4): bool [B, T, K], the token-expert pairs that are kept.
 
-    For every `budget_sequences` sequences a group may compute capacity_factor times the groups' average number of
-    pairs. It drops the pairs of lowest affinity beyond that, of equal ones the later. Pairs of exempt sequences rank
-    first and are kept even if they alone exceed the budget; padding ranks last. The result does not depend on the mesh:
-    devices that hold parts of sequences with one budget gather their affinities.
+    For every `budget_sequences` sequences, the budget of a group is capacity_factor times the groups' average number of
+    pairs. The group drops the pairs with the lowest affinity beyond its budget, and among equal ones the later. Pairs
+    of exempt sequences rank first and are kept even if they alone exceed the budget. Padding ranks last. The result
+    does not depend on the mesh: devices that share a budget gather their affinities.
     """
     b, _, k = routing.experts_BTK.shape
     scores_BTE = jax.lax.stop_gradient(routing.scores_BTE)
@@ -138,8 +138,8 @@ def kept(routing: Routing, valid_BT: Array, exempt_B: Array, moe: Moe, mesh: Mes
     priority_BTK = jnp.where(valid_BT[..., None], priority_BTK, -1.0)
     group_BTK = routing.experts_BTK // (moe.n_routed_experts // moe.n_group)
 
-    sequences = moe.budget_sequences or b * mesh.expert  # that share a budget
-    spread = b % sequences != 0  # over devices of the expert axis
+    sequences = moe.budget_sequences or b * mesh.expert  # number of sequences that share a budget
+    spread = b % sequences != 0  # whether they are on several devices of the expert axis
     group, priority = (context.gather(x, mesh) for x in (group_BTK, priority_BTK))
     if spread:
         group, priority = (collectives.gather(x, expert.AXIS, 0, mesh) for x in (group, priority))
@@ -153,7 +153,7 @@ def kept(routing: Routing, valid_BT: Array, exempt_B: Array, moe: Moe, mesh: Mes
 
 
 def _within_budget(group_P: Array, priority_P: Array, *, budget: int, groups: int) -> Array:
-    """Which pairs are among the `budget` pairs of highest priority in their group."""
+    """Whether each pair is among the `budget` pairs with the highest priority in its group."""
     index_P = jnp.arange(group_P.size, dtype=jnp.int32)
     sorted_group_P, _, order_P = jax.lax.sort((group_P, -priority_P, index_P), num_keys=3)
     starts_G = jnp.searchsorted(sorted_group_P, jnp.arange(groups))

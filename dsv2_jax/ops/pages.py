@@ -28,7 +28,7 @@ _CHUNK_BLOCK = 32  # tokens of a block of a chunk
 
 
 class Placement(NamedTuple):
-    """Where the T tokens of a call belong, int32. The first N are one of each sequence, the rest a chunk in blocks.
+    """The cache slots of the T tokens of a call, int32. The first N are one per sequence, the rest a chunk in blocks.
 
     table_NP: The pages of each sequence, padded with 0.
     page_T: The page that each token is written to, 0 for padding.
@@ -52,9 +52,9 @@ class Cache(NamedTuple):
 
 
 def empty(model: Model, mesh: Mesh, pages: int, slots: int, form: Format, dtype: jnp.dtype) -> tuple[LayerPages, ...]:
-    """A cache of `pages` pages of `slots` tokens; MLA keeps d_c + d_h^R numbers a token and layer (section 2.1.4).
+    """A cache of `pages` pages of `slots` tokens. MLA keeps d_c + d_h^R numbers per token and layer (section 2.1.4).
 
-    Over the tensor axis, keys and values of GQA are those of this device's heads; each device keeps every latent.
+    With tensor parallelism, GQA keeps the keys and values of this device's heads, and MLA keeps all latents.
     Raises ValueError if the format cannot hold the model's rows.
     """
     a, stored = model.attention, formats.stored(form, dtype)
@@ -73,7 +73,7 @@ def empty(model: Model, mesh: Mesh, pages: int, slots: int, form: Format, dtype:
         scales = {"scales_LKJ": (pages, slots, heads)}
 
     def layer() -> LayerPages:
-        # On CPU the cache is kept as bits: converting in each call would copy all pages.
+        # On CPU a bfloat16 cache is stored as bits: converting in each call would copy all pages.
         arrays = {name: to_bits(jnp.zeros(size, stored)) for name, size in sizes.items()}
         if formats.is_quantized(form):
             arrays |= {name: jnp.zeros(size, jnp.uint32) for name, size in scales.items()}
@@ -91,7 +91,7 @@ def chunk_block(implementation: Implementation) -> int:
 
 
 def write(layer: LayerPages, rows: dict[str, Array], placement: Placement, form: Format) -> LayerPages:
-    """A layer's cache with the tokens' rows [T, ...], in the activations' dtype, in their slots."""
+    """A layer's cache after the tokens' rows [T, ...], in the activations' dtype, are written to their slots."""
     layer = dict(layer)
     if len(placement.times_T) == 1:
         # XLA would compile the update of a single row as an update of a slice, and copy the complete cache for it.

@@ -1,9 +1,9 @@
-"""Expert parallelism: tokens travel to the devices of their experts, at most once to each device (section 2.2.2).
+"""Expert parallelism: tokens are sent to the devices of their experts, at most once to each device (section 2.2.2).
 
 A token with several experts on one device is sent there as one copy with its gates. The device adds up its experts'
-results, and one vector travels back. Device-limited routing visits at most M of D devices, so at most M T d numbers
-leave a device; one copy per expert would send K T d. Shapes are static and transfers carry no padding: devices first
-exchange how many rows each sends to each, as integers, then hidden states move once in each direction.
+results and sends one vector back. Device-limited routing uses at most M of D devices, so at most M T d numbers leave a
+device; one copy per expert would send K T d. Shapes are static and transfers contain no padding: devices first exchange
+the number of rows that each sends to each, then send hidden states once in each direction.
 
     N tokens of this device   K choices of a token   X devices of the expert axis
     P rows sent   S rows received   C L numbers of a row in tiles
@@ -100,19 +100,19 @@ def dispatch(
 ) -> tuple[Array, Array | None]:
     """`experts` applied on the devices that hold them: (y_ND of this device's tokens, the result of `overlap`).
 
-    With so few devices that a token may be sent to all of them, all tokens are gathered and the results scattered
-    instead: the same traffic, and nothing to sort.
+    If a token may be sent to all devices, tokens are all-gathered and the results reduce-scattered instead. The traffic
+    is the same, and nothing has to be sorted.
 
     Args:
       x_ND: Hidden states of this device's tokens.
       experts_NK: int32 ids over all devices; E drops a pair.
       gates_NK: float32.
-      experts: Gets rows of all devices with ids among its own E / X experts, E / X for none. Rows without an expert
-        hold anything, NaN included, and must not be read.
+      experts: Gets rows of all devices with ids among its own E / X experts, E / X for none. Rows without an expert are
+        undefined, possibly NaN, and must not be read.
       limits: The static sizes (see `bounds`).
       mesh: The sizes of the mesh.
-      overlap: Work that does not wait for the rows. The first runs while rows travel out. The second takes its result
-        as its first argument and runs while rows travel back.
+      overlap: Work that does not depend on the sent rows. The first runs while rows are sent out. The second takes its
+        result as its first argument and runs while results are sent back.
       layer: Distinguishes the calls of one program.
     """
     own = limits.own
@@ -217,7 +217,7 @@ def merge(rows_PD: Array, transfer: Transfer) -> Array:
     return y_ND.astype(rows_PD.dtype)
 
 
-# Rows that are not sent get a cotangent of some token too, which nothing reads.
+# Rows that are not sent also get the cotangent of some token; nothing reads it.
 expand.defvjp(lambda x, to: (expand(x, to), to), lambda to, g: (merge(g, to), None))
 merge.defvjp(lambda x, to: (merge(x, to), to), lambda to, g: (expand(g, to), None))
 
@@ -226,8 +226,8 @@ def exchange(rows_PD: Array, sizes_XX: Array, buffer_rows: int) -> Array:
     """Sends runs of rows to the devices of the expert axis and returns the received rows by sender, [buffer_rows, ...].
 
     sizes_XX int32: rows that device i sends to device j. A sender's runs are in the order of the receivers, without
-    gaps. Rows after the last received one hold anything: on TPU uninitialised memory, since zeros are slow to write;
-    on CPU NaN. The transpose is the exchange with transposed sizes.
+    gaps. Rows after the last received one are undefined: uninitialised memory on TPU, because writing zeros is slow,
+    and NaN on CPU. The transpose is the exchange with transposed sizes.
     """
     return _exchange(buffer_rows, len(rows_PD), rows_PD, sizes_XX)
 

@@ -1,7 +1,7 @@
 """Pipeline parallelism: MoE layers in equal stages, for slices that a slow network connects.
 
-Every device runs the embedding and the dense layers, and only the first stage's result is used. Then micro-batches move
-through the stages, one stage at each tick. Each stage works in A of A + P - 1 ticks; the others are the bubble. The
+Every device runs the embedding and the dense layers, but only the first stage uses the result. Then micro-batches move
+through the stages, one stage per tick. Each stage works in A of A + P - 1 ticks; the others are the bubble. The
 backward pass runs the ticks in reverse. At the end each stage gets a part of the positions of all micro-batches, so
 that all stages share the head's work.
 
@@ -57,6 +57,6 @@ def part(x_BT: Array, mesh: Mesh) -> Array:
 
 
 def all_layers(x_L: Array, mesh: Mesh) -> Array:
-    """Figures of this device's layers among those of all stages, with 0 for other layers: parts that add up."""
+    """Figures of this device's layers, with zeros for the layers of other stages: parts that add up over the mesh."""
     all_L = jnp.zeros((x_L.shape[0] * mesh.pipeline, *x_L.shape[1:]), x_L.dtype)
     return lax.dynamic_update_slice_in_dim(all_L, x_L, collectives.index(AXIS, mesh) * x_L.shape[0], 0)
