@@ -59,7 +59,7 @@ class Question(NamedTuple):
 def held_out(question: str) -> bool:
     """Whether a question is held out: one in 8, by a hash of its sorted words.
 
-    So 3 + 4 and 4 + 3 are in the same split. Single letters, which name variables, are ignored.
+    So 3 + 4 and 4 + 3 are in the same split. Single letters, the names of variables, are ignored.
     """
     words = " ".join(sorted(re.findall(r"\d+|\w{2,}", question)))
     return hashlib.blake2b(words.encode(), digest_size=8).digest()[0] % _HELD_OUT == 0
@@ -83,7 +83,7 @@ def drawn(task: str) -> list[Question]:
 
 
 def chosen(tasks: Sequence[str], form: str) -> tuple[str, ...]:
-    """The given tasks, or without any all tasks of a form. Raises ValueError for an unknown task."""
+    """The given tasks; all tasks of the form if none is given. Raises ValueError for an unknown task."""
     known = (*TASKS, NEXT_LINE) if form == "conversations" else tuple(TASKS)
     for task in tasks:
         check(task in known, f"data.tasks: no task {task!r} for {form}; there are {', '.join(known)}")
@@ -100,7 +100,7 @@ def make(form: str, tasks: Sequence[str], texts: Iterable[str]) -> Iterator[Made
 
 
 def conversations(task: str, questions: Iterable[Question]) -> Iterator[Made]:
-    """The `messages` of every conversation; the questions of one are all of the same split."""
+    """The `messages` of every conversation. All questions of a conversation are of the same split."""
     by_split: dict[bool, list[Question]] = {False: [], True: []}
     for question in questions:
         by_split[held_out(question.text)].append(question)

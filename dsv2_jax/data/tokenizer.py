@@ -97,10 +97,10 @@ class Tokenizer:
         return self.backend.token_to_id(_name(self.settings.get("pad_token")))
 
     def padded(self) -> "Tokenizer":
-        """A copy whose `pad_token` differs from the end of sequence, so padding and ends of text differ.
+        """A copy whose `pad_token` differs from the end of sequence, so that padding does not look like an end of text.
 
-        It is the settings' own if that differs, else a special token with "pad" in its name, else the begin of
-        sequence, or None if begin and end are the same token.
+        The `pad_token` is that of the settings if it differs, else a special token with "pad" in its name, else the
+        begin of sequence, or None if begin and end are the same token.
         """
         special = self.backend.get_added_tokens_decoder().items()
         named = [i for i, token in special if token.special and "pad" in token.content.lower()]
@@ -123,8 +123,8 @@ class Tokenizer:
 def load(path: Path) -> Tokenizer:
     """Loads a `tokenizer.json`, a SentencePiece `.model`, or a folder with either (`tokenizer.json` first).
 
-    The names of the begin and end tokens come from `tokenizer_config.json` in the same folder, or are DeepSeek's. The
-    chat template comes from `chat_template.jinja` or the same config, or is DeepSeek-V2's. Raises ValueError for a path
+    `tokenizer_config.json` in the same folder names the begin and end tokens, by default DeepSeek's. The chat template
+    comes from `chat_template.jinja` or the same config, and is DeepSeek-V2's by default. Raises ValueError for a path
     without a tokenizer, a damaged file, and a tokenizer that loses or changes text.
     """
     check(path.exists(), f"no tokenizer at {path}: there is no such file or folder")

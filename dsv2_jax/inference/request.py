@@ -23,7 +23,7 @@ class Request:
     stop_ids: tuple[int, ...] = ()  # any of these tokens ends the sequence and is its last token
     stop: tuple[str, ...] = ()  # any of these strings ends the sequence and is left out of the text
     text: bool = False  # whether events and the result have text
-    top: int = 0  # how many alternatives of each new token to return
+    top: int = 0  # number of alternatives of each new token to return
     score_from: int | None = None  # return log-probabilities of the prompt's tokens from this index on
 
     def check(self, model: Model, max_length: int) -> None:
@@ -58,10 +58,11 @@ class Request:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RequestEvent:
-    """What a step did to one request. Log-probabilities are the model's own, before temperature, filters and bias.
+    """The result of a step for one request. Log-probabilities are the model's, before temperature, filters and bias.
 
-    token: the new token, or None if the request ended without one. text: the text it adds; characters that may begin a
-    stop string come with a later event. top: alternatives as (token, log-probability), the most probable first.
+    token: the new token, or None if the request ended without one. text: the text that it adds, without characters that
+    may begin a stop string; these come with a later event. top: alternatives as (token, log-probability), the most
+    probable first.
     """
 
     id: int

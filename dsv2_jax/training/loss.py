@@ -22,13 +22,20 @@ def loss(
     share: Array | float,
     micro_batches: int = 1,
 ) -> tuple[Array, dict[str, Array]]:
-    """One device's part of a micro-batch's loss and metrics; summed over devices and micro-batches they are the step's.
+    """One device's part of a micro-batch's loss and metrics; their sums over devices and micro-batches are the step's.
 
-    batch leaves are [B, T]. exempt_B bool: sequences without token dropping; None: no tokens are dropped. total_weight:
-    the sum of the step's weights. share: 1 / (number of calls). micro_batches: the number of micro-batches in the rows,
-    for a pipeline. Metrics are float32 and weighted: `nll` in nats per token, `tokens` (targets) and `bytes` (their
-    UTF-8 bytes); with experts also the three balance losses summed over layers, `dropped` (share of token-expert pairs)
-    and `load_LE` (an expert's share of the choices, times E).
+    The metrics are float32 and weighted: `nll` in nats per token, `tokens` (targets) and `bytes` (their UTF-8 bytes).
+    With experts there are also the three balance losses summed over layers, `dropped` (share of token-expert pairs) and
+    `load_LE` (an expert's share of the choices, times E).
+
+    Args:
+      params: The parameters of the training state.
+      batch: Leaves [B, T].
+      config: The run's config.
+      exempt_B: bool, sequences without token dropping. None: no tokens are dropped.
+      total_weight: The sum of the step's weights.
+      share: 1 / (number of calls).
+      micro_batches: The number of micro-batches in the rows, for a pipeline.
     """
     model, mesh = config.model, config.mesh
     out, w_head_DW = transformer.forward_masters(
@@ -64,9 +71,9 @@ def loss(
 def balanced(
     value: Array, metrics: dict[str, Array], statistics: dict[str, Array], share: Array | float
 ) -> tuple[Array, dict[str, Array]]:
-    """Adds the three balance losses (eq. 23 to 31) to a stage's loss, and them and `load_LE` to its metrics.
+    """Adds the three balance losses (eq. 23 to 31) to a stage's loss and metrics, and `load_LE` to its metrics.
 
-    statistics: of the MoE layers; {} if there are none, which leaves both unchanged. share: as in `loss`.
+    statistics: of the MoE layers. {} (no MoE layers) leaves both unchanged. share: as in `loss`.
     """
     if not statistics:
         return value, metrics

@@ -29,7 +29,7 @@ _IN_FLIGHT = 2  # steps with metrics still on the device: enough to keep it busy
 
 
 def flops_per_token(model: Model, length: int) -> float:
-    """Model FLOPs of training on one token of a sequence of `length`; the basis of the printed MFU.
+    """Model FLOPs of training on one token of a sequence of `length`, from which MFU is computed.
 
     6 per activated parameter (forward 2, backward 4), plus attention's two matmuls over the causal half of the
     positions: 3 x layers x heads x (key width + value width) x length. Recomputation is not counted.
@@ -129,7 +129,7 @@ class Log:
             self._write_oldest()
 
     def flush(self) -> None:
-        """Writes all recorded metrics. Called before a checkpoint, so that a resumed run has every line up to it."""
+        """Writes all recorded metrics. Called before a save, so that a resumed run has every line up to it."""
         while self._in_flight:
             self._write_oldest()
 

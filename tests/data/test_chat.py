@@ -275,7 +275,7 @@ def test_half_a_surrogate_pair_is_refused(trained):
         ("text", "must be a list"),
         ([], "must be a list"),
         ([{"role": "user"}], "must hold a role and a content"),
-        ([{"role": "tool", "content": "x"}], "the role 'tool' is none of system, user, assistant"),
+        ([{"role": "tool", "content": "x"}], "the role 'tool' is not one of system, user, assistant"),
     ],
 )
 def test_mistakes_are_reported(value, said):

@@ -114,7 +114,7 @@ def test_conversations_are_never_cut(tmp_path):
     file = tmp_path / "chats.jsonl"
     file.write_text(json.dumps(_CHAT) + "\n")
     data = Data(source=str(file), form="conversations", folder=tmp_path / "data")
-    with pytest.raises(ValueError, match="holds a single line of conversations: evaluation needs another one"):
+    with pytest.raises(ValueError, match="has a single line of conversations: evaluation needs another one"):
         corpora.prepare(data)
     file.write_text(json.dumps(_CHAT) + "\n" + json.dumps(other) + "\n")
     corpus = corpora.prepare(data)
