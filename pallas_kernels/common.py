@@ -1,4 +1,4 @@
-"""Shared by the kernels of both folders: constants, the type of a ref, the cost estimate for XLA."""
+"""Constants, the type of a ref, and the cost estimate for XLA, which the kernels of both folders share."""
 
 from typing import Any
 
@@ -12,6 +12,6 @@ Ref = Any  # memory that a kernel reads and writes like an array; Pallas has no 
 
 
 def cost_estimate(flops: int, arrays: Any) -> pl.CostEstimate:
-    """A kernel's cost for XLA, which schedules transfers to overlap with it. arrays: a tree; each moves once."""
+    """A kernel's cost, by which XLA schedules overlapping transfers. arrays: a tree; each array moves once."""
     moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))
     return pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0)

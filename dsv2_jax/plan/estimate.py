@@ -45,7 +45,7 @@ class Traffic:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Operation:
-    """The operations of one kind at one source line. seconds: of the core. exposed: the part of it spent waiting."""
+    """The operations of one kind at one source line. seconds: of the core. exposed: the part spent waiting."""
 
     source: str
     what: str
@@ -177,7 +177,7 @@ def estimate(
         assumption, tokens = f"each takes the time to read its pages from HBM, {pages * 1e3:.3f} ms", batch.size
     else:
         kernels = KernelTimes(config, topology.kind, say, sequences * batch.length // mesh.context)
-        # With the kernels, only loops over the pairs in excess of a balanced router's depend on data.
+        # With the kernels, only loops over pairs that a balanced router does not send have unknown trip counts.
         xla = config.compute.kernels == "xla"
         simulated = timeline.simulate(module, torus, kernels.seconds, unknown_loop_seconds=None if xla else 0.0)
         assumption = "one iteration of each is counted" if xla else "they are left out, as under a balanced router"

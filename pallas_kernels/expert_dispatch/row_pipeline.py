@@ -42,7 +42,7 @@ def wait(copy: Any) -> None:
 
 
 class RowStream(NamedTuple):
-    """An operand or result with one row a pair, in HBM and in two VMEM buffers that alternate."""
+    """An operand or result with one row per pair, in HBM and in two VMEM buffers that alternate."""
 
     hbm: Ref
     vmem: Ref  # [2, tile rows, columns]
@@ -93,8 +93,10 @@ class WeightStream(NamedTuple):
 
 
 def offset(block: Array, columns: int, width: int) -> Array | int:
-    """First column of a column block. The last block ends at the last column, so it may overlap the one before: both
-    write the same numbers there."""
+    """First column of a column block.
+
+    The last block ends at the last column, so it may overlap the one before. Both write the same numbers there.
+    """
     return 0 if width == columns else pl.multiple_of(jnp.minimum(block * width, columns - width), LANES)
 
 
@@ -230,8 +232,8 @@ def _fit(
     uncut = sum(r.array.shape[1] * r.array.dtype.itemsize for r in rows if not r.cut)
     cut = sum(r.array.dtype.itemsize for r in rows if r.cut) + sum(jnp.dtype(r.dtype).itemsize for r in results)
     size = sum(w.size // (w.shape[0] * columns) * w.dtype.itemsize for w in weights)
-    # Weights in 8 bits are for generation, with small groups. Half the bytes no longer hide the time that the MXU
-    # spends on rows that only fill a tile, so tiles are rounded up less.
+    # Weights in 8 bits are for generation, with small groups. Their DMAs are half as long and no longer hide the MXU's
+    # time for the rows that pad a tile, so tiles are rounded up less.
     step = 32 if weights[0].dtype.itemsize == 1 else 64
     return fit(pairs, columns, product.depth, uncut=uncut, cut=cut, weights=size, step=step)
 
@@ -306,7 +308,7 @@ def _pipeline(body: Body, s: TilePlan, streams: Streams, tiles: Tiles, columns: 
 
 
 def _multiply(body: Body, s: TilePlan, i: Array, block: Array, streams: Streams, tiles: Tiles, columns: int) -> None:
-    """Runs the body on tile i. Each height has its own compiled body; the lowest that holds the tile runs."""
+    """Runs the body on tile i. Each height has its own compiled body; the lowest one that is enough runs."""
     slot, buffer = i % 2, s.number_I[i] % 2
     width = tiles.width(columns)
     repeated = block * width - offset(block, columns, width)

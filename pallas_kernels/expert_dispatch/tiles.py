@@ -1,6 +1,6 @@
 """Splits the rows of uneven groups into tiles: lists of integers that a kernel computes in scalar memory.
 
-XLA needs about twenty small operations for the same lists, and each of them costs more than the kernel's lists.
+XLA needs about twenty small operations for the same lists, and each of them costs more than all lists in the kernel.
 
 Groups follow each other from row 0. A tile holds rows of one group; it starts at a multiple of ALIGN, so its first rows
 may belong to the group before. Letters: P rows, E groups, I tiles, J groups that have rows.
@@ -70,11 +70,11 @@ def fit(pairs: int, columns: int, depth: int, *, uncut: int, cut: int, weights: 
             width = tiles.width(columns)
             if 2 * rows * (uncut + cut * width) + 2 * weights * width <= info.vmem_capacity_bytes - 10 * MIB:
                 return replace(tiles, chunk=_chunk(width, depth, info))
-    raise ValueError(f"weights of {weights} bytes a column do not fit {info.vmem_capacity_bytes} bytes of VMEM")
+    raise ValueError(f"weights of {weights} bytes per column do not fit {info.vmem_capacity_bytes} bytes of VMEM")
 
 
 def _chunk(width: int, depth: int, info: pltpu.TpuInfo) -> int:
-    """Columns to multiply at a time: many, since the MXU drains after each product, but its code is unrolled."""
+    """Columns to multiply at a time: many, as the MXU drains after each product, but not all, as code is unrolled."""
     unit = info.mxu_column_size
     unrolled = 512 * 5120 if info.generation < 6 else 768 * 5120  # larger values do not lower the estimates
     limit = max(unrolled // depth & -unit, unit)

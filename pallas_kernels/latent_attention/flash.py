@@ -100,7 +100,7 @@ def _attention(inputs: AttentionInputs, scale: float, how: FlashTuning, interpre
 def _attention_forward(inputs: AttentionInputs, scale: float, how: FlashTuning, interpret: bool) -> tuple[Array, tuple]:
     blocks = how.forward
     o, lse = forward(inputs, _scalars(inputs, blocks), scale=scale, blocks=blocks, interpret=interpret)
-    # Named, so that a remat policy that keeps them need not run the forward pass again.
+    # Named, so that a remat policy can keep them instead of running the forward pass again.
     o, lse = checkpoint_name(o, "attention"), checkpoint_name(lse, "attention")
     return o, (inputs, o, lse)
 
@@ -111,7 +111,8 @@ def _attention_backward(
     inputs, o, lse = kept
     segments_BT, segments_BS = inputs.segments_BT, inputs.segments_BS
     blocks = how.backward
-    # XLA would fuse this sum into the matmul that makes g; on TPU it then takes three times as long as the matmul.
+    # XLA would fuse this sum into the matmul that computes g. On TPU the fusion takes three times as long as that
+    # matmul alone.
     g = jax.lax.optimization_barrier(g)
     mean = jnp.sum(g.astype(jnp.float32) * o.astype(jnp.float32), axis=-1)[:, :, None]
     operands = backward_kernel.Operands(

@@ -89,7 +89,7 @@ def _kernel(*refs, scale: float, blocks: FlashBlocks, chunks: int):
         norms = jnp.where(real, squared_norms(ref.k()), 0)
         ref.max_norm[...] = jnp.broadcast_to(jnp.max(norms, axis=1, keepdims=True), ref.max_norm.shape)
 
-    # A query's scores are at most the product of its norm and the longest key's.
+    # A query's scores are at most its norm times the norm of the longest key.
     bound = 1.01 * scale * jnp.sqrt(squared_norms(ref.q()) * ref.max_norm[:, :1])
     ref.sums[...], ref.total[...] = jnp.zeros_like(ref.sums), jnp.zeros_like(ref.total)
     ref.top[...] = jnp.maximum(bound - WINDOW, 0)
@@ -110,7 +110,7 @@ def _kernel(*refs, scale: float, blocks: FlashBlocks, chunks: int):
 
     walk(here, blocks, add, triangle)
 
-    # If the bound exceeds the window, the largest score may be so far below it that its weight underflowed.
+    # If the bound exceeds the window, the largest score may be so far below the bound that its weight underflows.
     lost = (bound > WINDOW) & (ref.total[...] < 2.0**-WINDOW) & (ref.segments_queries[...] > 0)
     pl.when(jnp.any(lost))(lambda: _online(ref, here, blocks, scale))
     if chunks > 1:

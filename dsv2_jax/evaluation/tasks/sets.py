@@ -29,7 +29,7 @@ Example = dict[str, Any]
 
 
 class Set(NamedTuple):
-    """A set: its package, the package's hash, the file in it, and the reader of that file."""
+    """A data set: its package, the package's hash, the file in it, and the reader of that file."""
 
     package: str
     version: str
