@@ -34,7 +34,7 @@ def main(function: Callable[[], int | None]) -> NoReturn:
     """
     import jax
 
-    jax.config.update("jax_traceback_filtering", "off")  # else errors inside JAX look like ours
+    jax.config.update("jax_traceback_filtering", "off")  # otherwise errors inside JAX look like ours
     try:
         code = function()
     except KeyboardInterrupt:

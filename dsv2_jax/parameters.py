@@ -1,4 +1,4 @@
-"""Names and shapes of the parameters: the one table that modules, counts, sharding and files share.
+"""Names and shapes of the parameters: a table that modules, counts, sharding and files share.
 
 A name ends in the letters of its dimensions: `w_uk_CHN` has the dimensions latent, heads and nope width. The letters:
 

@@ -18,7 +18,7 @@ class Grpo:
     clip: float = 0.2  # epsilon
     beta: float = 0.04  # weight of the KL divergence from the reference, the model of --init
     level: Literal["token", "sequence"] = "token"  # level of the probability ratio; see alignment/objective.py
-    truncate: float = 2.0  # limit of the importance weight trainer / sampler of a token; 0: no weights
+    truncate: float = 2.0  # limit of a token's importance weight pi_old / pi_sampler; 0: no weights
     rewards: tuple[str, ...] = ("task",)  # names of alignment/verifiers.py, or folders of reward models
     weights: tuple[float, ...] = (1.0,)  # c_1, c_2, ...: their weights in the sum
     # Responses that reach max_new, which the paper does not mention: keep them (TRL's default), mask their loss (TRL's

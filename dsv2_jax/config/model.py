@@ -1,6 +1,6 @@
 """The network's settings: attention, RoPE, experts and sizes.
 
-Fields carry the names of the released checkpoints' `config.json`. Symbols in comments are the paper's
+Fields have the names of the released checkpoints' `config.json`. Symbols in comments are the paper's
 (arXiv:2405.04434).
 """
 

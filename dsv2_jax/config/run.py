@@ -19,7 +19,8 @@ class Config:
     workdir: Path  # folder for checkpoints, metrics and plots; resumes the run in it
     resume: bool = True  # --no-resume: fail if workdir has a run already
     seed: int = 0
-    init: Path | None = None  # start from a run, its checkpoints/STEP or a Hugging Face folder: also model, tokenizer
+    # start from this run, checkpoints/STEP of a run, or Hugging Face folder: parameters, model settings and tokenizer
+    init: Path | None = None
     # number of tokens to train on; 0 with --init: no training, evaluates and saves the checkpoint of --init
     tokens: int = 8_100_000_000_000
     epochs: int = 0  # passes over the data, which then set the tokens; 0: use `tokens`

@@ -92,7 +92,7 @@ class Reader(_Slices):
                 )
 
     def read(self, part: str, name: str, index: Index) -> np.ndarray:
-        """`params[part][name][index]`, float32. Read leaf by leaf, a chunk that slices share is decoded once.
+        """`params[part][name][index]`, float32. If slices are read leaf by leaf, each chunk is decoded once.
 
         Raises ValueError if the checkpoint is damaged.
         """

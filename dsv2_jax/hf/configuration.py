@@ -1,8 +1,8 @@
 """Converts `config.json` to our model config and back: DeepSeek-V2's, and Llama's for grouped-query models.
 
 Writes the released style (`rope_theta` and `rope_scaling`), which all readers support. Also reads the style of
-transformers 5 (`rope_parameters`). Released configs do not give token dropping and two of the three balance losses;
-these take our defaults.
+transformers 5 (`rope_parameters`). Released configs have no settings of token dropping and of two of the three balance
+losses; these take our defaults.
 """
 
 import math
@@ -160,7 +160,7 @@ def _yarn(rope: Rope, mscale: float, mscale_all_dim: float) -> dict[str, Any]:
         "original_max_position_embeddings": rope.original_max_position_embeddings,
         "type": "yarn",
     }
-    if not (mscale and mscale_all_dim):  # here transformers differs from the released formula unless given the result
+    if not (mscale and mscale_all_dim):  # transformers' own formula differs from the released one here
         scaling["attention_factor"] = _attention_factor(rope.factor, mscale, mscale_all_dim)
     return scaling
 

@@ -25,7 +25,7 @@ class Serve:
     most_connections: int = 512  # maximum number of open connections; further ones get status 503
     body_bytes: int = 1 << 20  # maximum number of bytes of a request's body
     idle_seconds: float = 60.0  # time limit for receiving a request, sending a part of a response, between requests
-    drain_seconds: float = 30.0  # time for running requests after SIGTERM
+    drain_seconds: float = 30.0  # time limit for running requests after SIGTERM
     capacity: Capacity = dataclasses.field(default_factory=Capacity)
     compute: Compute = dataclasses.field(default_factory=Compute)
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
