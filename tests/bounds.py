@@ -170,8 +170,8 @@ def grouped_swiglu(
 ) -> list[Number]:
     """The experts' SwiGLU over pairs and its gradients (y, dx, dgates, dw_gate, dw_up, dw_down) for the cotangent g.
 
-    experts_NK: those that are no expert drop their pair. Products that go into others are rounded to the dtype first;
-    what tokens add up, once more for each turn.
+    experts_NK: an id of no expert drops its pair. Products that are operands of others are rounded to the dtype first.
+    turns: how often the sums over a token's rows are rounded.
     """
     (n, k), w_gate, w_up, w_down = experts_NK.shape, *weights
     pairs_of = [np.flatnonzero(experts_NK == e) for e in range(len(w_gate.value))]

@@ -167,7 +167,7 @@ def test_trains_stops_exports_and_serves(image):
         finally:
             process.kill()
     assert answer["usage"]["completion_tokens"] == 4
-    assert listing(packages(image)) == before  # corpora and tokenizers lie where the command runs
+    assert listing(packages(image)) == before  # corpora and tokenizers are written to the current folder
     assert image.path("data/corpora").is_dir()
 
 

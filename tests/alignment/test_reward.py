@@ -1,4 +1,4 @@
-"""Reward models: rows and loss worked by hand, scores against transformers, accuracy on pairs easily told apart."""
+"""Reward models: rows and loss worked out by hand, scores against transformers, accuracy on easy pairs."""
 
 import dataclasses
 import json
@@ -166,7 +166,7 @@ def test_a_reward_model_wants_preferences(model, tmp_path):
     ids=["pipeline", "pipeline+fsdp+context"],
 )
 def test_a_step_in_a_pipeline_is_that_of_one_device(model, params, mesh, tmp_path):
-    """Two micro-batches; pairs whose ends lie in parts of a row that are of different stages."""
+    """Two micro-batches; pairs whose two ends are in the parts of a row of different stages."""
     rng = np.random.default_rng(0)
     pairs = [
         Preference((ids(*rng.integers(0, 384, n)), ids(*rng.integers(0, 384, 32 - n))), 0.25 * n) for n in range(4, 12)

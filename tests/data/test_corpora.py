@@ -167,7 +167,7 @@ def test_builtin_without_fetching_is_code_and_help_with_a_fair_split(tmp_path):
         assert 0.02 < share <= 0.03, kind
     assert 2_500_000 < size["train"]["python"] < 3_300_000
     assert not any("site-packages" in name or "/test/" in name or "pydoc_data" in name for name in names)
-    assert "topics/specialnames" in names  # this topic contains the next one whole
+    assert "topics/specialnames" in names  # this topic contains all of the next one
     assert "topics/callable-types" not in names
     assert "Python" in (corpus.folder / "notices" / "python.txt").read_text()
 

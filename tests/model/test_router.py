@@ -130,7 +130,7 @@ def test_balance_losses_and_load(moe):
 
 def test_perfect_balance_costs_the_factors():
     """Every expert chosen alike with even affinities: sum f P is 1 for the first two losses, D / M over D groups."""
-    experts = np.arange(12).reshape(1, 4, 3)  # each token takes one whole group
+    experts = np.arange(12).reshape(1, 4, 3)  # each token takes all experts of one group
     even = router.Routing(jnp.full((1, 4, 12), 1 / 12), jnp.asarray(experts), jnp.ones((1, 4, 3)))
     losses = router.balance(even, jnp.ones((1, 4), bool), MOE)
     np.testing.assert_allclose([losses[n] for n in LOSSES], [0.3, 0.5, 0.7 / 2], rtol=1e-6)
@@ -225,7 +225,7 @@ def test_exempt_sequences_are_kept_even_beyond_the_budget():
 def test_of_equal_pairs_the_earlier_are_kept_and_padding_goes_first():
     experts = jnp.broadcast_to(jnp.arange(3), (1, 8, 3))
     routing = router.Routing(jnp.full((1, 8, 12), 1 / 12), experts, jnp.ones((1, 8, 3)))
-    valid = jnp.arange(8)[None] >= 5  # three tokens behind five of padding; the budget is 24 / 4 = 6 pairs
+    valid = jnp.arange(8)[None] >= 5  # three tokens after five of padding; the budget is 24 / 4 = 6 pairs
     kept = np.asarray(router.kept(routing, valid, jnp.array([False]), MOE))
     assert kept[0, :, :].sum(axis=-1).tolist() == [0, 0, 0, 0, 0, 3, 3, 0]
 

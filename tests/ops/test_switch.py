@@ -22,7 +22,7 @@ def forget_warnings():
 
 
 def on(kind: str, platform: str = "tpu"):
-    """A context in which programs are traced for such devices."""
+    """A context in which programs are traced for devices of this kind."""
     device = AbstractDevice(platform=platform, device_kind=kind, num_cores=1)
     return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
 

@@ -70,7 +70,7 @@ def test_chat_follows_the_template(words):
     expected = [bos, *first, eos, *encode("User: what is\n\nAssistant:")]
     (request,) = parse(words, "chat", messages=messages).requests
     assert list(request.prompt) == expected
-    assert request.max_new == 100 - len(expected)  # all the room there is
+    assert request.max_new == 100 - len(expected)  # all that the limit leaves
 
 
 def test_what_the_template_refuses_is_the_clients_mistake(words):

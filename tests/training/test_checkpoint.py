@@ -171,7 +171,7 @@ def test_a_tokenizer_cannot_change_under_a_run(config):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A run with whole checkpoints of steps 3 and 5, to be copied."""
+    """A run with complete checkpoints of steps 3 and 5, to be copied."""
     config = dataclasses.replace(PRESETS["tiny"](), workdir=tmp_path_factory.mktemp("saved") / "run")
     run_folder.open_run(config)
     state = create(random_params(config), config)
