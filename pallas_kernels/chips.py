@@ -14,7 +14,7 @@ Sources:
 - HBM size and links: the same pages. A link has the chip's bidirectional bandwidth divided by its links and by two
   directions, times 0.9, the share that a large transfer reaches (jax-ml.github.io/scaling-book/tpus).
 - Between slices: a chip's share of the data centre network, the same pages.
-- v4: cloud.google.com/tpu/docs/v4, likewise.
+- v4: cloud.google.com/tpu/docs/v4, in the same way.
 """
 
 import dataclasses

@@ -6,7 +6,7 @@ import jax
 from jax.experimental import pallas as pl
 
 LANES = 128  # columns of a vector register: widths and tile sizes are multiples of it
-MASKED = -1e30  # score of a key that a query may not see: finite, since the softmax of a row of -inf is NaN
+MASKED = -1e30  # score of a key that a query may not see; finite, because the softmax of a row of -inf is NaN
 
 Ref = Any  # memory that a kernel reads and writes like an array; Pallas has no public type for it
 

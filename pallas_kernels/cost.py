@@ -1,6 +1,6 @@
 """Estimates the cost of a kernel without a TPU: python -m pallas_kernels.cost OP --chip v5p --shape v2 [--json FILE].
 
---tune tries all candidate block sizes. pricing/cost.py says what the figures include.
+--tune tries all candidate block sizes. pricing/cost.py documents what the figures include.
 """
 
 import argparse

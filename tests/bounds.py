@@ -171,7 +171,7 @@ def grouped_swiglu(
     """The experts' SwiGLU over pairs and its gradients (y, dx, dgates, dw_gate, dw_up, dw_down) for the cotangent g.
 
     experts_NK: an id of no expert drops its pair. Products that are operands of others are rounded to the dtype first.
-    turns: how often the sums over a token's rows are rounded.
+    turns: how often the sums are rounded, once per chunk of pairs.
     """
     (n, k), w_gate, w_up, w_down = experts_NK.shape, *weights
     pairs_of = [np.flatnonzero(experts_NK == e) for e in range(len(w_gate.value))]

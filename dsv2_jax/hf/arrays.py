@@ -104,7 +104,7 @@ class Reader(_Slices):
     def check_intact(self) -> None:
         """Raises ValueError if a parameter whose slices were all read differs from what was saved.
 
-        A parameter that is split over processes is not checked, since each reads only a part of it.
+        A parameter that is split over processes is not checked, because each reads only a part of it.
         """
         checkpoint.check_intact(self._run, self._step, self.sums)
 

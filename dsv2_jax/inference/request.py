@@ -19,7 +19,7 @@ class Request:
     prompt: tuple[int, ...]
     max_new: int = 128  # maximum number of new tokens; 0: only score
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
-    seed: int = 0  # equal requests with equal seeds get equal tokens, whatever else runs
+    seed: int = 0  # equal requests with equal seeds get equal tokens, independent of other requests
     stop_ids: tuple[int, ...] = ()  # any of these tokens ends the sequence and is its last token
     stop: tuple[str, ...] = ()  # any of these strings ends the sequence and is left out of the text
     text: bool = False  # whether events and the result have text
@@ -44,7 +44,7 @@ class Request:
         )
         check(
             self.score_from is None or 0 < self.score_from <= len(self.prompt),
-            f"score_from must be from 1 to {len(self.prompt)}, the length of the prompt, since the first token has no "
+            f"score_from must be from 1 to {len(self.prompt)}, the length of the prompt: the first token has no "
             "log-probability",
         )
         check(0 <= self.top <= TOP, f"top must be from 0 to {TOP}, not {self.top}")

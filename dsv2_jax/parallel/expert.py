@@ -60,7 +60,7 @@ class Transfer(NamedTuple):
 
 
 class Work(NamedTuple):
-    """function(*arguments), computed while rows travel. The function is a module's, since it is a jit cache key."""
+    """function(*arguments), computed while rows are sent. As a jit cache key the function must be at module level."""
 
     function: Callable[..., Array]
     arguments: tuple[Array, ...]

@@ -80,7 +80,7 @@ def is_first() -> bool:
 
 @contextlib.contextmanager
 def first_before_others(what: str) -> Iterator[None]:
-    """`together`, but the first process runs the body before the others, which find its files on a shared disk."""
+    """As `together`, but the first process runs the body before the others, which find its files on a shared disk."""
     with together(what, first_alone=True):
         yield
 
@@ -168,7 +168,7 @@ def gathered(value: np.ndarray) -> np.ndarray:
     """The values of all processes, [P, ...], bit for bit; shape and dtype must be the same in all."""
     if jax.process_count() == 1:
         return value[None]
-    # As bytes, since JAX would convert float64 to float32.
+    # As bytes, because JAX would convert float64 to float32.
     parts = multihost_utils.process_allgather(np.frombuffer(value.tobytes(), np.uint8))
     return np.asarray(parts).view(value.dtype).reshape(-1, *value.shape)
 

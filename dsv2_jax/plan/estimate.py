@@ -127,7 +127,7 @@ def estimate(
     """Estimates a compiled program.
 
     config: the result of `compile.laid_out`. text: the program's HLO, "" if it does not fit. say: logs progress. work:
-    what the program does.
+    the kind of program.
     """
     chip, batch, mesh = topology.chip, config.batch, config.mesh
     slices, micro_size = mesh.slices, batch.micro_size or batch.size

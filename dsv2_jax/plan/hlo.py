@@ -1,6 +1,6 @@
 """Parses a compiled, scheduled HLO module: instructions in schedule order, shapes and loop trip counts.
 
-The input is the text that the compiler dumps. The parser reads only what the time model needs.
+The input is the text that the compiler dumps. The parser reads only the parts that the time model needs.
 """
 
 import dataclasses

@@ -81,8 +81,8 @@ class Checkpoints:
         """Restores the newest checkpoint and the position of `batches`; without a checkpoint, compiles `initial()`.
 
         With `start`, a new run's state takes the parameters that `start()` returns. The state is laid out by
-        `shardings`, whatever the layout of the run that saved it. Raises ValueError for a damaged checkpoint and for
-        one that holds parameters only.
+        `shardings`, also if the run that saved it had another layout. Raises ValueError for a damaged checkpoint and
+        for one that holds parameters only.
         """
         steps = complete_steps(self._run)
         if not steps:

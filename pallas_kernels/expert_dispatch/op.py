@@ -1,9 +1,9 @@
 """The experts' SwiGLU over (token, expert) pairs, forward and backward (section 2.2.1).
 
 Pairs are sorted by expert once. Both passes gather token rows into that order and gather results back, because a
-scatter of rows costs more. Buffers hold `buffer_size` pairs, about what a balanced router sends to a device. The worst
-case is several times as many, and without dropping no pair may be lost. A loop therefore computes further pairs in
-further chunks; usually there are none.
+scatter of rows costs more. A device can receive several times the pairs that a balanced router sends, and without
+dropping no pair may be lost. Buffers nevertheless hold only `buffer_size` pairs: a loop computes further pairs in
+further chunks, and usually there are none.
 
 Letters: N tokens, K active experts, A sorted pairs with padding, P pairs of a chunk, E experts, D model, F expert
 width.

@@ -11,7 +11,7 @@ from jax import Array
 
 from pallas_kernels.latent_attention.pages import Sequences, token_slots
 
-_SMEM = 2**20 - 2**14  # bytes of scalar memory: every chip has 1 MiB, the compiler keeps the rest
+_SMEM = 2**20 - 2**14  # bytes of scalar memory: every chip has 1 MiB, and the compiler reserves a part
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

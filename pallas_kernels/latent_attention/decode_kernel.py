@@ -225,7 +225,7 @@ class _Stream:
             self._each_query(job, lambda copy: copy.start())
 
     def await_pages(self, job: Array, chunk: Array, half: Array) -> None:
-        """Waits for the copies that `fetch` started. Sets latents of unwritten slots to 0, since they may be NaN."""
+        """Waits for the copies that `fetch` started. Sets latents of unwritten slots to 0, because they may be NaN."""
         v = self.vmem
         filled = self._filled_pages(job, chunk)
 
