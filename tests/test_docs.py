@@ -26,7 +26,7 @@ def test_the_readme_is_short():
 
 
 def tree_paths() -> list[str]:
-    """The paths of architecture.md's tree: a name a line, two spaces a level, folders with a slash at their end."""
+    """The paths of architecture.md's tree: one name per line, two spaces per level, folders end in a slash."""
     drawn = re.search(r"## The tree\n\n```\n(.*?)```", PAGES["docs/architecture.md"], re.DOTALL)
     assert drawn
     folders, paths = [], []

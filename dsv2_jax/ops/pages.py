@@ -4,7 +4,7 @@ A page holds K slots, one token each. The pages of a sequence can be anywhere in
 order. Padding is written to page 0, which belongs to no sequence. The arrays have the layout that the decode kernel of
 pallas_kernels/latent_attention reads. Letters in addition to those of parameters.py:
 
-    L pages in all   K slots of a page   N sequences   P pages of a sequence   M blocks of chunk tokens
+    L pages in total   K slots of a page   N sequences   P pages of a sequence   M blocks of chunk tokens
     X pages read together, one of each sequence
 """
 

@@ -1,6 +1,6 @@
 """Compiles a program of a config for TPUs that are not attached: a training step, a forward pass or a decode step.
 
-`python -m dsv2_jax.plan.program FOLDER` runs in a process of its own. It reads FOLDER/request.json and writes
+`python -m dsv2_jax.plan.program FOLDER` runs in a separate process. It reads FOLDER/request.json and writes
 FOLDER/program.json and, if the program fits the HBM, FOLDER/hlo.txt.gz: the optimised, scheduled HLO of one device.
 """
 

@@ -1,6 +1,6 @@
 """The arguments of `latent_decode`: a paged cache and the sequences that read it.
 
-T query tokens of all sequences, C latent, R rope dim, N sequences, P pages of a sequence, L pages in all, K slots of a
+T query tokens of all sequences, C latent, R rope dim, N sequences, P pages per sequence, L pages in total, K slots per
 page.
 """
 

@@ -1,6 +1,6 @@
 """Attention over a paged cache in loops over pages: each call's cost follows the length of its sequences.
 
-T tokens   J KV heads   G query heads a KV head   X sequences or blocks at a time   A = tokens of a block x G
+T tokens   J KV heads   G query heads per KV head   X sequences or blocks at a time   A = tokens of a block x G
 N sequences   P pages of a sequence   M blocks   K slots of a page
 """
 
