@@ -1,7 +1,8 @@
 """Formats of the cache's rows (section 3.2.3): the activations' dtype, bfloat16, or integers with one scale per row.
 
 A row holds one token's numbers in one array of one layer. Its scale is the largest magnitude divided by the largest
-integer, rounded up to float16, so no number is clipped. pallas_kernels/latent_attention/packing.py packs and dequantises rows.
+integer, rounded up to float16, so no number is clipped. pallas_kernels/latent_attention/packing.py packs and
+dequantises rows.
 """
 
 from typing import Literal
