@@ -48,7 +48,7 @@ eval: $(VENV)/.installed
 	  --needle --haystack.lengths $(NEEDLES) --haystack.picture $(REPORT)/needle.png --samples $(REPORT)/samples \
 	  --json $(REPORT)/eval.json --page $(REPORT)/eval.html
 
-# Without what an earlier build left: files that the tree has no more would come along.
+# Deletes earlier builds first, or the wheel would contain files that the tree no longer has.
 wheel:
 	rm -rf build dist
 	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
@@ -73,7 +73,7 @@ $(VENV)/.installed: requirements.txt
 	$(PY) -m pip install --quiet -r requirements.txt
 	touch $@
 
-# One pip call: torch is pinned there, and whatever else wants a torch must meet the pin.
+# One pip call: torch is pinned there, and all packages that need torch must accept that version.
 $(VENV)/.installed-dev: requirements-dev.txt requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet -r requirements-dev.txt

@@ -58,7 +58,7 @@ def lite(size: float) -> Model:
 
 
 def shallow(layers: int) -> Model:
-    """V2-Lite with so many layers."""
+    """V2-Lite with `layers` layers."""
     return dataclasses.replace(models.v2_lite(), num_hidden_layers=layers)
 
 

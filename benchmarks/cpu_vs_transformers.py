@@ -225,8 +225,11 @@ def matmul_peak(dtype: str) -> float:
 
 
 def worker(side: str, case: str, rounds: int, out: IO[str]) -> None:
-    """One side's process. Writes a JSON line when it is ready or fails; then runs a round for every line it reads, and
-    writes a JSON line with its time."""
+    """One side's process.
+
+    Writes a JSON line when it is ready or fails. Then runs a round for every line that it reads, and writes a JSON line
+    with its time.
+    """
 
     def send(**message: Any) -> None:
         print(json.dumps(message), file=out, flush=True)

@@ -51,7 +51,7 @@ class DepthBenchmark:
 
 
 def measure(layers: int) -> dict[str, float]:
-    """Seconds of each phase for a step of so many layers."""
+    """Seconds of each phase for a step of `layers` layers."""
     tiny = models.tiny()
     moe = dataclasses.replace(tiny.moe, budget_sequences=MESH.expert)
     model = dataclasses.replace(tiny, num_hidden_layers=layers, moe=moe)

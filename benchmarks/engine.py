@@ -4,9 +4,9 @@
 
 Each side runs in its own process with all cores, one after another, with compiled programs. The engine runs on one
 device with all cores, and on one device per core over the tensor axis; the better counts. transformers runs eagerly and
-under torch.compile with a static cache. It runs one batch, padded to its longest prompt, until its longest answer ends;
-for mixed requests also batches of 16 sorted by length. Its best variant counts. Rates count requested tokens only, on
-both sides. Times include the prompts.
+under torch.compile with a static cache. It runs one batch, padded to its longest prompt, until its longest answer ends,
+and for mixed requests also batches of 16 sorted by length; its best variant counts. On both sides rates count requested
+tokens only, and times include the prompts.
 """
 
 import dataclasses
@@ -68,7 +68,7 @@ def requests(case: str, number: int) -> list[tuple[list[int], int]]:
 
 
 def run_ours(case: str, rounds: int, dtype: Dtype, tensor: int) -> dict[str, Any]:
-    """Rates of the engine on so many devices, and the number of compilations after warm-up."""
+    """Rates of the engine on `tensor` devices, and the number of compilations after warm-up."""
     import jax
 
     jax.config.update("jax_num_cpu_devices", tensor)

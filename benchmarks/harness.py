@@ -2,8 +2,8 @@
 
     python benchmarks/harness.py --checkpoint HF_DIR [--tasks A,B] [--limit N] [--json FILE]
 
-Each side answers all tasks in one evaluation, twice, and the sides alternate. The second time counts, since programs
-are then compiled.
+Each side runs all tasks in one evaluation, twice, and the sides alternate. The second evaluation counts, because its
+programs are compiled already.
 """
 
 import dataclasses

@@ -3,8 +3,8 @@
     python benchmarks/kernels.py [--ops OP ...] [--shapes SHAPE ...] [--chips CHIP ...] [--json FILE] [--out FILE]
 
 Needs libtpu but no TPU; takes about 15 seconds for each estimate, and an hour for all on one core. See
-pallas_kernels/pricing/cost.py for what the estimates include. Figures in the JSON file are kept and not computed again:
-delete the file when a kernel changes.
+pallas_kernels/pricing/cost.py for what the estimates include. Figures in the JSON file are not computed again: delete
+the file when a kernel changes.
 """
 
 import dataclasses

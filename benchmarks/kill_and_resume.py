@@ -2,7 +2,7 @@
 
     python benchmarks/kill_and_resume.py [--preset nano] [--kills 10] [--seed 0] [--json FILE] -- [TRAIN FLAGS ...]
 
-Flags after `--` go to train.py. Exit code 0 if all figures but those of time agree, else 1.
+Flags after `--` go to train.py. Exit code 0 if all figures except times agree, else 1.
 """
 
 import dataclasses
@@ -81,7 +81,7 @@ def main() -> int:
     start_up = time.monotonic() - begin
     times, killed_at = random.Random(options.seed), []
     while code == 0 and len(killed_at) < options.kills:
-        # Kills may fall into start-up and restore. None is so late that the run could end before its last kill.
+        # A kill may come during start-up or restore. None is so late that the run could end before its last kill.
         done = max((line["step"] for line in lines(killed)), default=0) / lines(undisturbed)[-1]["step"]
         share = 1.8 * training * (1 - done) / (options.kills - len(killed_at) + 1)
         if train(options.preset, killed, flags, times.uniform(start_up / 2, start_up + share))[0] != -signal.SIGKILL:

@@ -81,7 +81,7 @@ def main() -> int:
     sizes = loaded.need_tokenizer().bytes_per_token
     text_bytes = sum(int(sizes[ids[1:]].sum()) for ids in documents)
     table = rich.table.Table(
-        "weights", "cache", "bits/byte", "change", "KL, nats", "weights, MB", "cache, bits a number",
+        "weights", "cache", "bits/byte", "change", "KL, nats", "weights, MB", "cache, bits per number",
         title=f"{len(documents)} held-out documents, {sum(map(len, documents)):,} tokens",
     )  # fmt: skip
     figures, reference, first = [], [], 0.0

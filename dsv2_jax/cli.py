@@ -34,7 +34,7 @@ def main(function: Callable[[], int | None]) -> NoReturn:
     """
     import jax
 
-    jax.config.update("jax_traceback_filtering", "off")  # else errors inside JAX look like ours
+    jax.config.update("jax_traceback_filtering", "off")  # otherwise errors inside JAX look like ours
     try:
         code = function()
     except KeyboardInterrupt:
@@ -167,7 +167,7 @@ def _unknown(token: str, names: list[str]) -> str:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether our code raised it. Decides by module name, since an installed copy is in the folder of the libraries."""
+    """Whether our code raised it, by module name, because an installed copy is in the folder of the libraries."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return frame.f_globals.get("__name__", "").partition(".")[0] in _OURS
 

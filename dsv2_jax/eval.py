@@ -27,11 +27,11 @@ class Evaluate:
     num_fewshot: int | None = None  # examples before each question, in place of the task's
     limit: int | None = None  # documents per task
     chat: bool = False  # format the tasks' texts as conversations
-    max_gen_toks: int = 0  # tokens of an answer, in place of the task's
-    offline: bool = False  # of the paper's groups, only tasks that need no network after one download
+    max_gen_toks: int = 0  # maximum number of tokens of an answer; 0: the task's
+    offline: bool = False  # run only those tasks of the paper's groups that need no network after one download
     samples: Path | None = None  # output folder for every document of the tasks with its answer
     skip_text: bool = False  # skip the figures of held-out text
-    needle: bool = False  # search needles in haystacks, with the settings below
+    needle: bool = False  # find needles in haystacks, with the settings below
     haystack: Needle = dataclasses.field(default_factory=Needle)
     capacity: Capacity = dataclasses.field(default_factory=Capacity)  # of the engine, for tasks and needles
     token_ids: Path | None = None  # a .npy of ids [B, T]; with --logits, nothing else is done
@@ -43,7 +43,7 @@ class Evaluate:
 def main() -> None:
     """Reads the command line and evaluates."""
     args = cli.parse(Evaluate, prog=cli.called("eval.py"))
-    check((args.token_ids is None) == (args.logits is None), "--token-ids and --logits belong together")
+    check((args.token_ids is None) == (args.logits is None), "--token-ids and --logits need each other")
     check(not args.skip_text or bool(args.tasks) or args.needle, "--skip-text leaves nothing: add --tasks or --needle")
     from dsv2_jax.parallel import processes, xla  # imported here so that mistakes and --help are answered at once
 

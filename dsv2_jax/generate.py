@@ -37,7 +37,7 @@ def main() -> None:
 
     xla.choose()
     cli.keep_compiled_programs()
-    check((args.prompt_ids is None) == (args.out_ids is None), "--prompt-ids and --out-ids belong together")
+    check((args.prompt_ids is None) == (args.out_ids is None), "--prompt-ids and --out-ids need each other")
     check(args.prompt_ids is None or not args.prompt, "give --prompt or --prompt-ids, not both")
     sampling = Sampling(temperature=args.temperature, top_p=args.top_p)
     prompts = None if args.prompt_ids is None else cli.read_ids(args.prompt_ids)

@@ -43,9 +43,9 @@ class Loaded:
 def load(folder: Path, mesh: jax.sharding.Mesh | None = None, *, masters: bool = True) -> Loaded:
     """Loads config, tokenizer and parameters in the form of training, `parameters.tree`.
 
-    With a mesh, each device reads its own shards. masters: float32 parameters; without, matrices have the dtype that
-    the config computes in, which gives the same forward pass. Raises FileNotFoundError if there is no checkpoint,
-    ValueError for files that are damaged, hold NaN or infinity, or do not fit together.
+    With a mesh, each device reads its own shards. masters: whether parameters are float32; if not, matrices have the
+    dtype in which the config computes, which gives the same forward pass. Raises FileNotFoundError if there is no
+    checkpoint, ValueError for files that are damaged, hold NaN or infinity, or do not fit together.
     """
     config, tokenizer = _described(folder)
     dtype = jnp.dtype(jnp.float32) if masters else compute_dtype(config.compute)
@@ -69,8 +69,8 @@ def load_for_engine(
 ) -> Loaded:
     """Loads config, tokenizer and parameters in the form of an engine with these settings.
 
-    Converts one matrix at a time, so float32 never exists for the full model (see `programs.read`). Raises as `load`
-    does.
+    Converts one matrix at a time, so memory never holds the full model in float32 (see `programs.read`). Raises as
+    `load` does.
     """
     config, tokenizer = _described(folder)
     compute = compute or Compute()
@@ -146,7 +146,7 @@ def model_of(folder: Path) -> Model:
 
 
 def open_data(config: Config) -> tuple[Corpus, Tokenizer]:
-    """The corpus and the tokenizer of a training run whose folder is open; the folder gets a copy of the tokenizer.
+    """The corpus and the tokenizer of a training run whose folder is open. Copies the tokenizer to the folder.
 
     Raises ValueError as `corpora.prepare` and `tokenizer_for` do, and if the folder has another tokenizer.
     """

@@ -1,4 +1,4 @@
-"""Names and shapes of the parameters: the one table that modules, counts, sharding and files share.
+"""Names and shapes of the parameters: a table that modules, counts, sharding and files share.
 
 A name ends in the letters of its dimensions: `w_uk_CHN` has the dimensions latent, heads and nope width. The letters:
 
@@ -135,8 +135,8 @@ def count(model: Model) -> int:
 def count_activated(model: Model) -> int:
     """Exact number of parameters activated per token.
 
-    Leaves out the routed experts that the token does not use, and the embedding, of which it reads only one row. By
-    this convention the released models have 21B and 2.4B.
+    Leaves out the routed experts that the token does not use, and the embedding, because the token reads only one row
+    of it. By this convention the released models have 21B and 2.4B.
     """
     m = model.moe
     total = count(model) - model.vocab_size * model.hidden_size

@@ -14,8 +14,8 @@ from typing import Any, Literal
 from dsv2_jax import cli
 from dsv2_jax.config import Config, Model, Moe, check
 
-# Fields of the model section that a stage may change. A preset that names one in configs.SETS sets it over the
-# checkpoint's value; the others keep the checkpoint's.
+# Fields of the model section that a stage may change. If a preset names one in configs.SETS, its value replaces the
+# checkpoint's.
 ModelField = Literal[
     "head",
     "max_position_embeddings",
@@ -47,9 +47,9 @@ class _Where:
 def configure(preset: Config, flags: Sequence[str], sets: Sequence[ModelField], prog: str) -> tuple[Config, list[str]]:
     """The config of a preset and flags; with `--init` also lines that list changes to the checkpoint's model section.
 
-    sets: the fields that the preset sets over the model section of `--init`. Exits with one line and code 2 for wrong
-    flags. Raises ValueError for a field that changes the parameters' shapes, and as `loading.load` does for an `--init`
-    that is not a checkpoint.
+    sets: the fields whose preset values replace those of the model section of `--init`. Exits with one line and code 2
+    for wrong flags. Raises ValueError for a field that changes the parameters' shapes, and as `loading.load` does for
+    an `--init` that is not a checkpoint.
     """
     if {"-h", "--help"} & set(flags):
         return cli.parse(preset, flags, prog), []

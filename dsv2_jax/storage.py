@@ -14,9 +14,9 @@ from dsv2_jax.config import check
 def published(folder: Path, *, first_wins: bool = False) -> Iterator[Path]:
     """Yields an empty temporary folder, which is renamed to `folder` at the end.
 
-    Every call has a temporary folder of its own, next to `folder`; a killed process leaves it as `.incoming-NAME-...`.
-    `folder` may exist if it is empty. If another process fills it in the meantime, raises ValueError. With
-    `first_wins`, for processes that write the same contents, the folder of the first is kept instead.
+    Every call has its own temporary folder next to `folder`; a killed process leaves it as `.incoming-NAME-...`.
+    `folder` may exist if it is empty. Raises ValueError if another process fills it in the meantime. With `first_wins`,
+    for processes that write the same contents, the folder of the first is kept instead.
     """
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -1,20 +1,20 @@
-"""The facts of each TPU that the kernels, their estimates and the planner use: one table, with its sources.
+"""Properties of each TPU that the kernels, their estimates and the planner use: one table, with its sources.
 
 The table is not in pricing/ because the kernels read it at run time, to see whether they support the chip.
 
 Sources:
 - HBM bandwidth, VMEM, number and width of the MXUs: jax/_src/pallas/mosaic/tpu_info.py of jax 0.10.2, divided by the
   cores of a chip.
-- Clock: the one at which these MXUs give the published peak: 197, 459, 918 and 2,307 TFLOP/s in bfloat16 a chip
+- Clock: the one at which these MXUs reach the published peak: 197, 459, 918 and 2,307 TFLOP/s in bfloat16 per chip
   (cloud.google.com/tpu/docs/v5e, v5p, v6e, tpu7x).
-- Cycles of a matmul instruction: 16 rows of bfloat16, at the rows a cycle that the same peak implies.
+- Cycles of a matmul instruction: 16 rows of bfloat16, at the rows per cycle that the same peak implies.
 - Latencies: the distance in the compiler's own schedules between a matmul, or a transpose, and the pop of its result.
 - Delay slots: the bundles after a branch that have the guards of those before it. A label or another branch also ends
   them.
 - HBM size and links: the same pages. A link has the chip's bidirectional bandwidth divided by its links and by two
   directions, times 0.9, the share that a large transfer reaches (jax-ml.github.io/scaling-book/tpus).
 - Between slices: a chip's share of the data centre network, the same pages.
-- v4: cloud.google.com/tpu/docs/v4, likewise.
+- v4: cloud.google.com/tpu/docs/v4, in the same way.
 """
 
 import dataclasses
@@ -32,9 +32,9 @@ class Chip:
     clock: float  # Hz
     mxus: int
     mxu_width: int
-    matmul_cycles: int  # for which a matmul instruction (16 rows of 16 bits, or 8 of 32) occupies an MXU
-    matmul_latency: int  # cycles from then to its first result
-    delay_slots: int = 4  # bundles after a branch that still execute, at most
+    matmul_cycles: int  # cycles that a matmul instruction (16 rows of 16 bits, or 8 of 32) occupies an MXU
+    matmul_latency: int  # cycles from its issue to its first result
+    delay_slots: int = 4  # maximum number of bundles after a branch that still execute
     hbm: float  # bytes per second
     vmem: int  # bytes
     hbm_size: int  # bytes of one device
@@ -146,7 +146,7 @@ KERNEL_CHIPS = tuple(name for name in CHIPS if name != "v4")
 
 
 def here() -> str | None:
-    """Name of the chip that code traced now is for: the one of the mesh in use, else of the default device.
+    """Name of the chip for which JAX traces now: that of the mesh in use, else of the default device.
 
     None unless it is one of KERNEL_CHIPS.
     """
@@ -161,5 +161,5 @@ def require() -> str:
     """As `here`. Raises ValueError where the kernels do not run."""
     chip = here()
     if chip is None:
-        raise ValueError(f"the kernels need a TPU of {', '.join(KERNEL_CHIPS)}, and this is none of them")
+        raise ValueError(f"the kernels run on TPU {', '.join(KERNEL_CHIPS)} only, and this device is none of them")
     return chip

@@ -1,6 +1,6 @@
 """Estimates the cost of a kernel without a TPU: python -m pallas_kernels.cost OP --chip v5p --shape v2 [--json FILE].
 
---tune tries all candidate block sizes. pricing/cost.py says what the figures include.
+--tune tries all candidate block sizes. pricing/cost.py documents what the figures include.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pallas_kernels.chips import KERNEL_CHIPS
 from pallas_kernels.pricing.cost import Cost, check, op_cost
 from pallas_kernels.pricing.ops import OPS, Op
 
-_NEAR = 1.05  # smaller differences count as none: smaller blocks come first, since they suit short inputs better
+_NEAR = 1.05  # estimates closer than this count as equal; the smallest blocks win, as they suit short inputs better
 
 
 def show(cost: Cost) -> str:
@@ -72,7 +72,7 @@ def main() -> int:
     except ValueError as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         return 2
-    jax.config.update("jax_platforms", "cpu")  # else JAX spends long looking for a TPU
+    jax.config.update("jax_platforms", "cpu")  # otherwise JAX spends a long time looking for a TPU
     found = tune(OPS[options.op], options.chip, options.shape) if options.tune else None
     result = found or op_cost(OPS[options.op], options.chip, options.shape)
     print(show(result))

@@ -6,7 +6,10 @@ from jax import Array
 
 
 class Quantized(NamedTuple):
-    """A quantized weight: values (int8 or float8_e4m3fn) times scale, float32, of size 1 where values share it."""
+    """A quantized weight, values times scale.
+
+    values: int8 or float8_e4m3fn. scale: float32, of size 1 along the dimensions that share it.
+    """
 
     values: Array
     scale: Array

@@ -1,10 +1,10 @@
-"""How far a computed result may lie from the truth: forward error bounds, carried through the computation in float64.
+"""Forward error bounds of a computed result, carried through the computation in float64.
 
-A sum of n products that is rounded n times lies within n u sum |a||b| of the truth, u being half of the dtype's eps.
+A sum of n products that is rounded n times differs from the exact sum by at most n u sum |a||b|, u being half of eps.
 Roundings are independent, so the errors of a sum grow with the square root of n (Higham and Mary, "A new approach to
 probabilistic rounding error analysis", 2019): their deviation is below sqrt(n) u sum |a||b| / 2, whatever the order of
-the sum. What enters a further sum adds up in squares too. So a bound depends on the lengths and the sizes of the sums
-alone: not on the CPU, nor on what another implementation happens to give.
+the sum. Errors that enter a further sum add up in squares too. So a bound depends only on the lengths and the sizes of
+the sums, not on the CPU or on the results of another implementation.
 """
 
 from collections.abc import Callable
@@ -170,8 +170,8 @@ def grouped_swiglu(
 ) -> list[Number]:
     """The experts' SwiGLU over pairs and its gradients (y, dx, dgates, dw_gate, dw_up, dw_down) for the cotangent g.
 
-    experts_NK: those that are no expert drop their pair. Products that go into others are rounded to the dtype first;
-    what tokens add up, once more for each turn.
+    experts_NK: an id of no expert drops its pair. Products that are operands of others are rounded to the dtype first.
+    turns: how often the sums are rounded, once per chunk of pairs.
     """
     (n, k), w_gate, w_up, w_down = experts_NK.shape, *weights
     pairs_of = [np.flatnonzero(experts_NK == e) for e in range(len(w_gate.value))]

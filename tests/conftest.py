@@ -12,7 +12,7 @@ import pytest
 
 # Programs for CPUs are compiled without optimisation: at these sizes that takes longer than they run.
 _FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-# jaxlib 0.10's older fusion emitters halve what is left; 0.12 has no others and ends a process that asks for them.
+# jaxlib 0.10's older fusion emitters halve the remaining time. jaxlib 0.12 lacks them and exits on this flag.
 _OLDER_FUSION = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 COMPILE_FAST = f"{_FLAGS} {_OLDER_FUSION}" if version("jaxlib").startswith("0.10.") else _FLAGS
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -31,7 +31,7 @@ os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 
 
 def _start_jax() -> None:
-    """JAX reads the flags once, when it meets its devices. libtpu ends a process whose XLA_FLAGS it does not know."""
+    """JAX reads the flags once, when it initialises its devices. libtpu exits on XLA_FLAGS that it does not know."""
     import jax
 
     given = os.environ.get("XLA_FLAGS", "")
@@ -45,7 +45,7 @@ _start_jax()
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """Drops the compiled programs of a file after its last test: those of the whole suite do not fit in memory."""
+    """Frees the compiled programs of a file after its last test: those of the full suite do not fit in memory."""
     yield
     _forget()
 
@@ -68,7 +68,7 @@ def _forget() -> None:
 
 @pytest.fixture(scope="session")
 def tpus():
-    """tpus("v5p:2x2x2"): descriptions of so many TPU devices, for which programs can be compiled and not run."""
+    """tpus("v5p:2x2x2"): descriptions of the TPU devices of a slice, to compile programs for, not to run them."""
     from jax.experimental import topologies
 
     return functools.cache(lambda name: topologies.get_topology_desc(platform="tpu", topology_name=name).devices)

@@ -1,8 +1,8 @@
 """Runs a Dockerfile's steps where there is no Docker: python tests/dockerfile.py FOLDER [DOCKERFILE].
 
 Every stage is a folder with a virtual environment as its Python, and a path in the image is a path in that folder. The
-steps are read from the Dockerfile and its .dockerignore; one that cannot be run so is refused, never left out. What is
-not an image's own: the libraries and programs of this system, and its Python of the version that FROM names.
+steps come from the Dockerfile and its .dockerignore. A step that cannot be run this way raises an error and is never
+skipped. Not from an image: the libraries and programs of this system, and its Python of the version that FROM names.
 """
 
 import argparse
@@ -30,7 +30,7 @@ class Image:
     command: list[str] = dataclasses.field(default_factory=list)  # of CMD
 
     def path(self, name: str) -> Path:
-        """Where a path of the image, relative to its working directory or absolute, lies here."""
+        """The path here of a path in the image, which is relative to its working directory or absolute."""
         return self.root / os.path.normpath(os.path.join(self.work, name)).lstrip("/")
 
     def run(self, command: list[str], **options) -> subprocess.CompletedProcess[str]:
@@ -61,8 +61,8 @@ def build(dockerfile: Path, folder: Path, *, python: str = "", libraries: str = 
     """Runs all steps in a new folder, with the Dockerfile's own folder as the context, and returns the last image.
 
     python: the interpreter of all stages, in place of the one that FROM names. libraries: a folder of packages that
-    every stage finds beside its own, pip among them. environment: more variables for every RUN. Raises ValueError for
-    a step that cannot be run here, FileNotFoundError for a COPY of what is not there, RuntimeError for a RUN that
+    every stage finds in addition to its own, such as pip. environment: more variables for every RUN. Raises ValueError
+    for a step that cannot be run here, FileNotFoundError for a COPY of a missing file, RuntimeError for a RUN that
     fails.
     """
     folder.mkdir()

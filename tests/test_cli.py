@@ -94,14 +94,14 @@ def test_exit_codes_of_a_command(capsys, tmp_path):
     missing = tmp_path / "not here"
     assert str(missing) in refusal(capsys, lambda: cli.main(lambda: print(missing.read_text())))
     line = refusal(capsys, lambda: cli.main(lambda: cli.parse(PRESETS["tiny"](), ["--seed", "-1"]) and None))
-    assert line == "error: seed must not be negative, not -1\n"
+    assert line == "error: seed must be at least 0, not -1\n"
 
 
 def test_a_check_of_ours_is_a_mistake_and_a_librarys_error_a_failure(capsys):
     def ours():
         dataclasses.replace(PRESETS["tiny"](), seed=-1)
 
-    assert refusal(capsys, lambda: cli.main(ours)) == "error: seed must not be negative, not -1\n"
+    assert refusal(capsys, lambda: cli.main(ours)) == "error: seed must be at least 0, not -1\n"
     with pytest.raises(json.JSONDecodeError):
         cli.main(lambda: json.loads("{"))
 

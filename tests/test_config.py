@@ -88,7 +88,7 @@ def test_json_with_an_unknown_field_or_without_one_that_has_no_default_is_refuse
     ids=".".join,
 )
 def test_a_field_that_did_not_exist_yet_takes_its_default(names):
-    """The config of an old run: everything as it says, the rest as the code did before it had the field."""
+    """The config of an old run keeps its fields; a new field gives the behaviour of the code before that field."""
     config = PRESETS["nano_long"]()
     raw = json.loads(to_json(config))
     holder, wanted = raw, config

@@ -18,7 +18,7 @@ PAGES = {
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 }
 README, PODS, TRAINING = PAGES["README.md"], PAGES["docs/pods.md"], PAGES["docs/training.md"]
-PODS_CHIPS = {"tiny": 8, "nano": 8, "v2": 256}  # that the page says its commands run on
+PODS_CHIPS = {"tiny": 8, "nano": 8, "v2": 256}  # number of chips on which the page runs its commands
 
 
 def test_the_readme_is_short():
@@ -26,7 +26,7 @@ def test_the_readme_is_short():
 
 
 def tree_paths() -> list[str]:
-    """The paths of architecture.md's tree: a name a line, two spaces a level, folders with a slash at their end."""
+    """The paths of architecture.md's tree: one name per line, two spaces per level, folders end in a slash."""
     drawn = re.search(r"## The tree\n\n```\n(.*?)```", PAGES["docs/architecture.md"], re.DOTALL)
     assert drawn
     folders, paths = [], []
@@ -153,7 +153,7 @@ def pods_commands() -> list[tuple[str, list[str]]]:
 
 
 def test_commands_for_pods_fit_their_chips():
-    """Every call is understood whole, and its mesh can be laid over the chips that the page names."""
+    """Every call parses completely, and its mesh fits the chips that the page names."""
     commands = pods_commands()
     assert {preset for preset, _ in commands} == set(PODS_CHIPS)
     assert sum(preset == "v2" for preset, _ in commands) == 2  # TPU VMs, xpk; docs/jobset.yaml has a test of its own

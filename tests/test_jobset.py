@@ -204,7 +204,7 @@ def test_restarts_are_those_of_the_table_of_exit_codes(code, condition, outcome)
 
 
 def test_a_pod_may_save_before_it_is_killed():
-    """As long as xpk's recipe of the same page asks for, and no pod of the next attempt meets one that saves."""
+    """The grace period is that of xpk's recipe on the same page, and no pod of the next attempt starts meanwhile."""
     pods = (ROOT / "docs" / "pods.md").read_text(encoding="utf-8")
     (seconds,) = re.findall(r"--termination-grace-period-seconds=(\d+)", pods)
     assert pod_spec()["terminationGracePeriodSeconds"] == int(seconds)

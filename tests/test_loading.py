@@ -99,7 +99,7 @@ engine = serve()  # imports, threads and compiled programs stay
 del engine
 gc.collect()
 ctypes.CDLL(None).malloc_trim(0)
-open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+open("/proc/self/clear_refs", "w").write("5")  # resets the peak
 before = now("VmRSS")
 engine = serve()
 print(now("VmHWM") - before, engine.weight_bytes)
@@ -108,7 +108,7 @@ print(now("VmHWM") - before, engine.weight_bytes)
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """A run and its export, 70 million parameters in many matrices, of which none is a large part."""
+    """A run and its export: 70 million parameters in many matrices, none of them a large part."""
     base, tiny = tmp_path_factory.mktemp("large"), MODELS["v2"]()
     moe = dataclasses.replace(tiny.moe, moe_intermediate_size=256, n_shared_experts=1)
     model = dataclasses.replace(tiny, hidden_size=256, num_hidden_layers=20, moe=moe)

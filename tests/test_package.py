@@ -116,7 +116,7 @@ def test_the_image_says_what_it_can_do(image):
     [
         ("dsv2-train nanoo", "did you mean nano?"),
         ("dsv2-eval --checkpoint nowhere", "no checkpoint in nowhere"),
-        ("dsv2-generate --checkpoint nowhere --prompt-ids ids.npy", "--prompt-ids and --out-ids belong together"),
+        ("dsv2-generate --checkpoint nowhere --prompt-ids ids.npy", "--prompt-ids and --out-ids need each other"),
     ],
 )
 def test_a_mistake_is_one_line_from_an_installed_copy_too(image, command, words):
@@ -167,7 +167,7 @@ def test_trains_stops_exports_and_serves(image):
         finally:
             process.kill()
     assert answer["usage"]["completion_tokens"] == 4
-    assert listing(packages(image)) == before  # corpora and tokenizers lie where the command runs
+    assert listing(packages(image)) == before  # corpora and tokenizers are written to the current folder
     assert image.path("data/corpora").is_dir()
 
 

@@ -145,7 +145,7 @@ def test_a_shrunk_preset_takes_a_step(name, sources):
 
 
 def laid_out(name: str) -> Config:
-    """The preset at its full size, in its layout, or on as many devices as `MESHES` says."""
+    """The preset at its full size, in its layout, or on the mesh of `MESHES`."""
     topology = next((slice_ for preset, slice_ in layouts.LAYOUTS if preset == name), "")
     config = layouts.on_topology(name, topology)
     devices = math.prod(map(int, topology.split(":")[1].split("x"))) if topology else 0
@@ -170,7 +170,7 @@ def test_a_full_preset_fits_its_mesh_and_its_engine(name):
 @pytest.mark.usefixtures("forget_each")
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_full_preset_takes_a_step_in_shapes(name):
-    """Over devices that are only counted."""
+    """On an abstract mesh, without devices."""
     config = laid_out(name)
     mesh: Any = jax.sharding.AbstractMesh(tuple(config.mesh.sizes().values()), AXES)
     state, batch = program.arguments(config, mesh)

@@ -28,7 +28,7 @@ FOLDERS = "dsv2_jax|pallas_kernels|configs|benchmarks|tests|scripts|docs"
 NAMED = (
     rf"(?<![\w/.$~*-])(?:(?:{FOLDERS})/[\w./*-]*\w|(?:train|eval)\.py|requirements[\w-]*\.txt|Makefile|Dockerfile)\b"
 )
-# `python train.py`, `$(PY) -m dsv2_jax.hf`, `dsv2-train` behind whatever starts it, up to what ends it for the shell.
+# `python train.py`, `$(PY) -m dsv2_jax.hf`, `dsv2-train` after any launcher, up to the end of the shell's command.
 COMMAND = re.compile(
     r"(?:(?:python3?|\$\(PY\)) (?P<file>-m \w+\.\w+|(?:benchmarks/|tests/)?\w+\.py)"
     r"|(?:^|exec |`|restart |/bin/)dsv2-(?P<script>[a-z]+))(?P<rest>(?: (?![>|&]|2>)[^\n`'&>]+)?)",
@@ -51,7 +51,7 @@ def text_of(page: str) -> str:
 
 
 def missing_paths(text: str) -> list[str]:
-    """Paths of the tree that a page names and that are not there; a * may stand for any name."""
+    """Paths of the tree that a page names and that do not exist; a * matches any name."""
     bare = {name for name in re.findall(r"`(\w+\.py)`", text) if not list(ROOT.glob(f"*/**/{name}"))}
     named = set(re.findall(NAMED, text))
     return sorted({name for name in named if not glob.glob(name, root_dir=ROOT)} | (bare - named))
@@ -162,7 +162,7 @@ def test_the_pods_recipes_take_the_wheel_and_what_restarts_it():
 
 
 def test_scripts_named_are_those_of_the_wheel():
-    """In the pages, the Dockerfile and the manifest, wherever a command can stand."""
+    """In the pages, the Dockerfile and the manifest, wherever a command can be."""
     scripts = set(tomllib.loads(text_of("pyproject.toml"))["project"]["scripts"])
     for page in PAGES:
         named = re.findall(r"""(?:^\s*|exec |restart |/bin/|\["?|`)(dsv2-[a-z]+)\b""", text_of(page), re.MULTILINE)

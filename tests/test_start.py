@@ -36,7 +36,7 @@ def released(tmp_path):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_takes_the_checkpoints_meaning(name, released):
-    """By hand: which fields of the released V2 a preset's stage changes, and to what."""
+    """The fields of the released V2 that a preset's stage changes, and their values, written by hand."""
     preset = PRESETS[name]().model
     wanted = hf.from_hf_config(json.loads((released / "config.json").read_text()))
     recipe = {field.removeprefix("moe."): getattr(preset.moe, field.removeprefix("moe.")) for field in start.TRAINING}
@@ -180,7 +180,7 @@ def nll_of_transformers(judge, config):
 
 
 def test_the_first_steps_loss_is_that_of_transformers(folder, fine_tuned, monkeypatch, capsys):
-    """By the preset for V2, whose own model section says factor 1: a loss that was off by tenths."""
+    """With the preset for V2, whose own model section has factor 1, which would shift the loss by tenths."""
     base, flags = fine_tuned
     flags = [*flags, "--workdir", str(base / "step"), "--epochs", "0", "--tokens", str(8 * 128), "--cadence.log", "1"]
     run_train(monkeypatch, "v2_sft", [*flags, "--model.moe.capacity_factor", "0"])

@@ -2,7 +2,7 @@
 
     python -m dsv2_jax.alignment [--base runs/demo] [--workdir runs/align] [--seeds 0 1 2]
 
-Each stage is a run of train.py, so the same command continues where it was stopped.
+Each stage is a run of train.py. After an interruption the same command continues.
 """
 
 import dataclasses

@@ -1,12 +1,12 @@
 """Compares two maths answers by math-verify. A worker of the sandbox runs this file.
 
-math-verify gives parts of a text, digits and operators only, to sympy's `parse_expr`, which evaluates them. That cannot
-run code, but it can compute numbers of any size, so it runs in a process with limits of time and memory.
+math-verify passes parts of a text, digits and operators only, to sympy's `parse_expr`, which evaluates them. That
+cannot run code, but it can compute numbers of any size, so it runs in a process with limits on time and memory.
 """
 
 import math_verify
 
-_SECONDS = 2  # per step in Python; the parent ends a long step in C
+_SECONDS = 2  # timeout of a step in Python; the parent process ends a long step in C
 
 
 def equal(answer: str, response: str) -> bool:

@@ -1,8 +1,8 @@
-"""GRPO (section 4.2): sample groups of responses from the policy, reward them, update on them, repeat; in one job.
+"""GRPO (section 4.2) in one job: sample groups of responses from the policy, reward them, update on them, repeat.
 
 An iteration samples a group of responses to each prompt from the engine, scores them, and takes optimizer steps on them
-with the `train_step` of pretraining. Only the weights move, from the training layout to the sampler's. Samples depend
-only on the parameters, the seed and the step, so a killed run continues bit for bit.
+with the `train_step` of pretraining. Between training and sampling only the weights are moved, from the training layout
+to the sampler's. Samples depend only on the parameters, the seed and the step, so a killed run continues bit for bit.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ HEADLINE = "reward"  # the held-out figure that the log and the last line show
 def train(config: Config) -> Ended:
     """Trains the policy in `config.init` until `config.grpo.steps` steps or SIGTERM.
 
-    Restarts and writes as `loop.train` does, and also writes samples.jsonl, one line per response with its rewards, and
+    Resumes and logs as `loop.train` does. Also writes samples.jsonl, one line per response with its rewards, and
     held_out.jsonl, the same for evaluations. Raises ValueError as `loop.train` does, and for settings that GRPO does
     not support.
     """
@@ -144,7 +144,7 @@ def update(
     took: dict[str, float],
     log: metrics.Log,
 ) -> tuple[State, Progress]:
-    """All optimizer steps on these samples, shuffled anew in each pass over them."""
+    """Takes all optimizer steps on these samples, which each epoch over them reshuffles."""
     begin = time.perf_counter()
     g = config.grpo
     rows, figures = arrays(samples, config)
@@ -182,10 +182,10 @@ def update(
 
 
 def disagreement(rows: Batch, samples: list[Sample], experts_BTLK: Any, truncate: float) -> dict[str, float]:
-    """How far the trainer's forward pass is from the sampler's, over the responses' tokens.
+    """Differences between the trainer's forward pass and the sampler's, over the responses' tokens.
 
     `sampler_gap` and `sampler_gap_max`: mean and maximum absolute difference of log-probabilities.
-    `router_disagreement`: the share of (token, layer) with different sets of experts, prompts included. With a
+    `router_disagreement`: the share of (token, layer) pairs with different sets of experts, prompts included. With a
     truncation, `importance`: the mean weight of a token's term, and `truncated`: the share of weights at the limit.
     """
     ahead = (rows["old_BT"] - rows["sampler_BT"])[rows["weights_BT"] > 0]

@@ -20,19 +20,22 @@ from dsv2_jax.parallel.feed import Feed
 
 
 class Judge:
-    """A reward model. All processes must call it with the same arguments."""
+    """A reward model that scores conversations. All processes must call it with the same arguments."""
 
     def __init__(self, folder: Path, config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh | None):
-        """tokenizer: the policy's. Raises ValueError if the folder holds no reward model, or one with another
-        tokenizer, another chat template or too few positions."""
+        """tokenizer: the policy's.
+
+        Raises ValueError if the folder holds no reward model, or one with another tokenizer, another chat template or
+        too few positions.
+        """
         loaded = loading.load(folder, mesh)
         check(loaded.model.head == "score", f"{folder} holds no reward model (model.head must be score)")
         theirs = loaded.need_tokenizer()
         check(
-            theirs.identity == tokenizer.identity, f"the reward model in {folder} has another tokenizer than the policy"
+            theirs.identity == tokenizer.identity, f"the tokenizer of the reward model in {folder} is not the policy's"
         )
         same = theirs.template.source == tokenizer.template.source
-        check(same, f"the reward model in {folder} has another chat template than the policy")
+        check(same, f"the chat template of the reward model in {folder} is not the policy's")
         length, positions = config.batch.length, loaded.model.max_position_embeddings
         check(
             length <= positions,

@@ -1,8 +1,8 @@
 """GRPO's objective (section 4.2, eq. 32 to 34) as a function of log-probabilities: no network, no sampling.
 
-Equation 32 as printed weights a response by one ratio, pi(o|q) / pi_old(o|q), and averages over the group. The default
-here is the common reading (TRL's `loss_type="grpo"`): one ratio per token, the mean over a response's tokens, then over
-responses. `level="sequence"` is the printed equation, with the KL term averaged over the response's tokens.
+Equation 32 as printed has one ratio per response, pi(o|q) / pi_old(o|q), and averages over the group. The default here
+is the common reading (TRL's `loss_type="grpo"`): one ratio per token, the mean over a response's tokens, then the mean
+over responses. `level="sequence"` is the printed equation, with the KL term averaged over the response's tokens.
 
     P prompts    G responses of a group    N responses of all groups    T tokens of a response
 """
@@ -64,9 +64,9 @@ def objective(
     """Minus GRPO's objective (eq. 32), summed over responses, and metrics; the step's loss is their mean.
 
     mask_NT is 1 at a response's tokens and 0 at padding. clip is epsilon; beta weights the KL divergence. correction_NT
-    multiplies the clipped ratio's term (see `truncated_ratio`); at the level `sequence` its mean over the response
-    does. Metrics are sums over responses: `kl`, and `clipped`, the share of tokens (or responses) without gradient
-    because of clipping.
+    multiplies the clipped ratio's term (see `truncated_ratio`). At the level `sequence` its mean over the response
+    multiplies that term instead. Metrics are sums over responses: `kl`, and `clipped`, the share of tokens (or
+    responses) without gradient because of clipping.
     """
     lengths_N = jnp.maximum(mask_NT.sum(axis=1), 1)
 

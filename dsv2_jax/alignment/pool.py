@@ -1,4 +1,4 @@
-"""Computes the rewards of many answers in parallel: worker processes on every host share them out."""
+"""Computes the rewards of many answers in parallel, in worker processes on every host."""
 
 import concurrent.futures
 import multiprocessing
@@ -22,7 +22,7 @@ class RewardPool:
     """
 
     def __init__(self, names: Sequence[str], workers: int | None = None) -> None:
-        """workers: the largest number of worker processes; None for the number of CPUs that this process may use."""
+        """workers: the maximum number of worker processes; None for the number of CPUs that this process may use."""
         self._names = tuple(names)
         # Not fork: this process runs JAX's threads. Not forkserver: a SIGTERM to the process group would end it.
         self._workers = concurrent.futures.ProcessPoolExecutor(

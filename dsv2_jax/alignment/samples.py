@@ -27,7 +27,7 @@ class Sample:
     """One response. answer: its ids with the end of sequence; logprobs: the sampler's log-probabilities of these.
 
     finished: whether it ends with the end of sequence; if not, it reached grpo.max_new. experts: int16 [n - 1, L, K] of
-    the n tokens of prompt and answer but the last, or None.
+    all n tokens of prompt and answer except the last, or None.
     """
 
     item: dict[str, Any]
@@ -97,7 +97,7 @@ class Prompts(grain.DatasetIterator[Question]):
 
 
 def mixed(sample: Sample, grpo: Grpo) -> float:
-    """c1 r1 + c2 r2 + ... of a response, minus the penalty if it is unfinished and the settings penalize that."""
+    """c1 r1 + c2 r2 + ... of a response, minus the penalty for an unfinished one with `grpo.unfinished penalize`."""
     total = sum(c * sample.rewards[name] for name, c in zip(grpo.rewards, grpo.weights, strict=True))
     return total - grpo.penalty * (grpo.unfinished == "penalize" and not sample.finished)
 
@@ -105,10 +105,12 @@ def mixed(sample: Sample, grpo: Grpo) -> float:
 def arrays(samples: list[Sample], config: Config) -> tuple[Batch, dict[str, float]]:
     """Rows to train on, each a prompt followed by a response, and figures of the rewards.
 
-    Leaves: those of `blank_batch` but `bytes_BT`; `sampler_BT`, the sampler's log-probabilities, and `advantages_BT`,
-    equal along a row, float32; with `grpo.replay`, `experts_BTLK` int16, the sampler's; with `grpo.unfinished mask`,
-    `kept_BT` float32, 0 in the rows of unfinished responses. Advantages are computed from all responses, unfinished
-    ones too. weights_BT is 1 / (tokens of the response) at each of these. samples must be ordered group by group.
+    The leaves are those of `blank_batch` except `bytes_BT`, and:
+      sampler_BT float32: the sampler's log-probabilities.
+      advantages_BT float32: equal along a row, computed from all responses, unfinished ones included.
+      experts_BTLK int16: the sampler's choices, with `grpo.replay`.
+      kept_BT float32: 0 in the rows of unfinished responses, with `grpo.unfinished mask`.
+    weights_BT is 1 / (tokens of the response) at each token of the response. samples must be ordered group by group.
     """
     length, group = config.batch.length, config.grpo.group
     rows = blank_batch(len(samples), length) | {"sampler_BT": np.zeros((len(samples), length), np.float32)}

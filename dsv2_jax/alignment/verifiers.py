@@ -23,9 +23,9 @@ from dsv2_jax.sandbox.worker import Workers
 Item = Mapping[str, Any]
 Reward = Callable[[Item, str], float]
 
-# Tasks of reasoning-gym 0.1.25 with their own score function, reviewed: it compares texts and numbers, evaluates
-# nothing, and takes time linear in the response. Other such tasks are refused, because several evaluate the response as
-# Python.
+# Tasks of reasoning-gym 0.1.25 whose own score function was reviewed: it compares texts and numbers, evaluates nothing,
+# and takes time linear in the response. Other tasks with their own score function are refused, because several evaluate
+# the response as Python.
 _REVIEWED = {
     "ab", "chain_sum", "circuit_logic", "color_cube_rotation", "decimal_chain_sum", "dice", "emoji_mystery",
     "family_relationships", "figlet_font", "futoshiki", "gsm_symbolic", "mini_sudoku", "needle_haystack",
@@ -34,8 +34,8 @@ _REVIEWED = {
 }  # fmt: skip
 _FORM_SECONDS = 1.0
 _MATHS_SECONDS = 10.0
-_MAX_CHARACTERS = 20_000  # at the end of a response, in which `maths` looks for the answer
-_SECONDS, _MAX_SECONDS = 5.0, 60.0  # of a program with its tests: the default, and the largest allowed value
+_MAX_CHARACTERS = 20_000  # `maths` looks for the answer in the last characters of a response, this number of them
+_SECONDS, _MAX_SECONDS = 5.0, 60.0  # time limit of a program with its tests: the default, and the maximum allowed
 
 _equal = Workers(Path(__file__).with_name("equal.py"), "equal", _MATHS_SECONDS)
 _matches = Workers(Path(__file__).with_name("matching.py"), "matches", _FORM_SECONDS)

@@ -14,11 +14,11 @@ class Grpo:
     prompts: int = 8  # prompts per sampling round
     passes: int = 1  # epochs over the samples of a round; a step takes batch.size of them
     steps: int = 100  # optimizer steps in total
-    max_new: int = 64  # most tokens of a response
+    max_new: int = 64  # maximum number of tokens of a response
     clip: float = 0.2  # epsilon
     beta: float = 0.04  # weight of the KL divergence from the reference, the model of --init
     level: Literal["token", "sequence"] = "token"  # level of the probability ratio; see alignment/objective.py
-    truncate: float = 2.0  # limit of the importance weight trainer / sampler of a token; 0: no weights
+    truncate: float = 2.0  # limit of a token's importance weight pi_old / pi_sampler; 0: no weights
     rewards: tuple[str, ...] = ("task",)  # names of alignment/verifiers.py, or folders of reward models
     weights: tuple[float, ...] = (1.0,)  # c_1, c_2, ...: their weights in the sum
     # Responses that reach max_new, which the paper does not mention: keep them (TRL's default), mask their loss (TRL's
@@ -38,7 +38,7 @@ class Grpo:
         )
         check(
             self.clip > 0 and min(self.beta, self.truncate) >= 0,
-            "grpo.clip must be positive; grpo.beta and grpo.truncate must not be negative",
+            "grpo.clip must be positive; grpo.beta and grpo.truncate must be at least 0",
         )
         check(self.penalty > 0, f"grpo.penalty must be positive, not {self.penalty}")
         check(

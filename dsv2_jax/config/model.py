@@ -1,6 +1,6 @@
 """The network's settings: attention, RoPE, experts and sizes.
 
-Fields carry the names of the released checkpoints' `config.json`. Symbols in comments are the paper's
+Fields have the names of the released checkpoints' `config.json`. Symbols in comments are the paper's
 (arXiv:2405.04434).
 """
 
@@ -29,7 +29,7 @@ class Attention:
         check(self.qk_rope_head_dim % 2 == 0, f"attention.qk_rope_head_dim must be even, not {self.qk_rope_head_dim}")
         if self.kind == "mla":
             check(self.kv_lora_rank > 0, "attention.kv_lora_rank must be positive with kind mla")
-            check(self.q_lora_rank >= 0, "attention.q_lora_rank must not be negative (0: no query compression)")
+            check(self.q_lora_rank >= 0, "attention.q_lora_rank must be at least 0 (0: no query compression)")
             check(self.qk_nope_head_dim > 0, "attention.qk_nope_head_dim must be positive with kind mla")
             check(
                 self.num_key_value_heads == 0, "attention.num_key_value_heads belongs to kind gqa; leave it 0 with mla"
@@ -60,8 +60,9 @@ class Rope:
     kind: Literal["yarn", "linear"] = "yarn"  # linear: divides all positions by the factor (baseline)
     factor: float = 1.0  # s
     original_max_position_embeddings: int = 4096
-    beta_slow: float = 1.0  # alpha: dimensions with fewer rotations over the original length are interpolated
-    beta_fast: float = 32.0  # beta: dimensions with more rotations are not changed
+    # alpha: pairs of dimensions with fewer rotations over the original length have their frequency divided by `factor`
+    beta_slow: float = 1.0
+    beta_fast: float = 32.0  # beta: pairs with more rotations keep their frequency
     mscale: float = 0.707
     mscale_all_dim: float = 0.707
 
@@ -70,7 +71,7 @@ class Rope:
         check(self.factor >= 1, f"rope.factor must be at least 1, not {self.factor}")
         check(self.beta_slow < self.beta_fast, "rope.beta_slow must be below rope.beta_fast")
         check(self.original_max_position_embeddings > 0, "rope.original_max_position_embeddings must be positive")
-        check(self.mscale >= 0 and self.mscale_all_dim >= 0, "rope.mscale and rope.mscale_all_dim must not be negative")
+        check(self.mscale >= 0 and self.mscale_all_dim >= 0, "rope.mscale and rope.mscale_all_dim must be at least 0")
 
 
 # gshard: gates are normalised over the top k, and the balance loss counts first choices
@@ -118,8 +119,8 @@ class Moe:
             f"moe.topk_group ({self.topk_group}) groups",
         )
         check(0 <= self.exempt_fraction <= 1, f"moe.exempt_fraction must be from 0 to 1, not {self.exempt_fraction}")
-        check(self.capacity_factor >= 0, f"moe.capacity_factor must not be negative, not {self.capacity_factor}")
-        check(self.budget_sequences >= 0, f"moe.budget_sequences must not be negative, not {self.budget_sequences}")
+        check(self.capacity_factor >= 0, f"moe.capacity_factor must be at least 0, not {self.capacity_factor}")
+        check(self.budget_sequences >= 0, f"moe.budget_sequences must be at least 0, not {self.budget_sequences}")
         check(
             min(self.n_shared_experts, *(getattr(self, name) for name in self.balances())) >= 0,
             "moe: balance factors and n_shared_experts must not be negative",
@@ -131,7 +132,10 @@ class Moe:
         return tuple(field.name for field in dataclasses.fields(cls) if _BALANCE in field.metadata)
 
     def budget(self, tokens: int) -> int:
-        """Most token-expert pairs per group in training: the average load of `tokens` tokens times capacity_factor."""
+        """Maximum number of token-expert pairs per group in training.
+
+        This is the average load of `tokens` tokens times capacity_factor.
+        """
         return int(self.capacity_factor * tokens * self.num_experts_per_tok / self.n_group)
 
 

@@ -19,8 +19,10 @@ class Config:
     workdir: Path  # folder for checkpoints, metrics and plots; resumes the run in it
     resume: bool = True  # --no-resume: fail if workdir has a run already
     seed: int = 0
-    init: Path | None = None  # start from a run, its checkpoints/STEP or a Hugging Face folder: also model, tokenizer
-    tokens: int = 8_100_000_000_000  # to train on; 0 with --init: only evaluates and saves the start
+    # start from this run, checkpoints/STEP of a run, or Hugging Face folder: parameters, model settings and tokenizer
+    init: Path | None = None
+    # number of tokens to train on; 0 with --init: no training, evaluates and saves the checkpoint of --init
+    tokens: int = 8_100_000_000_000
     epochs: int = 0  # passes over the data, which then set the tokens; 0: use `tokens`
     model: Model = Model()
     data: Data = Data()
@@ -39,7 +41,7 @@ class Config:
             f"batch.length ({self.batch.length}) exceeds model.max_position_embeddings "
             f"({self.model.max_position_embeddings})",
         )
-        check(self.epochs >= 0, f"epochs must not be negative, not {self.epochs}")
+        check(self.epochs >= 0, f"epochs must be at least 0, not {self.epochs}")
         sampled = self.grpo.prompts * self.grpo.group
         check(
             sampled % self.batch.size == 0,
@@ -54,7 +56,7 @@ class Config:
             not self.grpo.replay or self.model.moe_layers > 0,
             "grpo.replay needs a model with routed experts",
         )
-        check(self.seed >= 0, f"seed must not be negative, not {self.seed}")
+        check(self.seed >= 0, f"seed must be at least 0, not {self.seed}")
         micro, shared = self.batch.micro_size or self.batch.size, self.model.moe.budget_sequences
         check(
             not shared or micro % shared == 0,

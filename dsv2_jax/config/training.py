@@ -49,7 +49,7 @@ class Optimizer:
             "optimizer.beta1 and optimizer.beta2 must be at least 0 and below 1",
         )
         check(self.clip_norm > 0, f"optimizer.clip_norm must be positive, not {self.clip_norm}")
-        check(self.warmup_steps >= 0, "optimizer.warmup_steps must not be negative")
+        check(self.warmup_steps >= 0, "optimizer.warmup_steps must be at least 0")
         check(
             all(0 < f < 1 for f in self.decay_at) and list(self.decay_at) == sorted(self.decay_at),
             f"optimizer.decay_at must be rising fractions between 0 and 1, not {self.decay_at}",

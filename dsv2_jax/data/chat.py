@@ -57,7 +57,7 @@ class Encoded(NamedTuple):
 class Attributed(NamedTuple):
     """A conversation as text, and the origin of its characters.
 
-    said: (start, stop) of every message's text, in order; the template wrote the rest. answers: (start, stop, limit) of
+    said: (start, stop) of every message's text, in order; the rest is the template's. answers: (start, stop, limit) of
     the assistant's answers; the template may put an end token between `stop` and `limit`.
     """
 
@@ -145,7 +145,7 @@ class Template:
     def _answers(
         self, messages: Messages, spans: list[tuple[str, int, int]], now: datetime.datetime, text: str
     ) -> list[tuple[int, int, int]]:
-        """Spans of the answers; each starts after the template's generation prompt, which may precede its text."""
+        """Spans of the answers. Each starts right after the template's generation prompt, maybe before the text."""
         if all(kind != "answer" for kind, _, _ in spans):
             return []
         before = list(itertools.takewhile(lambda m: m["role"] != "assistant", messages)) or messages
@@ -174,7 +174,7 @@ def checked(value: Any, where: str) -> list[dict[str, str]]:
             and isinstance(message.get("content"), str),
             f"{where}: each message must hold a role and a content, both strings",
         )
-        check(message["role"] in ROLES, f"{where}: the role {message['role']!r} is none of {', '.join(ROLES)}")
+        check(message["role"] in ROLES, f"{where}: the role {message['role']!r} is not one of {', '.join(ROLES)}")
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
 

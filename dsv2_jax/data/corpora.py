@@ -58,12 +58,12 @@ class Corpus:
 def prepare(data: Data) -> Corpus:
     """Opens the corpus of `data` under `data.folder/corpora`; builds it on first use.
 
-    A document is a file, a JSONL line, or in the built-in corpus a source file, a help topic, a scene or a chapter. Of
-    each top-level folder (each kind of the built-in corpus) `data.held_out_fraction` of the bytes are held out:
-    documents in the order of a hash of their content, skipping those that exceed the rest. So the split does not depend
-    on the order of files, and scenes or chapters of one book may be in both splits. If no text fits, the end of the
-    longest one is held out, cut at a line. Conversations, preferences and prompts are not cut: if none fits, the
-    smallest is held out.
+    A document is a file, a JSONL line, or in the built-in corpus a source file, a help topic, a scene or a chapter.
+    `data.held_out_fraction` of the bytes of each top-level folder (each kind of the built-in corpus) are held out. They
+    are filled with documents in the order of a hash of their content, skipping those that exceed the remaining bytes.
+    So the split does not depend on the order of files, and scenes or chapters of one book may be in both splits. If no
+    text fits, the end of the longest one is held out, cut at a line. Conversations, preferences and prompts are not
+    cut: if none fits, the smallest is held out.
 
     Local files are read on every call, to detect changes. Raises ValueError for a missing path, text that is not UTF-8,
     invalid JSONL, a corpus without text, and one too small to hold out a part.
@@ -208,7 +208,7 @@ def _split(documents: Callable[[], Iterable[Document]], data: Data) -> _Split:
     elif not held_out:
         check(
             len(every) > 1,
-            f"data.source {data.source} holds a single line of {data.form}: evaluation needs another one",
+            f"data.source {data.source} has a single line of {data.form}: evaluation needs another one",
         )
         held_out = {min(every, key=lambda k: (every[k], k))}
     digest = hashlib.blake2b(rule + b"".join(sorted(every)), digest_size=8).hexdigest()

@@ -1,6 +1,6 @@
 """The facts of retrieval rows (training) and of needles in a haystack (evaluation).
 
-A model trained on retrieval rows knows the wording of the test, but not the text around the test's facts.
+Training and evaluation share the wording, but not the text around the facts.
 """
 
 import re

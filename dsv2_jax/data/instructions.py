@@ -59,7 +59,7 @@ class Question(NamedTuple):
 def held_out(question: str) -> bool:
     """Whether a question is held out: one in 8, by a hash of its sorted words.
 
-    So 3 + 4 and 4 + 3 are in the same split. Single letters, which name variables, are ignored.
+    So 3 + 4 and 4 + 3 are in the same split. Single letters, the names of variables, are ignored.
     """
     words = " ".join(sorted(re.findall(r"\d+|\w{2,}", question)))
     return hashlib.blake2b(words.encode(), digest_size=8).digest()[0] % _HELD_OUT == 0
@@ -104,7 +104,7 @@ def make(form: str, tasks: Sequence[str], texts: Iterable[str]) -> Iterator[Made
 
 
 def conversations(task: str, questions: Iterable[Question]) -> Iterator[Made]:
-    """The `messages` of every conversation; the questions of one are all of the same split."""
+    """The `messages` of every conversation. All questions of a conversation are of the same split."""
     by_split: dict[bool, list[Question]] = {False: [], True: []}
     for question in questions:
         by_split[held_out(question.text)].append(question)

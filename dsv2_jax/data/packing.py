@@ -155,11 +155,11 @@ class DocumentRows(PackedRows):
 
 
 class CutRows(DocumentRows):
-    """PackedRows without padding but in the last: a document that does not fit continues in the next row."""
+    """PackedRows in which only the last row has padding: a document that does not fit continues in the next row."""
 
     def __init__(self, documents: Documents, length: int, bytes_per_token: np.ndarray) -> None:
         super().__init__(documents, length, bytes_per_token)
-        # Each document has one pair less than ids, so d documents have d pairs less.
+        # A document has one pair less than ids, so d documents have d pairs less.
         self._pairs_before = np.concatenate([[0], documents.ends - np.arange(1, len(documents.ends) + 1)])
 
     def __len__(self) -> int:

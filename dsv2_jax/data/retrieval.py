@@ -17,7 +17,8 @@ class RetrievalRows(PackedRows):
     """PackedRows of uncut documents of random lengths, short ones more often than long ones.
 
     Each document has one fact at a random position, and ends with a question about it and the answer. Short documents
-    make learning easier: a model first learns to copy anything from the context, and there that is often right.
+    make learning easier: a model first learns to copy any word of the context, which in a short document is often the
+    right one.
     """
 
     def __init__(self, text: np.ndarray, tokenizer: Tokenizer, length: int, *, count: int, weight: float) -> None:

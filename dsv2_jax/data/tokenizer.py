@@ -99,10 +99,10 @@ class Tokenizer:
         return self.backend.token_to_id(_name(self.settings.get("pad_token")))
 
     def padded(self) -> "Tokenizer":
-        """A copy whose `pad_token` differs from the end of sequence, so padding and ends of text differ.
+        """A copy whose `pad_token` differs from the end of sequence, so that padding does not look like an end of text.
 
-        It is the settings' own if that differs, else a special token with "pad" in its name, else the begin of
-        sequence, or None if begin and end are the same token.
+        The `pad_token` is that of the settings if it differs, else a special token with "pad" in its name, else the
+        begin of sequence, or None if begin and end are the same token.
         """
         special = self.backend.get_added_tokens_decoder().items()
         named = [i for i, token in special if token.special and "pad" in token.content.lower()]
@@ -125,8 +125,8 @@ class Tokenizer:
 def load(path: Path) -> Tokenizer:
     """Loads a `tokenizer.json`, a SentencePiece `.model`, or a folder with either (`tokenizer.json` first).
 
-    The names of the begin and end tokens come from `tokenizer_config.json` in the same folder, or are DeepSeek's. The
-    chat template comes from `chat_template.jinja` or the same config, or is DeepSeek-V2's. Raises ValueError for a path
+    `tokenizer_config.json` in the same folder names the begin and end tokens, by default DeepSeek's. The chat template
+    comes from `chat_template.jinja` or the same config, and is DeepSeek-V2's by default. Raises ValueError for a path
     without a tokenizer, a damaged file, and a tokenizer that loses or changes text.
     """
     check(path.exists(), f"no tokenizer at {path}: there is no such file or folder")
@@ -297,7 +297,7 @@ def _assemble(backend: tokenizers.Tokenizer, settings: dict[str, Any], file: Pat
     for key in ("bos_token", "eos_token"):
         name = _name(settings.get(key))
         ends[key] = backend.token_to_id(name)
-        check(ends[key] is not None, f"{file} has no id for its {key} {name!r}; name it in tokenizer_config.json")
+        check(ends[key] is not None, f"{file} has no id for its {key} {name!r}; set {key} in tokenizer_config.json")
     description = json.loads(backend.to_str())
     plain = tokenizers.Tokenizer.from_str(json.dumps(description | {"added_tokens": [], "post_processor": None}))
     template = _template(settings, file)

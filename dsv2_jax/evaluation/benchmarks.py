@@ -75,7 +75,11 @@ def run(
                 log_samples=samples is not None,
                 bootstrap_iters=0 if limit else 1000,
             )
-        except (UnfitError, ImportError, OSError) as error:  # or its data or a library is missing
+        except (
+            UnfitError,
+            ImportError,
+            OSError,
+        ) as error:  # the task does not fit the model, or its data or a library is missing
             why = " ".join(str(error).split())[:160]
             scores.append(report.Score(row=row, note=f"not run: {type(error).__name__}: {why}"))
             continue
@@ -86,7 +90,7 @@ def run(
 
 
 def _scores(row: Row, found: dict[str, Any]) -> list[report.Score]:
-    """The score of the row's task; for a group without figures of its own, those of its tasks."""
+    """The score of the row's task; the scores of its tasks if it is a group without figures of its own."""
     names = [row.task] if _numbers(found["results"].get(row.task, {})) else sorted(found["results"])
     scores = []
     for name in filter(lambda n: _numbers(found["results"][n]), names):

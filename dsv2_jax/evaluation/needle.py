@@ -1,8 +1,8 @@
 """Needles in a haystack (section 3.1.4, figure 4): can a model find a fact at any depth of a long text?
 
-A haystack is held-out text; needles are sentences that name a place's secret word. Each prompt ends with a question
-about one needle, and an answer is right if it is the word. Most tokenizers have a token for each of these words, so the
-test measures retrieval, not a small model's spelling.
+A haystack is held-out text. Needles are sentences that state the secret word of a place. Each prompt ends with a
+question about one needle, and an answer is right if it is the word. Most tokenizers have a token for each of these
+words, so the test measures retrieval, not a small model's spelling.
 """
 
 import dataclasses
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Needle:
-    """The haystacks to build and ask about."""
+    """Settings of the haystacks."""
 
-    lengths: tuple[int, ...] = ()  # tokens per prompt, question included; none: 1/8 to all of the model's positions
+    lengths: tuple[int, ...] = ()  # tokens per prompt, question included; empty: 1/8 to all of the model's positions
     depths: int = 5  # positions of the needle, evenly spaced from beginning to end
     needles: int = 1  # facts per haystack; the first is at the depth, the others at random positions
     languages: tuple[str, ...] = ("english", "chinese")

@@ -27,10 +27,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Means over all weighted targets of the batches, without token dropping and balance losses.
 
-    Batches [B, T] are this process's rows; `feed` puts them on the mesh. Returns `nll` (nats per token), `perplexity`,
-    `bits_per_byte`, `tokens`, `bytes`, and with experts `load_LE`, each expert's share of the choices times E. Bits per
-    byte are the bits of all targets, ends of documents included, over their UTF-8 bytes, so they compare across
-    tokenizers. Raises ValueError if the batches hold no target.
+    Batches [B, T] are this process's rows; `feed` places them on the mesh. Returns `nll` (nats per token),
+    `perplexity`, `bits_per_byte`, `tokens`, `bytes`, and with experts `load_LE`, each expert's share of the choices
+    times E. Bits per byte are the bits of all targets, ends of documents included, divided by their UTF-8 bytes, so
+    they are comparable across tokenizers. Raises ValueError if the batches hold no target.
     """
     found = sums(params, batches, config=config, feed=feed, mesh=mesh, loss=pretraining_loss)
     nll, tokens, text_bytes = (float(found[name]) for name in ("nll", "tokens", "bytes"))

@@ -12,7 +12,7 @@ import rich.table
 from dsv2_jax.evaluation.suite import Benchmark, Row
 
 _PAPER = {"67B": "dense_67b", "V2": "v2", "Lite": "lite", "V2 SFT": "sft", "V2 RL": "rl", "Lite Chat": "lite_chat"}
-_BEST = ("acc_norm,none", "acc,none")  # metrics for a task that is not the paper's, the preferred one first
+_BEST = ("acc_norm,none", "acc,none")  # metrics of a task that the paper does not have, the preferred one first
 _NOTE = (
     "The paper's figures use its own data, prompts and harness; ours use the named task. "
     "Offline tasks are samples or other versions of the set, so their scores do not compare directly."

@@ -13,7 +13,7 @@ class Benchmark:
     """One row of the paper's tables. Scores are percentages, bits per byte or judges' marks; None if not given."""
 
     name: str
-    metric: str  # the paper's name for it
+    metric: str  # the paper's name of the metric
     shots: int
     task: str = ""  # lm-eval's
     key: str = ""  # lm-eval's metric with its filter: `exact_match,strict-match`
@@ -38,7 +38,7 @@ def _chat(name: str, metric: str, shots: int, scores: tuple[float | None, ...], 
 
 
 _NO_TASK = "lm-eval has no such task, and no package has its data"
-_JUDGE = "another model judges the answers, which this project does not run"
+_JUDGE = "another model judges the answers, and this project does not run one"
 
 GROUPS: dict[str, tuple[Benchmark, ...]] = {
     "deepseek_v2_base": (

@@ -23,7 +23,7 @@ from dsv2_jax.parallel.mesh import BATCH
 def evaluate(
     loaded: Loaded, name: str, mesh: jax.sharding.Mesh | None, *, text: Path | None = None, length: int = 0
 ) -> dict[str, Any]:
-    """Figures of the text file or folder `text`, or without one of the held-out split of the checkpoint's own data.
+    """Figures of the file or folder `text`. Without `text`, of the held-out split of the checkpoint's own data.
 
     name: of the checkpoint, for messages. length: tokens per row; 0 for that of training. Returns the figures of
     `perplexity.evaluate`, `xz_bits_per_byte` of the same text for comparison, and with experts their loads by layer.

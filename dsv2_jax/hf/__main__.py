@@ -54,7 +54,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def _bar(title: str) -> Iterator[hf.Progress]:
-    """Progress on stderr: a bar on a terminal, else a line for every tenth."""
+    """Progress on stderr: a bar on a terminal, elsewhere a line for every 10%."""
     console = rich.console.Console(stderr=True)
     if not console.is_terminal:
         yield _lines(title)

@@ -92,7 +92,7 @@ class Reader(_Slices):
                 )
 
     def read(self, part: str, name: str, index: Index) -> np.ndarray:
-        """`params[part][name][index]`, float32. Read leaf by leaf, a chunk that slices share is decoded once.
+        """`params[part][name][index]`, float32. If slices are read leaf by leaf, each chunk is decoded once.
 
         Raises ValueError if the checkpoint is damaged.
         """
@@ -104,7 +104,7 @@ class Reader(_Slices):
     def check_intact(self) -> None:
         """Raises ValueError if a parameter whose slices were all read differs from what was saved.
 
-        A parameter that is split over processes is not checked, since each reads only a part of it.
+        A parameter that is split over processes is not checked, because each reads only a part of it.
         """
         checkpoint.check_intact(self._run, self._step, self.sums)
 

@@ -180,7 +180,7 @@ def _yarn(rope: Rope, mscale: float, mscale_all_dim: float) -> dict[str, Any]:
         "original_max_position_embeddings": rope.original_max_position_embeddings,
         "type": "yarn",
     }
-    if not (mscale and mscale_all_dim):  # here transformers differs from the released formula unless given the result
+    if not (mscale and mscale_all_dim):  # transformers' own formula differs from the released one here
         scaling["attention_factor"] = _attention_factor(rope.factor, mscale, mscale_all_dim)
     return scaling
 

@@ -145,7 +145,7 @@ def reader(hf: Path) -> tuple[Model, Callable[[str, str, tuple[slice, ...]], np.
     return model, lambda part, name, slices: _read(found, sources[part, name], tree[part][name], slices, np.float32)
 
 
-_Source = dict[tuple[int, ...], tuple[Tensor, int]]  # leading indices -> (tensor, which of its slices)
+_Source = dict[tuple[int, ...], tuple[Tensor, int]]  # leading indices -> (tensor, index among its slices)
 
 
 def _sources(model: Model) -> dict[tuple[str, str], _Source]:

@@ -1,7 +1,7 @@
 """Reads and writes safetensors one tensor at a time. All headers of a folder are checked before data is read.
 
 The format: 8 bytes of header length, little-endian; a JSON header of names, dtypes, shapes and byte ranges; the bytes.
-The safetensors library is not used, since it saves entire dictionaries and maps entire files.
+The safetensors library is not used, because it saves entire dictionaries and maps entire files.
 """
 
 import dataclasses

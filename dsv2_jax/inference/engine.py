@@ -42,7 +42,7 @@ class Capacity:
     """Sizes of the batch and of the cache. On a mesh they hold for each replica."""
 
     rows: int = 16  # sequences that run at the same time
-    length: int = 0  # most tokens of a sequence, prompt included; 0: the model's maximum
+    length: int = 0  # maximum number of tokens of a sequence, prompt included; 0: the model's maximum
     chunk: int = 512  # prompt tokens that a step computes together with the new tokens
     page: int = 0  # tokens of a page; 0: 64, or 256 with the TPU kernel, which takes multiples of 128
     pages: int = 0  # pages of the cache; 0: enough for `rows` sequences of `length`
@@ -52,11 +52,14 @@ class Capacity:
     def __post_init__(self) -> None:
         for name in ("rows", "chunk"):
             check(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
-        check(min(self.length, self.page, self.pages) >= 0, "length, page and pages must not be negative")
+        check(min(self.length, self.page, self.pages) >= 0, "length, page and pages must be at least 0")
         check(self.chunk % 64 == 0, f"chunk must be a multiple of 64, not {self.chunk}")
 
     def most_rows(self, pages: int, model: Model, implementation: Implementation) -> int:
-        """Most rows of `pages` pages whose page table fits in the kernel's memory; unlimited without the kernel."""
+        """Maximum number of rows of `pages` pages each whose page table fits in the kernel's memory.
+
+        Unlimited without the kernel.
+        """
         kernel = switch.of_pages(model, implementation) == "pallas"
         return max_sequences(pages, self.chunk) if kernel else sys.maxsize
 
@@ -88,8 +91,9 @@ class Capacity:
 class Engine:
     """Generates and scores. Not thread-safe.
 
-    A request's tokens do not depend on the other requests, up to rounding. Matmuls of other shapes round differently,
-    in float32 by about one part in a million, which changes a choice only in a tie.
+    A request's tokens do not depend on the other requests, up to rounding. The shapes of a step's matmuls depend on the
+    other requests, and matmuls of different shapes round differently, in float32 by about one part in a million. This
+    changes a choice only in a tie.
     """
 
     def __init__(
@@ -130,15 +134,15 @@ class Engine:
         self._inputs = InputBuilder(self.setup.replicas, (c.rows, c.chunk), pages, self._block, model.vocab_size)
 
     def replace(self, params: Any) -> None:
-        """Replaces the weights by others of the same shapes, and forgets the cached prompts.
+        """Replaces the weights by others of the same shapes, and clears the prefix cache.
 
-        Frees the old weights first, so both are never in memory together. Raises ValueError while requests run.
+        Frees the old weights first, so that memory never holds both. Raises ValueError while requests run.
         """
         self.release()
         self._prepared = programs.prepare(params, self.setup)
 
     def release(self) -> None:
-        """Frees the weights; `replace` brings others. Raises ValueError while requests run."""
+        """Frees the weights until `replace` is called. Raises ValueError while requests run."""
         check(not self._replica_of, "weights cannot be replaced while requests run")
         for replica in self._replicas:
             replica.pages.forget()
@@ -165,11 +169,11 @@ class Engine:
 
     @property
     def replicas(self) -> Sequence[Scheduler]:
-        """The scheduler of each replica, to be read."""
+        """The scheduler of each replica, for reading only."""
         return self._replicas
 
     def add(self, request: Request) -> int:
-        """Queues a request and returns its id, which its events carry. Raises ValueError as `check` does."""
+        """Queues a request and returns its id, which its events have. Raises ValueError as `check` does."""
         self.check(request)
         text = Text(self.tokenizer, request.stop) if self.tokenizer and (request.stop or request.text) else None
         sequence = Running(next(self._ids), request, text, list(request.prompt))
@@ -202,7 +206,7 @@ class Engine:
         return [results[id] for id in ids]
 
     def score(self, sequences: Sequence[Sequence[int]], starts: Sequence[int] | None = None) -> list[Result]:
-        """Log-probabilities (nats) of given tokens, each after those before it: `scores` of the results.
+        """Log-probabilities (nats) of given tokens, each given the tokens before it: `scores` of the results.
 
         starts: the index of the first scored token of each sequence, at least 1 (the default).
         """
@@ -291,7 +295,9 @@ class Engine:
         """(log-probability, whether greedy) [Z, C] of the chunk's tokens that have a target of `build`."""
         places = [np.flatnonzero(targets_C) for targets_C in targets_ZC]
         size = targets_ZC.shape[1] if max(map(len, places)) > _FEW_SCORED else _FEW_SCORED
-        at_ZS = np.stack([np.resize(np.append(own, 0), size) for own in places])  # repeating an index changes nothing
+        at_ZS = np.stack(
+            [np.resize(np.append(own, 0), size) for own in places]
+        )  # repeated indices fill the array; results are unaffected
         targets_ZS = np.maximum(np.take_along_axis(targets_ZC, at_ZS, axis=1) - 1, 0)
         found = programs.score(self._prepared["head"], chunk_ZCD, at_ZS, targets_ZS, setup=self.setup)
         scores = np.zeros(targets_ZC.shape, np.float32), np.zeros(targets_ZC.shape, bool)

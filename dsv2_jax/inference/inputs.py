@@ -1,4 +1,4 @@
-"""The host arrays of a step: which tokens the engine computes, and how each row draws its next token."""
+"""The host arrays of a step: the tokens that the engine computes, and each row's sampling settings."""
 
 import itertools
 
@@ -21,20 +21,24 @@ class InputBuilder:
         self._replicas, self._block, self._vocab_size = replicas, block, vocab_size
         self._row_pages, self._page = pages
         chunks = [64 * n for n in _powers(2, chunk // 64)]
-        # Padding rows are cheap next to a chunk. Without a chunk they are most of a step, so their sizes are finer.
+        # With a chunk, padding rows are a small part of a step. Without one they are most of it, so the sizes without a
+        # chunk are finer.
         self.shapes = [*((n, 0) for n in _powers(2, rows)), *itertools.product(_powers(4, rows), chunks)]
 
     def padding(self, rows: int, chunk: int) -> tuple[StepInputs, np.ndarray]:
-        """What `build` returns, for a step of padding alone."""
+        """The arrays that `build` would return for a step of nothing but padding."""
         inputs = programs.blank(self._replicas, rows, chunk, chunk // self._block, self._row_pages)
         return inputs, np.zeros((self._replicas, chunk), np.int32)
 
     def build(self, plans: Plans) -> tuple[StepInputs, np.ndarray]:
-        """The arrays of a step, and int32 [Z, C] of its chunk: the token to score after each one plus 1, or 0."""
+        """The arrays of a step, and the targets int32 [Z, C] of its chunk.
+
+        A target is 1 plus the token to score after that position, or 0 for none.
+        """
         size = self._block
         lengths = [[-(-(p.stop - p.start) // size) * size for p in plan if p.chunk] for plan in plans]
         rows, tokens = max(map(len, plans)), max(map(sum, lengths))
-        # The first shape that holds both: those without a chunk come first.
+        # The first shape that is large enough for both. Shapes without a chunk come first.
         n, chunk = next(s for s in self.shapes if s[0] >= rows and s[1] >= tokens)
         inputs, targets_ZC = self.padding(n, chunk)
         for z, plan in enumerate(plans):
@@ -83,7 +87,7 @@ class InputBuilder:
 
 
 def _targets(part: Part) -> np.ndarray:
-    """For each token of a chunk's part: the next token plus 1 where that one is scored, else 0."""
+    """For each token of a chunk's part: 1 plus the next token if that token is scored, else 0."""
     request, start = part.sequence.request, part.sequence.request.score_from
     targets = np.zeros(part.stop - part.start, np.int32)
     if start is not None:

@@ -21,8 +21,8 @@ def digests(tokens: Sequence[int], slots: int, known: Sequence[Digest]) -> list[
 class Pages:
     """The pages 1 to `count` - 1 of a cache. Padding writes to page 0.
 
-    A page is free, held by one or more sequences, or kept: no sequence holds it, but its digest still finds it. `take`
-    evicts kept pages when no page is free, in the order of their release.
+    A page is free, held by one or more sequences, or kept. No sequence holds a kept page, but it can still be found by
+    its digest. `take` evicts kept pages when no page is free, in the order of their release.
     """
 
     def __init__(self, count: int):
@@ -77,7 +77,7 @@ class Pages:
         return sum(page in self._kept for page in pages)
 
     def publish(self, page: int, digest: Digest) -> None:
-        """Makes a full page findable by its digest, unless a page of the same contents already is."""
+        """Makes a full page findable by its digest, unless another page with the same contents is."""
         if digest not in self._by_digest and page not in self._digest_of:
             self._by_digest[digest], self._digest_of[page] = page, digest
 

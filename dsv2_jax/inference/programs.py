@@ -48,7 +48,7 @@ class Setup:
 
     @property
     def mesh(self) -> config.Mesh:
-        """Sizes of the mesh. Parameters are split only as the computation is, so a step gathers none of them."""
+        """Sizes of the mesh. Parameters have no storage splits (see `sharding`), so a step gathers none of them."""
         return dataclasses.replace(mesh.sizes(self.devices), shard="optimizer")
 
     @property
@@ -80,7 +80,7 @@ class StepInputs(NamedTuple):
 
 
 def blank(replicas: int, rows: int, chunk: int, blocks: int, pages: int) -> StepInputs:
-    """Inputs of padding alone: `rows` rows of up to `pages` pages, and `chunk` tokens in `blocks` blocks."""
+    """Inputs that are all padding: `rows` rows of up to `pages` pages, and `chunk` tokens in `blocks` blocks."""
 
     def zeros(*shape: int) -> np.ndarray:
         return np.zeros((replicas, *shape), np.int32)
@@ -159,7 +159,7 @@ def preparation(setup: Setup) -> Any:
 
 @functools.cache
 def _prepare_one(name: str, setup: Setup) -> Any:
-    """The same for one parameter of one layer, whose sharding does not change."""
+    """As `preparation`, for one parameter of one layer, whose sharding does not change."""
     one = functools.partial(_in_formats, setup=setup)
     shapes = {"": {name: jax.ShapeDtypeStruct(parameters.shape(name, setup.model), jnp.float32)}}
     specs = _param_specs(jax.eval_shape(one, shapes), setup)
@@ -195,7 +195,7 @@ def _prepared_shapes(setup: Setup) -> Any:
 def empty(setup: Setup, pages: int, slots: int) -> tuple[LayerPages, ...]:
     """The cache of every replica, zeros, on its devices."""
     specs = _cache_specs(setup)
-    # The explicit sharding is needed: programs would be compiled again for arrays whose sharding is unspecified.
+    # Without an explicit sharding, later programs would be compiled again.
     return jax.jit(_empty(setup, pages, slots), out_shardings=sharding.on(setup.devices, specs))()
 
 
@@ -208,7 +208,7 @@ def _empty(setup: Setup, pages: int, slots: int) -> Any:
 
 
 def described(setup: Setup, pages: int, slots: int) -> tuple[Any, tuple[LayerPages, ...]]:
-    """The shapes and shardings of what `prepare` and `empty` return. Works for devices that are only described."""
+    """The shapes and shardings of the results of `prepare` and `empty`. Works for devices that are not attached."""
 
     def placed(shapes: Any, specs: Any) -> Any:
         on = sharding.on(setup.devices, specs)

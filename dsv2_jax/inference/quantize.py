@@ -12,11 +12,11 @@ from pallas_kernels.quantized import Quantized
 
 Weights = Literal["compute", "int8", "float8"]
 
-_LARGEST = {"int8": 127.0, "float8": 448.0}  # float8_e4m3fn has no infinity
+_LARGEST = {"int8": 127.0, "float8": 448.0}  # largest value of each format; float8_e4m3fn has no infinity
 
 
 def quantize(unstacked: Any, kind: Weights) -> Any:
-    """Quantizes the matrices of the tree of `transformer.unstack`; norms, gate and embedding stay as they are.
+    """Quantizes the matrices of the tree of `transformer.unstack`, but not norms, router and embedding.
 
     int8 rounds to the nearest of 255 levels per channel, float8 to 4 significant bits.
     """

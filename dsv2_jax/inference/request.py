@@ -8,7 +8,7 @@ import numpy as np
 from dsv2_jax.config import Model, check
 from dsv2_jax.inference.sampling import Sampling
 
-TOP = 20  # most alternatives of a token that a request may ask for
+TOP = 20  # maximum number of alternatives of a token that a request may ask for
 Reason = Literal["stop", "length"]
 
 
@@ -17,17 +17,17 @@ class Request:
     """One sequence to continue, to score, or both."""
 
     prompt: tuple[int, ...]
-    max_new: int = 128  # most new tokens; 0: only score
+    max_new: int = 128  # maximum number of new tokens; 0: only score
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
-    seed: int = 0  # equal requests with equal seeds get equal tokens, whatever else runs
+    seed: int = 0  # equal requests with equal seeds get equal tokens, independent of other requests
     stop_ids: tuple[int, ...] = ()  # any of these tokens ends the sequence and is its last token
     stop: tuple[str, ...] = ()  # any of these strings ends the sequence and is left out of the text
     text: bool = False  # whether events and the result have text
-    top: int = 0  # how many alternatives of each new token to return
+    top: int = 0  # number of alternatives of each new token to return
     score_from: int | None = None  # return log-probabilities of the prompt's tokens from this index on
 
     def check(self, model: Model, max_length: int) -> None:
-        """Raises ValueError for a request that cannot be served. max_length: most tokens of a sequence."""
+        """Raises ValueError for a request that cannot be served. max_length: maximum number of tokens of a sequence."""
         check(len(self.prompt) > 0, "the prompt is empty")
         lowest, highest = min(self.prompt), max(self.prompt)
         check(
@@ -44,7 +44,7 @@ class Request:
         )
         check(
             self.score_from is None or 0 < self.score_from <= len(self.prompt),
-            f"score_from must be from 1 to {len(self.prompt)}, the length of the prompt, since the first token has no "
+            f"score_from must be from 1 to {len(self.prompt)}, the length of the prompt: the first token has no "
             "log-probability",
         )
         check(0 <= self.top <= TOP, f"top must be from 0 to {TOP}, not {self.top}")
@@ -58,10 +58,11 @@ class Request:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RequestEvent:
-    """What a step did to one request. Log-probabilities are the model's own, before temperature, filters and bias.
+    """The result of a step for one request. Log-probabilities are the model's, before temperature, filters and bias.
 
-    token: the new token, or None if the request ended without one. text: the text it adds; characters that may begin a
-    stop string come with a later event. top: alternatives as (token, log-probability), the most probable first.
+    token: the new token, or None if the request ended without one. text: the text that it adds, without characters that
+    may begin a stop string; these come with a later event. top: alternatives as (token, log-probability), the most
+    probable first.
     """
 
     id: int

@@ -17,7 +17,7 @@ _MIN_TEMPERATURE = 1e-5  # logits divided by a lower temperature would overflow
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How a token is drawn: repetition penalty and bias, temperature, then top_k, top_p and min_p in this order."""
+    """Sampling settings, applied in this order: repetition penalty and bias, temperature, top_k, top_p, min_p."""
 
     temperature: float = 0.0  # 0: greedy
     top_k: int = 0  # number of most probable tokens to keep; 0: all
@@ -27,13 +27,15 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, value added to its logit)
 
     def __post_init__(self) -> None:
-        check(0 <= self.temperature < float("inf"), f"temperature must not be negative, not {self.temperature}")
+        check(
+            0 <= self.temperature < float("inf"), f"temperature must be finite and at least 0, not {self.temperature}"
+        )
         check(0 <= self.top_k < _MAX_EXACT, f"top_k must be from 0 to {_MAX_EXACT - 1}, not {self.top_k}")
         check(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, not {self.top_p}")
         check(0 <= self.min_p <= 1, f"min_p must be from 0 to 1, not {self.min_p}")
         check(
             0 < self.repetition_penalty < float("inf"),
-            f"repetition_penalty must be positive, not {self.repetition_penalty}",
+            f"repetition_penalty must be finite and positive, not {self.repetition_penalty}",
         )
         check(
             all(abs(bias) < float("inf") for _, bias in self.logit_bias),
@@ -89,7 +91,7 @@ def sample(logits_NW: Array, rows: RowSettings, adjust: Adjust | None = None) ->
     """Draws token ids int32 [N] from logits [N, W].
 
     A draw depends only on the logits, settings, seed and position of its row (Gumbel-max, with a key of seed and
-    position). The filters also keep tokens as probable as the last one kept.
+    position). On ties the filters keep all tokens as probable as the last one kept.
     """
     logits_NW = logits_NW.astype(jnp.float32)
     if adjust is not None:
@@ -112,7 +114,7 @@ def sample(logits_NW: Array, rows: RowSettings, adjust: Adjust | None = None) ->
 def _argmax(x_NW: Array) -> Array:
     """argmax int32 [N], the first of equals; XLA's own argmax is slow on CPU."""
     places_W = jnp.arange(x_NW.shape[-1], dtype=jnp.int32)
-    last = x_NW.shape[-1] - 1  # if a NaN hides the maximum
+    last = x_NW.shape[-1] - 1  # the result if a NaN hides the maximum
     return jnp.min(jnp.where(x_NW == jnp.max(x_NW, axis=-1, keepdims=True), places_W, last), axis=-1)
 
 

@@ -54,9 +54,9 @@ class Part:
 
 
 class Scheduler:
-    """First come, first served, while rows and pages are available.
+    """Admits sequences in the order of arrival, while rows and pages are available.
 
-    A sequence is admitted when pages for all its tokens are available, and takes more as it grows. When no page is
+    A sequence is admitted when pages for all its tokens are available, and allocates more as it grows. When no page is
     left, the youngest sequence is preempted: it frees its pages, returns to the head of the queue, and later recomputes
     the pages that are no longer cached.
     """
@@ -70,7 +70,7 @@ class Scheduler:
 
     @property
     def load(self) -> int:
-        """Most tokens that its sequences may still compute."""
+        """An upper bound of the tokens that its sequences still have to compute."""
         every = (*self.waiting, *self.running)
         return sum(len(s.request.prompt) + s.request.max_new - s.computed for s in every)
 

@@ -25,7 +25,7 @@ from dsv2_jax.parallel import collectives, context
 from dsv2_jax.parallel.mesh import TENSOR
 from pallas_kernels.common import MASKED
 
-LATENT_EPSILON = 1e-6  # of the norms after both compressions: fixed in the released models, whatever rms_norm_eps is
+LATENT_EPSILON = 1e-6  # epsilon of the norms after both compressions; the released models ignore rms_norm_eps here
 _BY_HEAD = {"w_uk_CHN": ("w_uk_HCN", (1, 0, 2)), "w_uv_CHV": ("w_uv_HVC", (1, 2, 0))}
 
 Params = dict[str, Any]  # arrays, or `Quantized` in generation
@@ -92,7 +92,7 @@ def expanded(
 def absorbed(
     p: Params, q: tuple[Array, Array], latent_BSC: Array, k_rope_BSR: Array, tokens: PackedTokens, model: Model
 ) -> Array:
-    """`expanded` in the absorbed form: multi-query attention on latents, in its readable shape (App. C)."""
+    """`expanded` in the absorbed form: multi-query attention on latents, without blocks or pages (App. C)."""
     q_nope_BTHN, q_rope_BTHR = q
     q_BTHC = jnp.einsum("bthn,chn->bthc", q_nope_BTHN, p["w_uk_CHN"])
     scores_BHTS = jnp.einsum("bthc,bsc->bhts", q_BTHC, latent_BSC)
@@ -128,7 +128,7 @@ def absorbed_over_pages(
 
 
 def by_head(unstacked: Any) -> Any:
-    """A tree of `transformer.unstack` with W^UK and W^UV head by head, so that no step transposes them."""
+    """A tree of `transformer.unstack` with heads as the first dimension of W^UK and W^UV: no step transposes them."""
 
     def leaf(name: str, w: Any) -> tuple[str, Any]:
         if name not in _BY_HEAD:
@@ -142,7 +142,7 @@ def by_head(unstacked: Any) -> Any:
 def grouped_query_attention(
     p: Params, h_BTD: Array, tokens: Tokens, layer: LayerPages | None, model: Model, run: Execution
 ) -> tuple[Array, LayerPages | None]:
-    """GQA before W^O, [B, T, H, V]; MHA with one KV head per head, MQA with one in all (App. D.1)."""
+    """GQA before W^O, [B, T, H, V]. With a KV head for each head it is MHA, with a single KV head MQA (App. D.1)."""
     with jax.named_scope("q_project"):
         q_BTHR = rotary.project_and_rotate(h_BTD, p["w_q_DHR"], tokens.phases_BTR)
     with jax.named_scope("kv_project"):

@@ -1,4 +1,4 @@
-"""The small pieces every layer is made of: normalisation, the SwiGLU FFN, parameters declared by name."""
+"""Building blocks of every layer: normalisation, the SwiGLU FFN, parameters declared by name."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from pallas_kernels.quantized import Quantized, Weight
 def cast(params: Any, dtype: Any) -> Any:
     """Parameters as matmul operands of `dtype`; norms, router, score and embedding stay float32.
 
-    A step casts once, before its layers are scanned: every recomputation would repeat a cast inside a layer.
+    A step casts once, before it scans the layers. Inside a layer, every recomputation would repeat the cast.
     """
 
     def leaf(path: tuple, w: Weight) -> Weight:
@@ -40,7 +40,7 @@ def declare(module: nn.Module, model: Model, names: list[str]) -> dict[str, Arra
         drawn = nn.initializers.normal(model.initializer_range)
         return drawn if constant is None else nn.initializers.constant(constant)
 
-    if not module.is_initializing():  # shapes differ then: shards on a mesh, transposed matrices in generation
+    if not module.is_initializing():  # given parameters may differ in shape: shards, transposed matrices in generation
         return dict(module.variables["params"])
     return {name: module.param(name, initializer(name), parameters.shape(name, model)) for name in names}
 

@@ -18,10 +18,10 @@ from dsv2_jax.parallel.mesh import TENSOR
 
 
 class RoutedTokens(NamedTuple):
-    """What the router knows about the tokens besides their hidden states.
+    """The router's inputs in addition to the hidden states.
 
-    valid_BT bool: padding goes to no expert. exempt_B bool: sequences that drop nothing; None in evaluation, where no
-    token is dropped. experts_BTK: given experts (see `router.route`), or None.
+    valid_BT bool: False for padding, which goes to no expert. exempt_B bool: sequences that drop nothing; None in
+    evaluation, where no token is dropped. experts_BTK: given experts (see `router.route`), or None.
     """
 
     valid_BT: Array
@@ -34,8 +34,8 @@ def mixture(
 ) -> tuple[Array, dict[str, Array]]:
     """sum_s FFN_s(x) + sum_i g_i FFN_i(x), the MoE layer without its residual (eq. 20): ([B, T, D], statistics).
 
-    Statistics: those of `router.balance` and `dropped`, the dropped share of the valid token-expert pairs, which add up
-    over the devices; and `experts_BTK`.
+    The statistics are those of `router.balance`, `dropped` (the dropped share of the valid token-expert pairs) and
+    `experts_BTK`. All but `experts_BTK` are this device's part of a sum over the mesh.
     """
     routing = router.route(x_BTD, p, moe, tokens.experts_BTK)
     valid_BT1, exempt_B = tokens.valid_BT[..., None], tokens.exempt_B
@@ -60,7 +60,7 @@ def mixture(
 
 
 def _shared_ffn(p: dict[str, Array], x_BTD: Array) -> tuple[Work, Work]:
-    """The shared experts, one SwiGLU of their joint width, in the two parts that run while tokens travel."""
+    """The shared experts, one SwiGLU of their joint width, in two parts: one for each direction of the all-to-all."""
     return Work(_shared_up, (x_BTD, p["w_gate_DX"], p["w_up_DX"])), Work(_shared_down, (p["w_down_XD"],))
 
 

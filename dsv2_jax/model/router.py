@@ -1,4 +1,4 @@
-"""The router: each token's experts, the losses that balance them, and the pairs a full device drops (section 2.2)."""
+"""The router: each token's experts, the balance losses, and token dropping (section 2.2)."""
 
 import functools
 from collections.abc import Callable
@@ -89,7 +89,7 @@ def route(x_BTD: Array, p: dict[str, Array], moe: Moe, experts_BTK: Array | None
       x_BTD: The FFN's input.
       p: The layer's parameters; of these `w_router_DE`, the expert centroids e_i, float32.
       moe: The settings.
-      experts_BTK: A choice made before, which is kept; only gates are computed (routing replay).
+      experts_BTK: The experts of an earlier call, to use instead of choosing; only gates are computed (routing replay).
     """
     kind = KINDS[moe.router]
     logits_BTE = jnp.einsum("btd,de->bte", x_BTD.astype(jnp.float32), p["w_router_DE"], precision="highest")
@@ -121,9 +121,9 @@ def _top_experts(scores_BTE: Array, moe: Moe, kind: RouterKind) -> tuple[Array, 
 def balance(routing: Routing, valid_BT: Array, moe: Moe, mesh: Mesh = SINGLE) -> dict[str, Array]:
     """The losses of LOSSES (section 2.2.3), each averaged over the sequences with valid tokens, and the load.
 
-    Returns float32 scalars under the names of LOSSES, factors included, and
-    `load_E`, an expert's share of the choices times E, so that 1 is average. Choices count before any is dropped. Each
-    value is this device's part; the parts add up over the mesh.
+    Returns float32 scalars under the names of LOSSES, factors included, and `load_E`, an expert's share of the choices
+    times E, so that 1 is average. Dropped pairs count as choices. Each value is this device's part; the parts add up
+    over the mesh.
     """
     valid_BT1 = valid_BT[..., None].astype(jnp.float32)
     chosen_BTE = jax.nn.one_hot(routing.experts_BTK, moe.n_routed_experts).sum(axis=-2) * valid_BT1
@@ -172,10 +172,10 @@ def _over_time(x_BT: Array, mesh: Mesh) -> Array:
 def kept(routing: Routing, valid_BT: Array, exempt_B: Array, moe: Moe, mesh: Mesh = SINGLE) -> Array:
     """Device-level token dropping (section 2.2.4): bool [B, T, K], the token-expert pairs that are kept.
 
-    For every `budget_sequences` sequences a group may compute capacity_factor times the groups' average number of
-    pairs. It drops the pairs of lowest affinity beyond that, of equal ones the later. Pairs of exempt sequences rank
-    first and are kept even if they alone exceed the budget; padding ranks last. The result does not depend on the mesh:
-    devices that hold parts of sequences with one budget gather their affinities.
+    For every `budget_sequences` sequences, the budget of a group is capacity_factor times the groups' average number of
+    pairs. The group drops the pairs with the lowest affinity beyond its budget, and among equal ones the later. Pairs
+    of exempt sequences rank first and are kept even if they alone exceed the budget. Padding ranks last. The result
+    does not depend on the mesh: devices that share a budget gather their affinities.
     """
     b, _, k = routing.experts_BTK.shape
     scores_BTE = jax.lax.stop_gradient(routing.scores_BTE)
@@ -199,7 +199,7 @@ def kept(routing: Routing, valid_BT: Array, exempt_B: Array, moe: Moe, mesh: Mes
 
 
 def _within_budget(group_P: Array, priority_P: Array, *, budget: int, groups: int) -> Array:
-    """Which pairs are among the `budget` pairs of highest priority in their group."""
+    """Whether each pair is among the `budget` pairs with the highest priority in its group."""
     index_P = jnp.arange(group_P.size, dtype=jnp.int32)
     sorted_group_P, _, order_P = jax.lax.sort((group_P, -priority_P, index_P), num_keys=3)
     starts_G = jnp.searchsorted(sorted_group_P, jnp.arange(groups))

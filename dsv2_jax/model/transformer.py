@@ -2,7 +2,7 @@
 
 Training and evaluation scan layers of a kind over stacked parameters, so that tracing and compiling cost the same at
 any depth. Generation unrolls them, each layer with its own arrays: a scan would copy all experts of a layer to read
-the few that a token chose. So does training on CPU (see `switch.unrolls`).
+the few that a token chose. Training on CPU unrolls shallow models, too (see `switch.unrolls`).
 """
 
 import functools
@@ -80,8 +80,8 @@ class Layer(nn.Module):
 class Embed(nn.Module):
     """Rows of the embedding table.
 
-    Devices that hold columns of the table gather token ids, look up their columns, then all-to-all: traffic is one row
-    per token, not the table, and one row of its gradient.
+    Devices that hold columns of the table gather token ids, look up their columns, then all-to-all. Traffic is one row
+    per token and one row of its gradient, not the table.
     """
 
     model: Model
@@ -100,7 +100,7 @@ class Embed(nn.Module):
 
 
 class Head(nn.Module):
-    """The last norm. It also declares the output matrix, which `logits` and the chunked loss multiply by."""
+    """The last norm. It also declares the output matrix that `logits` and the chunked loss use."""
 
     model: Model
     mesh: Mesh = SINGLE
@@ -113,7 +113,7 @@ class Head(nn.Module):
 
 
 class Transformer(nn.Module):
-    """DeepSeek-V2. Its parameters are the tree of `parameters.tree`, or of `unstack` when `unrolled`."""
+    """DeepSeek-V2. Its parameters are the tree of `parameters.tree`, or of `unstack`'s result if `unrolled`."""
 
     model: Model
     compute: Compute = Compute()
@@ -138,7 +138,7 @@ class Transformer(nn.Module):
           tokens_BT: int32.
           positions_BT: int32.
           segments_BT: int32; 0 is padding.
-          exempt_B: bool, in training only: sequences that the experts' budgets do not bind.
+          exempt_B: bool, in training only: sequences whose tokens are not dropped.
           cache: Only when unrolled and with B = 1. The tokens are written to the slots of its placement.
           micro_batches: Consecutive micro-batches in the rows, for a pipeline. The result then holds this stage's part
             of the positions.
@@ -320,7 +320,7 @@ def logits(params: Any, hidden_BTD: Array) -> Array:
 
 @jax.custom_vjp
 def unstack(params: dict) -> dict:
-    """The tree of the unrolled form: each layer's parameters as arrays of their own, under `moe_0`, `moe_1`, ..."""
+    """The tree of the unrolled form: each layer has its own arrays, under `dense_0`, ..., `moe_0`, `moe_1`, ..."""
     unstacked = {part: params[part] for part in ("embed", "head")}
     for kind in ("dense", "moe"):
         for i in range(len(next(iter(params.get(kind, {"": ()}).values())))):
@@ -329,7 +329,7 @@ def unstack(params: dict) -> dict:
 
 
 def _stack(_: None, unstacked: dict) -> tuple[dict]:
-    """Gradients in the stacked form, each copied once. JAX's own transpose would add up a stack for each layer."""
+    """Gradients in the stacked form, each copied once. JAX's own transpose would add one full stack per layer."""
     params = {part: unstacked[part] for part in ("embed", "head")}
     for kind in ("dense", "moe"):
         layers = [unstacked[f"{kind}_{i}"] for i in range(sum(part.startswith(kind) for part in unstacked))]

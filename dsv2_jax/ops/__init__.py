@@ -1,4 +1,4 @@
-"""What the model's equations call: attention, experts and products, each run by the implementation that fits the chip.
+"""The operations of the model's equations: attention, experts and products, with one implementation per platform.
 
 `switch.py` picks the implementation. `cpu/` holds the XLA loops; the Pallas kernels are in `pallas_kernels`.
 """

@@ -1,6 +1,6 @@
 """Attention for the model: over packed rows in training and evaluation, over a paged cache in generation.
 
-Each function takes heads as the model's equations write them and runs the implementation that `switch` picked.
+Each function takes heads in the layout of the model's equations and runs the implementation that `switch` picked.
 """
 
 import functools
@@ -60,7 +60,7 @@ def full(
       v_BSJV: Values of J heads.
       tokens: The segments of queries and keys.
       scale: The softmax scale.
-      run: The mesh and the implementation. Over the context axis this device's queries are two chunks of the text.
+      run: The mesh and the implementation. With context parallelism this device's queries are two chunks of the text.
     """
     segments = tokens.segments_BS
     attend = (
@@ -79,10 +79,11 @@ def paged_latent(
     scale: float,
     implementation: Implementation,
 ) -> tuple[Array, LayerPages]:
-    """Absorbed MLA (App. C) over the cache with these tokens written: ([1, T, H, C] in the queries' dtype, the cache).
+    """Writes these tokens to the cache, then computes absorbed MLA over it (App. C).
 
     q: W^UK times the query, [1, T, H, C], and the rotated part [1, T, H, R]. All heads share the keys [c ; k^R] and the
-    values c of the cache. implementation: of `switch.of_pages`.
+    values c of the cache. implementation: of `switch.of_pages`. Returns ([1, T, H, C] in the queries' dtype, the
+    cache).
     """
     (q_THC, q_THR), placement = (part[0] for part in q), tokens.placement
     layer = pages.write(layer, {"latent_LKC": latent_BTC[0], "rope_LRK": k_rope_BTR[0]}, placement, tokens.form)
@@ -96,7 +97,10 @@ def paged_latent(
 def paged_grouped(
     q_BTHR: Array, k_BTJR: Array, v_BTJV: Array, tokens: PagedTokens, layer: LayerPages, *, scale: float
 ) -> tuple[Array, LayerPages]:
-    """GQA over the cache with these tokens written (App. D.1): ([1, T, H, V] in the queries' dtype, the cache)."""
+    """Writes these tokens to the cache, then computes GQA over it (App. D.1).
+
+    Returns ([1, T, H, V] in the queries' dtype, the cache).
+    """
     rows = {"key_LKJR": k_BTJR[0], "value_LKJV": v_BTJV[0]}
     layer = pages.write(layer, rows, tokens.placement, tokens.form)
     t, h, r = q_BTHR.shape[1:]
@@ -135,7 +139,7 @@ def _loops(k: tuple[Array, Array | None], v_BSJV: Array, segments_BS: Array, sca
 
 
 def _kernel(k: tuple[Array, Array | None], v_BSJV: Array, segments_BS: Array, scale: float) -> _Attend:
-    """The Pallas kernels, which want heads before tokens and the shared rope key once."""
+    """The Pallas kernels, which need heads before tokens and a single copy of the shared rope key."""
     k_BJSN, v_BJSV = k[0].swapaxes(1, 2), v_BSJV.swapaxes(1, 2)
 
     def attend(q: tuple[Array, Array | None], segments_BT: Array, offset: Array | int) -> Array:
@@ -148,7 +152,7 @@ def _kernel(k: tuple[Array, Array | None], v_BSJV: Array, segments_BS: Array, sc
 
 
 def _decode_kernel(q_THC: Array, q_THR: Array, layer: LayerPages, placement: Placement, scale: float) -> Array:
-    """The decode kernel, which takes each sequence twice: as its row among the first N, and as its rows of the chunk.
+    """The decode kernel. Each sequence is two sequences of the kernel: its token among the first N, its chunk tokens.
 
     A padding row is a sequence of one slot of page 0. Blocks of the chunk are single tokens (`pages.chunk_block`).
     """

@@ -1,4 +1,4 @@
-"""Routed experts: tokens travel to the devices of their experts, each of which runs a grouped SwiGLU over its own."""
+"""Routed experts: tokens are sent to the devices of their experts, and each device runs a grouped SwiGLU."""
 
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ def routed(
     dropping: bool,
     overlap: tuple[Work, Work] | None = None,
 ) -> tuple[Array, Array | None]:
-    """sum over k of gates_k FFN_k(x) (the routed part of eq. 20), [B, T, D] in x's dtype, and the result of `overlap`.
+    """sum over k of gates_k FFN_k(x), the routed part of eq. 20: ([B, T, D] in x's dtype, the result of `overlap`).
 
     Args:
       x_BTD: The FFN's input, in the compute dtype.
@@ -41,7 +41,7 @@ def routed(
       moe: The settings.
       run: The mesh and the implementation.
       dropping: Whether the budgets of section 2.2.4 bound the pairs of a device.
-      overlap: Work for the time in which tokens travel (see `parallel.expert.dispatch`).
+      overlap: Work to run during the all-to-all (see `parallel.expert.dispatch`).
     """
     (b, t, d), mesh = x_BTD.shape, run.mesh
     limits = expert.bounds(moe, mesh, b, t, dropping=dropping)
@@ -65,7 +65,8 @@ def _local_experts(
         return expert_dispatch.grouped_swiglu(x_ND, experts_NK, gates_NK, weights, **sizes)
     if run.mesh.size(*EXPERT) == 1:
         return cpu.grouped_swiglu(x_ND, experts_NK, gates_NK, weights)
-    # Products of blocks read rows that no device sent, of x here and of the gradient in the backward pass.
+    # Blocks of rows include rows that no device sent, which may be NaN. `where` zeroes them in x, and in the backward
+    # pass in the gradient.
     sent_N1 = (experts_NK < limits.own).any(axis=1, keepdims=True)
     y_ND = cpu.grouped_swiglu(jnp.where(sent_N1, x_ND, 0), experts_NK, gates_NK, weights)
     return jnp.where(sent_N1, y_ND, 0)

@@ -1,7 +1,8 @@
-"""Formats of the cache's rows (section 3.2.3): the activations' dtype, bfloat16, or integers with one scale a row.
+"""Formats of the cache's rows (section 3.2.3): the activations' dtype, bfloat16, or integers with one scale per row.
 
-A row is what one token keeps in one array of one layer. Its scale is the largest magnitude over the largest integer,
-rounded up to float16, so no number is clipped. pallas_kernels/latent_attention/packing.py packs and dequantises rows.
+A row holds one token's numbers in one array of one layer. Its scale is the largest magnitude divided by the largest
+integer, rounded up to float16, so no number is clipped. pallas_kernels/latent_attention/packing.py packs and
+dequantises rows.
 """
 
 from typing import Literal
@@ -13,7 +14,7 @@ from pallas_kernels.latent_attention import packing
 
 Format = Literal["compute", "bfloat16", "int8", "int6"]  # compute: the dtype of activations
 
-_LARGEST = {"int8": 127, "int6": 31}
+_LARGEST = {"int8": 127, "int6": 31}  # largest value of each format
 _STORED = {"bfloat16": jnp.bfloat16, "int8": jnp.int8, "int6": jnp.uint8}
 
 

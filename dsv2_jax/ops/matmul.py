@@ -1,4 +1,4 @@
-"""Products with weights: operands keep their dtype, sums are float32, results have the activations' dtype."""
+"""Matrix products with weights: operands keep their dtype, sums are float32, results have the activations' dtype."""
 
 import jax.numpy as jnp
 from jax import Array, lax

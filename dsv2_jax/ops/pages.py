@@ -1,10 +1,10 @@
 """The paged cache of generation: its layout, how tokens are written to it and how its pages are read.
 
-A page holds K slots, one token each. The pages of a sequence lie anywhere, in the order of its table. Padding is
-written to page 0, which belongs to no sequence. The arrays have the layout that the decode kernel of
-pallas_kernels/latent_attention reads. Letters besides those of parameters.py:
+A page holds K slots, one token each. The pages of a sequence can be anywhere in the cache; its table lists them in
+order. Padding is written to page 0, which belongs to no sequence. The arrays have the layout that the decode kernel of
+pallas_kernels/latent_attention reads. Letters in addition to those of parameters.py:
 
-    L pages in all   K slots of a page   N sequences   P pages of a sequence   M blocks of chunk tokens
+    L pages in total   K slots of a page   N sequences   P pages of a sequence   M blocks of chunk tokens
     X pages read together, one of each sequence
 """
 
@@ -29,7 +29,7 @@ _CHUNK_BLOCK = 32  # tokens of a block of a chunk
 
 
 class Placement(NamedTuple):
-    """Where the T tokens of a call belong, int32. The first N are one of each sequence, the rest a chunk in blocks.
+    """The cache slots of the T tokens of a call, int32. The first N are one per sequence, the rest a chunk in blocks.
 
     table_NP: The pages of each sequence, padded with 0.
     page_T: The page that each token is written to, 0 for padding.
@@ -53,9 +53,9 @@ class Cache(NamedTuple):
 
 
 def empty(model: Model, mesh: Mesh, pages: int, slots: int, form: Format, dtype: jnp.dtype) -> tuple[LayerPages, ...]:
-    """A cache of `pages` pages of `slots` tokens; MLA keeps d_c + d_h^R numbers a token and layer (section 2.1.4).
+    """A cache of `pages` pages of `slots` tokens. MLA keeps d_c + d_h^R numbers per token and layer (section 2.1.4).
 
-    Over the tensor axis, keys and values of GQA are those of this device's heads; each device keeps every latent.
+    With tensor parallelism, GQA keeps the keys and values of this device's heads, and MLA keeps all latents.
     Raises ValueError if the format cannot hold the model's rows.
     """
     a, stored = model.attention, formats.stored(form, dtype)
@@ -74,7 +74,7 @@ def empty(model: Model, mesh: Mesh, pages: int, slots: int, form: Format, dtype:
         scales = {"scales_LKJ": (pages, slots, heads)}
 
     def layer() -> LayerPages:
-        # On CPU the cache is kept as bits: converting in each call would copy all pages.
+        # On CPU a bfloat16 cache is stored as bits: converting in each call would copy all pages.
         arrays = {name: to_bits(jnp.zeros(size, stored)) for name, size in sizes.items()}
         if formats.is_quantized(form):
             arrays |= {name: jnp.zeros(size, jnp.uint32) for name, size in scales.items()}
@@ -86,15 +86,16 @@ def empty(model: Model, mesh: Mesh, pages: int, slots: int, form: Format, dtype:
 def chunk_block(implementation: Implementation) -> int:
     """Tokens of a block of a chunk, all of one sequence; implementation: of `switch.of_pages`.
 
-    The kernel takes any rows. XLA takes rectangles.
+    The kernel takes any number of tokens per sequence, so its blocks are single tokens. XLA needs blocks of equal size.
     """
     return 1 if implementation == "pallas" else _CHUNK_BLOCK
 
 
 def write(layer: LayerPages, rows: dict[str, Array], placement: Placement, form: Format) -> LayerPages:
-    """A layer's cache with the tokens' rows [T, ...], in the activations' dtype, in their slots."""
+    """A layer's cache after the tokens' rows [T, ...], in the activations' dtype, are written to their slots."""
     layer = dict(layer)
-    if len(placement.times_T) == 1:  # XLA turns the update of one row into a slice's, and copies the whole cache for it
+    if len(placement.times_T) == 1:
+        # XLA would compile the update of a single row as an update of a slice, and copy the complete cache for it.
         pad = {"times_T": jnp.pad(placement.times_T, (0, 1)), "page_T": jnp.pad(placement.page_T, (0, 1))}
         placement = placement._replace(**pad)
         rows = {name: jnp.pad(row, ((0, 1), *((0, 0),) * (row.ndim - 1))) for name, row in rows.items()}

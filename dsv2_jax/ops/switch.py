@@ -1,4 +1,4 @@
-"""The one switch: which implementation a program runs on, from the setting, the platform and the chip."""
+"""Picks the implementation of a program's operations from the setting, the platform and the chip."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from pallas_kernels import chips
 # cpu: XLA loops with the steps that make CPUs fast. xla: the same loops without them. pallas: TPU kernels.
 Implementation = Literal["cpu", "xla", "pallas"]
 
-_UNROLLED_LAYERS = 16  # at most: each unrolled layer adds about 2 s of compilation
+_UNROLLED_LAYERS = 16  # maximum number: each unrolled layer adds about 2 s of compilation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +34,13 @@ def on_cpu() -> bool:
 def implementation(compute: Compute, chip: str | None = None) -> Implementation:
     """The implementation of attention and of routed experts.
 
-    `compute.kernels` `auto` picks `pallas` on a TPU that the kernels support, `cpu` on CPUs and `xla` elsewhere; `xla`
-    keeps the kernels out.
+    With `compute.kernels` `auto` it is `pallas` on a TPU that the kernels support, `cpu` on CPUs and `xla` elsewhere.
+    With `xla` it is never `pallas`.
 
     Args:
       compute: The settings.
-      chip: The TPU to plan for, such as v5p. By default the devices of the program being traced. For an untested
-        platform, and for a TPU without kernels, one warning goes to stderr.
+      chip: The TPU to plan for, such as v5p. By default the devices of the program being traced. An untested platform
+        or a TPU without kernels prints one warning on stderr.
 
     Raises:
       ValueError: The setting is `pallas` and no kernel runs on the chip.
@@ -65,7 +65,7 @@ def implementation(compute: Compute, chip: str | None = None) -> Implementation:
 
 
 def of_pages(model: Model, implementation: Implementation) -> Implementation:
-    """The implementation that attends over a paged cache: the decode kernel reads latents alone, GQA runs on XLA."""
+    """The implementation of attention over a paged cache: the decode kernel supports MLA only, so GQA runs on XLA."""
     return "xla" if implementation == "pallas" and model.attention.kind != "mla" else implementation
 
 
@@ -77,10 +77,10 @@ def compute_dtype(compute: Compute) -> Any:
 
 
 def unrolls(model: Model, mesh: Mesh) -> bool:
-    """Whether training runs its layers unrolled: on one CPU, for models that are shallow enough to compile so.
+    """Whether training runs its layers unrolled: on a single CPU device, for models that are shallow enough to compile.
 
-    There a scan copies each layer's parameters, activations and gradients into and out of stacks, and widens whole
-    bfloat16 stacks. That is a third of a step.
+    There a scan copies each layer's parameters, activations and gradients into and out of stacks, and widens complete
+    bfloat16 stacks to float32. That takes a third of a step.
     """
     return on_cpu() and mesh.size(*AXES) == 1 and model.num_hidden_layers <= _UNROLLED_LAYERS
 

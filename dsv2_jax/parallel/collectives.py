@@ -1,11 +1,11 @@
 """Collectives for use inside shard_map, under one convention that keeps every gradient exact.
 
-Training minimises the sum of the values that all devices return. So each of n devices that hold the same number
-returns an n-th of it. Its cotangent arrives as n parts, one on each device, and the transposes below add them up. One
-last sum over the devices that hold the same parameter gives its gradient.
+Training minimises the sum of the values that all devices return. So if n devices hold the same number, each returns
+1 / n of it. Its cotangent arrives as n parts, one on each device, and the transposes below add them up. A final sum
+over the devices that hold the same parameter gives its gradient.
 
-On CPU a sum is a gather followed by a local sum in the order of the devices: transports within and between processes
-add in different orders, and a run must give the same bits on any number of processes.
+On CPU a sum is a gather followed by a local sum in the order of the devices. A run must give the same bits on any
+number of processes, and CPU collectives within and between processes add in different orders.
 """
 
 import functools

@@ -1,8 +1,8 @@
-"""Context parallelism: the positions of a sequence are spread over devices, and only latents travel.
+"""Context parallelism: the positions of a sequence are spread over devices, which exchange only latents.
 
-A sequence is cut into twice as many chunks as there are devices. Device i holds chunks i and 2n - 1 - i, which gives
-all devices equal work under a causal mask. Queries stay. The latents that keys and values are computed from, 576
-numbers a token with MLA, are gathered into text order.
+A sequence is cut into 2n chunks for n devices. Device i holds chunks i and 2n - 1 - i, which gives all devices equal
+work under a causal mask. Queries stay on their device. The latents from which keys and values are computed, 576 numbers
+per token with MLA, are all-gathered into text order.
 """
 
 import jax.numpy as jnp

@@ -1,9 +1,9 @@
-"""Expert parallelism: tokens travel to the devices of their experts, at most once to each device (section 2.2.2).
+"""Expert parallelism: tokens are sent to the devices of their experts, at most once to each device (section 2.2.2).
 
 A token with several experts on one device is sent there as one copy with its gates. The device adds up its experts'
-results, and one vector travels back. Device-limited routing visits at most M of D devices, so at most M T d numbers
-leave a device; one copy per expert would send K T d. Shapes are static and transfers carry no padding: devices first
-exchange how many rows each sends to each, as integers, then hidden states move once in each direction.
+results and sends one vector back. Device-limited routing uses at most M of D devices, so at most M T d numbers leave a
+device; one copy per expert would send K T d. Shapes are static and transfers contain no padding: devices first exchange
+the number of rows that each sends to each, then send hidden states once in each direction.
 
     N tokens of this device   K choices of a token   X devices of the expert axis
     P rows sent   S rows received   C L numbers of a row in tiles
@@ -32,8 +32,9 @@ Experts = Callable[[Array, Array, Array], Array]  # (x_ND, experts_NK, gates_NK)
 class Bounds(NamedTuple):
     """Static sizes of a dispatch.
 
-    own: experts of a device. devices: to which one token can be sent. rows: that a device can receive. pairs: (token,
-    expert) pairs that a device can be asked to compute. buffer_size: pairs that it computes at a time.
+    own: experts per device. devices: the maximum number of devices to which one token is sent. rows: the maximum number
+    of rows that a device can receive. pairs: the maximum number of (token, expert) pairs that it can receive.
+    buffer_size: pairs that it computes at a time.
     """
 
     own: int
@@ -47,7 +48,7 @@ class Transfer(NamedTuple):
     """Which rows go where. Sent rows are ordered by device, then by token.
 
     tokens_P: the token of each sent row. devices_P: its destination. rows_NR, sent_NR: the row of a token's r-th copy,
-    and whether it has that many. sizes_XX: rows that device i sends to device j, the same on all devices.
+    and whether that copy exists. sizes_XX: rows that device i sends to device j, the same on all devices.
     """
 
     tokens_P: Array
@@ -58,7 +59,7 @@ class Transfer(NamedTuple):
 
 
 class Work(NamedTuple):
-    """function(*arguments), computed while rows travel. The function is a module's, since it is a jit cache key."""
+    """function(*arguments), computed while rows are sent. As a jit cache key the function must be at module level."""
 
     function: Callable[..., Array]
     arguments: tuple[Array, ...]
@@ -67,9 +68,10 @@ class Work(NamedTuple):
 def bounds(moe: Moe, mesh: Mesh, b: int, t: int, *, dropping: bool) -> Bounds:
     """The bounds of a dispatch in which each device holds b sequences of t tokens.
 
-    Without dropping, every token may choose as many of a device's experts as it can. With dropping, the budget bounds a
-    group's pairs, exempt sequences included. These alone exceed the budget only if their share times D is above the
-    capacity factor. The buffer holds a quarter more pairs than a balanced router sends, and never few.
+    Without dropping, all K experts of every token may be on one device, as far as it holds K. With dropping, the budget
+    bounds a group's pairs, exempt sequences included. Exempt sequences alone exceed the budget only if their share
+    times D is above the capacity factor. The buffer holds a quarter more pairs than a balanced router sends, and at
+    least `_FEW_PAIRS`.
     """
     own, k = moe.n_routed_experts // mesh.size(*EXPERT), moe.num_experts_per_tok
     # A token's K experts lie in M groups, each on its own run of devices.
@@ -97,19 +99,19 @@ def dispatch(
 ) -> tuple[Array, Array | None]:
     """`experts` applied on the devices that hold them: (y_ND of this device's tokens, the result of `overlap`).
 
-    With so few devices that a token may be sent to all of them, all tokens are gathered and the results scattered
-    instead: the same traffic, and nothing to sort.
+    If a token may be sent to all devices, tokens are all-gathered and the results reduce-scattered instead. The traffic
+    is the same, and nothing has to be sorted.
 
     Args:
       x_ND: Hidden states of this device's tokens.
       experts_NK: int32 ids over all devices; E drops a pair.
       gates_NK: float32.
-      experts: Gets rows of all devices with ids among its own E / X experts, E / X for none. Rows without an expert
-        hold anything, NaN included, and must not be read.
+      experts: Gets rows of all devices with ids among its own E / X experts, E / X for none. Rows without an expert are
+        undefined, possibly NaN, and must not be read.
       limits: The static sizes (see `bounds`).
       mesh: The sizes of the mesh.
-      overlap: Work that does not wait for the rows. The first runs while rows travel out. The second takes its result
-        as its first argument and runs while rows travel back.
+      overlap: Work that does not depend on the sent rows. The first runs while rows are sent out. The second takes its
+        result as its first argument and runs while results are sent back.
       layer: Distinguishes the calls of one program.
     """
     own = limits.own
@@ -120,15 +122,17 @@ def dispatch(
         overlapped = back.function(out.function(*out.arguments), *back.arguments) if out and back else None
         return collectives.scatter(y, EXPERT, 0, mesh), overlapped
     transfer = plan_transfer(experts_NK // own, limits.devices, mesh)
-    # On TPU a row that travels must be contiguous, so each row is tiles of its own, [.., D / 128, 128], from its gather
-    # to the sum at home. XLA would lay a matrix out as [P, 2, D / 2], which makes each access ten times as slow.
+    # On TPU a sent row must be contiguous, so each row has its own tiles, [.., D / 128, 128], from the gather to the
+    # final sum on the token's own device. XLA would lay a matrix out as [P, 2, D / 2], in which each access takes ten
+    # times as long.
     tiles = (-1, LANES) if x_ND.shape[1] % LANES == 0 else (1, -1)
     rows_PCL, gates_PK = expand(x_ND.reshape(len(x_ND), *tiles), transfer), expand(gates_NK, transfer)
     ids_PK = _local(experts_NK[transfer.tokens_P], transfer.devices_P[:, None], own)
     notes_PK = jnp.concatenate([gates_PK, ids_PK.astype(jnp.float32)], axis=1)  # one array, so one transfer
     notes_SK = exchange(notes_PK, transfer.sizes_XX, limits.rows)
     # XLA does not know how long a ragged transfer takes and would schedule the work after it. The scheduling group
-    # puts the work between the start of a transfer and its end; the barriers keep what needs the results out of it.
+    # puts the work between the start and the end of a transfer. The barriers keep operations that need the results out
+    # of the group.
     with set_xla_metadata(_scheduling_group_id=str(2 * layer)):
         arrived = exchange(rows_PCL, transfer.sizes_XX, limits.rows), _run(out)
     x_SCL, overlapped = lax.optimization_barrier(arrived)
@@ -153,7 +157,10 @@ def _run(work: Work | None, *first: Array | None) -> Array | None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _forward_group(function: Callable[..., Array], *arguments: Array) -> Array:
-    """The function. Its gradient leaves the scheduling group, which would else hold both directions of a layer."""
+    """Calls the function, and takes its backward pass out of the scheduling group.
+
+    Otherwise the group would contain a layer's forward and backward work.
+    """
     return function(*arguments)
 
 
@@ -209,7 +216,7 @@ def merge(rows_PD: Array, transfer: Transfer) -> Array:
     return y_ND.astype(rows_PD.dtype)
 
 
-# Rows that are not sent get a cotangent of some token too, which nothing reads.
+# Rows that are not sent also get the cotangent of some token; nothing reads it.
 expand.defvjp(lambda x, to: (expand(x, to), to), lambda to, g: (merge(g, to), None))
 merge.defvjp(lambda x, to: (merge(x, to), to), lambda to, g: (expand(g, to), None))
 
@@ -218,8 +225,8 @@ def exchange(rows_PD: Array, sizes_XX: Array, buffer_rows: int) -> Array:
     """Sends runs of rows to the devices of the expert axis and returns the received rows by sender, [buffer_rows, ...].
 
     sizes_XX int32: rows that device i sends to device j. A sender's runs are in the order of the receivers, without
-    gaps. Rows after the last received one hold anything: on TPU uninitialised memory, since zeros are slow to write;
-    on CPU NaN. The transpose is the exchange with transposed sizes.
+    gaps. Rows after the last received one are undefined: uninitialised memory on TPU, because writing zeros is slow,
+    and NaN on CPU. The transpose is the exchange with transposed sizes.
     """
     return _exchange(buffer_rows, len(rows_PD), rows_PD, sizes_XX)
 

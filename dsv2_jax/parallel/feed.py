@@ -1,4 +1,4 @@
-"""Batches onto the mesh: each process reads only the rows that its own devices need."""
+"""Places batches on the mesh: each process reads only the rows that its own devices need."""
 
 from typing import Any
 

@@ -85,14 +85,14 @@ def _expert_block(shape: dict[str, int], devices: list[Any]) -> np.ndarray | Non
     places = np.array([device.coords for device in devices])
     places -= places.min(axis=0)
     extents = tuple(int(n) for n in places.max(axis=0) + 1)
-    if math.prod(extents) != len(devices):  # several cores a chip, or no box
+    if math.prod(extents) != len(devices):  # several cores per chip, or not a box
         return None
 
     def cost(expert: tuple[int, ...], tensor: tuple[int, ...]) -> tuple[float, float, int]:
-        """The loads of the busiest links of an expert and a tensor group, and the dimensions an expert group divides.
+        """The busiest link's load for an expert and a tensor group, and how many dimensions an expert group divides.
 
-        Interleaved groups share the links of a dimension. A group that fills a dimension is a ring and has twice the
-        links.
+        Interleaved groups share the links of a dimension. A group that fills a dimension is a ring and has twice as
+        many links.
         """
         spans = [e * t for e, t in zip(expert, tensor, strict=True)]
         loads = [n / (1 + (n == extent and n > 2)) for n, extent in zip(spans, extents, strict=True)]
@@ -143,7 +143,7 @@ def sizes(mesh: jax.sharding.Mesh | None) -> config.Mesh:
 
 
 def platform() -> str:
-    """The platform of the program being traced, such as `cpu` or `tpu`, also for devices that are only described."""
+    """The platform of the program being traced, such as `cpu` or `tpu`, also for devices that are not attached."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()
 

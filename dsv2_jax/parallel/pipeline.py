@@ -1,7 +1,7 @@
 """Pipeline parallelism: MoE layers in equal stages, for slices that a slow network connects.
 
-Every device runs the embedding and the dense layers, and only the first stage's result is used. Then micro-batches move
-through the stages, one stage at each tick. Each stage works in A of A + P - 1 ticks; the others are the bubble. The
+Every device runs the embedding and the dense layers, but only the first stage uses the result. Then micro-batches move
+through the stages, one stage per tick. Each stage works in A of A + P - 1 ticks; the others are the bubble. The
 backward pass runs the ticks in reverse. At the end each stage gets a part of the positions of all micro-batches, so
 that all stages share the head's work.
 

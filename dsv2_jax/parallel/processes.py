@@ -19,7 +19,7 @@ from dsv2_jax.config import Processes
 
 _HEARTBEAT = 30  # seconds without a heartbeat after which a process counts as lost
 _MEETING = 24 * 3600  # seconds that processes wait for each other in `together`; a lost process ends the wait earlier
-_LISTENING = 5  # seconds of one request while a process waits; Ctrl-C takes effect between requests
+_LISTENING = 5  # timeout in seconds of one request while a process waits; Ctrl-C takes effect between requests
 _MISTAKE, _FAILURE, _DONE = "mistake", "failure", "done"
 _meetings = itertools.count()  # the same in all processes, which synchronise in the same order
 GONE = 1  # the exit code when another process is lost
@@ -42,7 +42,7 @@ def joined(processes: Processes) -> Iterator[None]:
         jax.distributed.initialize(coordinator, processes.count, processes.index, heartbeat_timeout_seconds=_HEARTBEAT)
     if jax.default_backend() == "cpu":
         # Only the first process writes to the cache, so it alone would find programs there. It would reach the first
-        # transfer while the others compile, and Gloo waits for half a minute only.
+        # collective while the others compile, and Gloo waits for only half a minute.
         jax.config.update("jax_enable_compilation_cache", False)
     try:
         yield
@@ -80,17 +80,17 @@ def is_first() -> bool:
 
 @contextlib.contextmanager
 def first_before_others(what: str) -> Iterator[None]:
-    """`together`, but the first process runs the body before the others, which find its files on a shared disk."""
+    """As `together`, but the first process runs the body before the others, which find its files on a shared disk."""
     with together(what, first_alone=True):
         yield
 
 
 @contextlib.contextmanager
 def together(what: str, *, first_alone: bool = False) -> Iterator[None]:
-    """Every process runs the body, however long it takes, and all continue once the last one is done.
+    """Every process runs the body, and all continue when the last one is done.
 
-    They wait at the coordination service for up to 24 hours, since a collective on CPU times out after 30 seconds. If
-    the body fails in one process, it raises in all: ValueError for a user's mistake, else FailedElsewhere.
+    They wait at the coordination service for up to 24 hours, because a collective on CPU times out after 30 seconds. If
+    the body fails in one process, all processes raise: ValueError for a user's mistake, else FailedElsewhere.
     """
     own = index()
     if count() == 1:
@@ -111,7 +111,7 @@ def together(what: str, *, first_alone: bool = False) -> Iterator[None]:
             _report(f"{meeting}/all", _DONE)
             _service().key_value_delete(f"meetings/{number - 1}")  # all processes have left it
     except (_MistakeElsewhere, FailedElsewhere, jax.errors.JaxRuntimeError):
-        raise  # all processes know it, or none can be reached
+        raise  # all processes know of the error, or none can be reached
     except BaseException as error:
         mistake = cli.mistake(error)
         why = f"process {own}, {what}: {mistake or f'{type(error).__name__}: {error}'}"
@@ -168,13 +168,13 @@ def gathered(value: np.ndarray) -> np.ndarray:
     """The values of all processes, [P, ...], bit for bit; shape and dtype must be the same in all."""
     if jax.process_count() == 1:
         return value[None]
-    # As bytes, since JAX would convert float64 to float32.
+    # As bytes, because JAX would convert float64 to float32.
     parts = multihost_utils.process_allgather(np.frombuffer(value.tobytes(), np.uint8))
     return np.asarray(parts).view(value.dtype).reshape(-1, *value.shape)
 
 
 class Stop:
-    """Catches SIGTERM while entered; `asked` then returns True, in all processes at the same call."""
+    """Catches SIGTERM inside its `with` block. After it, `asked` returns True, in all processes at the same call."""
 
     def __init__(self) -> None:
         self._asked = False
@@ -192,8 +192,8 @@ class Stop:
     def asked(self) -> bool:
         """Whether to stop now. All processes must call it equally often.
 
-        JAX stops several processes at the call whose number is one above the largest that any has reached. Calls are
-        counted here, since the step number may rise by more than one between them.
+        JAX stops several processes at the call whose number is one above the highest that any process has reached. This
+        class counts the calls itself, because the step number may rise by more than one between them.
         """
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(next(self._calls))

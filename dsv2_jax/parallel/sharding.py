@@ -1,4 +1,4 @@
-"""The one table from logical dimensions to mesh axes, and the shardings of parameters, gradients, state and batches.
+"""The table from logical dimensions to mesh axes, and the shardings of parameters, gradients, state and batches.
 
 A parameter is split in two ways. `tensor`, `expert` (over the experts' dimension) and `pipeline` (over layers) split
 the computation: each device computes with its own part. All other splits are storage, as in ZeRO-3: a layer gathers the
@@ -165,7 +165,7 @@ def reduce_gradients(gradients: dict, model: Model, mesh: Mesh) -> dict:
 
 
 def sum_of_squares(gradients: dict, model: Model, mesh: Mesh) -> Array:
-    """The sum of squares of reduced gradients, each number counted once: float32 [], on all devices."""
+    """The sum of squares of reduced gradients, each element counted once: float32 [], on all devices."""
 
     def leaf(part: str, name: str, g: Array) -> Array:
         axes = [axis for axes in split(name, model, mesh) for axis in axes] + [*RULES.layers] * (part == "moe")
@@ -229,7 +229,7 @@ def check_model(model: Model, mesh: Mesh) -> None:
 def check_batch(rows: int, length: int, model: Model, mesh: Mesh, dropping: bool = True) -> None:
     """Raises ValueError if the mesh cannot hold micro-batches of `rows` sequences of `length` tokens.
 
-    Budgets bind only with `dropping`, not in evaluation.
+    The check of budgets applies only with `dropping`, not in evaluation.
     """
     devices, names = mesh.size(*BATCH), " x ".join(f"mesh.{axis}" for axis in BATCH)
     check(

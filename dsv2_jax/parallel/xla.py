@@ -23,8 +23,8 @@ class Option:
 
 OPTIONS = {
     # SparseCores run all-gathers of weights and reduce-scatters of gradients while the TensorCore computes. On chips
-    # that have them nothing else makes these collectives asynchronous. Over several dimensions of the torus a
-    # reduce-scatter stays one.
+    # that have SparseCores nothing else makes these collectives asynchronous. The options also stop XLA from replacing
+    # a reduce-scatter over several dimensions of the torus by an all-reduce.
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": Option(True),
     "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": Option(True),
     "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather": Option(True),
@@ -76,7 +76,7 @@ def _version() -> tuple[int, ...]:
 
 
 def _library_elsewhere() -> bool:
-    """Whether TPU_LIBRARY_PATH names a library other than the package's, which JAX sets it to."""
+    """Whether TPU_LIBRARY_PATH names another library than the libtpu package's, which is JAX's default."""
     path, package = os.environ.get("TPU_LIBRARY_PATH"), importlib.util.find_spec("libtpu")
     if not path:
         return False

@@ -43,8 +43,8 @@ class PlanOptions(Config):
     forward: bool = False  # plan the forward pass of a batch, as in evaluation or a prefill, instead of a step
     decode: bool = False  # plan a decode step of the engine with all rows in use, each `capacity.length` tokens long
     capacity: Capacity = dataclasses.field(default_factory=Capacity)  # of the engine, for --decode
-    largest: bool = False  # with --decode: find the most rows that fit, by compiling
-    search: bool = False  # rank meshes and remat policies: compile the fastest by arithmetic
+    largest: bool = False  # with --decode: find the maximum number of rows that fit, by compiling
+    search: bool = False  # rank meshes and remat policies: compile those that arithmetic estimates to be fastest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

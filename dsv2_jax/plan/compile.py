@@ -25,7 +25,7 @@ from dsv2_jax.plan.program import HLO, PROGRAM, REQUEST, CompiledProgram, Work
 from pallas_kernels.chips import CHIPS, Chip
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
-# The source that determines a compiled program. The rest of plan/ only reads the result.
+# The source files that determine a compiled program. The rest of plan/ only reads the result.
 _CODE = (
     "dsv2_jax/alignment/objective.py",
     "dsv2_jax/alignment/policy.py",

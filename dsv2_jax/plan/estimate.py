@@ -45,7 +45,7 @@ class Traffic:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Operation:
-    """The operations of one kind at one source line. seconds: of the core. exposed: the part of it spent waiting."""
+    """The operations of one kind at one source line. seconds: of the core. exposed: the part spent waiting."""
 
     source: str
     what: str
@@ -127,7 +127,7 @@ def estimate(
     """Estimates a compiled program.
 
     config: the result of `compile.laid_out`. text: the program's HLO, "" if it does not fit. say: logs progress. work:
-    what the program does.
+    the kind of program.
     """
     chip, batch, mesh = topology.chip, config.batch, config.mesh
     slices, micro_size = mesh.slices, batch.micro_size or batch.size

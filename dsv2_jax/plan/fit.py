@@ -20,8 +20,8 @@ _EFFICIENCY = 0.55  # assumed fraction of the MXU's peak; equal for all candidat
 _STORED = {"full": 1, "attention": 3}  # [tokens, d] arrays that a layer stores, approximately
 _DOUBLINGS = 2  # how often `suggest` doubles the number of chips
 _ROW_STEP = 8  # rows per device are a multiple of it
-_CLOSE = 0.03  # `max_rows` stops if the free memory holds less than this fraction of rows more
-_ATTEMPTS = 5  # programs that `max_rows` compiles at most
+_CLOSE = 0.03  # `max_rows` stops if the free memory is enough for less than this fraction of additional rows
+_ATTEMPTS = 5  # maximum number of programs that `max_rows` compiles
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -181,14 +181,14 @@ def doubled(topology: Topology) -> Topology:
 
 
 def max_rows(config: Config, topology: Topology, capacity: Capacity, plan: Planner) -> tuple[Capacity, Estimate]:
-    """The capacity with the most sequences of `capacity.length` tokens that fit, and the estimate of its decode step.
+    """The capacity with the maximum number of rows of `capacity.length` tokens that fit, and its step's estimate.
 
     Starts at `capacity.rows` and corrects by the memory that is left or missing. Raises ValueError if no number of rows
     that was tried fits.
     """
     implementation = switch.implementation(config.compute, topology.kind)
     best, rows = None, capacity.rows
-    fitting, failing = 0, 0  # the most rows known to fit, and the fewest known not to fit (0: none)
+    fitting, failing = 0, 0  # the highest number of rows known to fit, the lowest known not to fit (0: none)
     for _ in range(_ATTEMPTS):
         tried = dataclasses.replace(capacity, rows=rows, pages=0).resolve(config.model, implementation)
         e = plan(config, topology, tried)
@@ -214,14 +214,13 @@ def max_rows(config: Config, topology: Topology, capacity: Capacity, plan: Plann
 
 
 def grpo_iteration(config: Config, topology: Topology, plan: Planner) -> GrpoIteration:
-    """Estimates a GRPO iteration: compiles its three programs, and adds by count what a device holds outside of them.
+    """Estimates a GRPO iteration: compiles its three programs, and counts the arrays that a device holds besides them.
 
     A device always holds the parameters, the reference (float32, sharded as the parameters), the reward models and the
     sampler's cache. While weights are prepared and responses sampled, it also holds the sampler's weights and, unless
     `grpo.offload` is on, the optimizer state. The update frees the sampler's weights. Reward models count as large as
-    the policy. Log-probabilities and reward
-    scores are not compiled: they are forward passes of the update's micro-batches, without gradients. Raises
-    ValueError as `plan` does.
+    the policy. Log-probabilities and reward scores are not compiled: they are forward passes of the update's
+    micro-batches, without gradients. Raises ValueError as `plan` does.
     """
     mesh = config.mesh.resolve(topology.devices * config.mesh.slices)
     resolved = dataclasses.replace(config, mesh=mesh)

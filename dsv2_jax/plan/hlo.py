@@ -1,6 +1,6 @@
 """Parses a compiled, scheduled HLO module: instructions in schedule order, shapes and loop trip counts.
 
-The input is the text that the compiler dumps. The parser reads only what the time model needs.
+The input is the text that the compiler dumps. The parser reads only the parts that the time model needs.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ _HEAD = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*->.*\{\s*$")
 _NO_ESTIMATE = 2**62  # the compiler writes 2^63 - 1 for an instruction without an estimate
 _MAX_ITERATIONS = 10**6
-# Called from many places, so a line in these files does not say what an operation is for.
+# Functions in these files are called from many places, so a line in them does not identify an operation.
 _HELPERS = tuple(
     f"dsv2_jax/{name}.py"
     for name in ("parallel/collectives", "parallel/sharding", "ops/matmul", "ops/cpu/matmul", "model/layers")

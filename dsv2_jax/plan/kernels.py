@@ -1,8 +1,9 @@
 """Time of the Pallas kernel calls of a program, which the compiler does not estimate, from `pallas_kernels.cost`.
 
-Each kernel is estimated once, alone, at the model's sizes: attention at 4096 tokens at most, decoding at sequences of
-the config's length. Its efficiency there (useful FLOPs over the MXU's peak) is applied to all its calls. Expert kernels
-are assumed to process as many rows as a balanced router sends, which is fewer than their buffers hold.
+Each kernel is estimated once, alone, at the model's sizes: attention at up to 4096 tokens, decoding at sequences of the
+config's length. This gives an efficiency, useful FLOPs over the MXU's peak, which is applied to all calls of the
+kernel. Expert kernels are assumed to process as many rows as a balanced router sends, which is fewer than their buffers
+hold.
 """
 
 import dataclasses
@@ -24,9 +25,9 @@ from pallas_kernels.pricing.ops import OPS
 Shape = shapes.LatentAttention | shapes.LatentDecode | shapes.ExpertDispatch
 
 _ATTENTION, _DECODE, _COMBINE = "latent_forward_backward", "latent_decode", "expert_combine"
-_SEQUENCES = 32  # at which a decode step is estimated
+_SEQUENCES = 32  # number of sequences at which a decode step is estimated
 _PAGE = 256
-_TOKENS = 4096  # at which attention is estimated at most: a longer backward pass runs in a loop of such blocks
+_TOKENS = 4096  # maximum length at which attention is estimated; a longer backward pass loops over such blocks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,7 @@ class KernelTimes:
         shape = self._shape(_ATTENTION if kernel in ("latent_forward", "latent_backward") else kernel)
         if isinstance(shape, shapes.LatentDecode):
             flops = OPS[kernel].flops(shape) * self._tokens / shape.sequences
-        if kernel == _COMBINE:  # writes all tokens of the buffer, however few rows they have
+        if kernel == _COMBINE:  # writes all tokens, even those without rows
             shape = dataclasses.replace(shape, tokens=math.prod(hlo.arrays(instruction.shape)[0][1][:2]))
         return kernel, flops, flops / (self._peak * self._efficiency(kernel, shape))
 

@@ -1,11 +1,15 @@
 """Collectives: which one an instruction starts, and how long it takes on the links of a torus.
 
 A cut divides the chips into two sides, joined by a number of links. Every algorithm has to send some bytes across it:
-an all-gather every shard of one side, once per group with members on both sides; a reduce-scatter a partial sum for
-every shard of the other side; an all-to-all what the members of one side hold for the other. The estimate is the
-largest ratio of bytes to bandwidth over these cuts: around each chip, at each plane (on a ring, each pair of planes)
-and between slices, with all groups of the collective active at once. An all-reduce counts as a reduce-scatter and an
-all-gather. The latency of the longest path is added. No algorithm is faster, and good ones come close.
+
+- An all-gather sends every shard of one side, once per group with members on both sides.
+- A reduce-scatter sends a partial sum for every shard of the other side.
+- An all-to-all sends the data that members of one side hold for the other.
+- An all-reduce counts as a reduce-scatter and an all-gather.
+
+The estimate is the largest ratio of bytes to bandwidth over these cuts: around each chip, at each plane (on a ring,
+each pair of planes) and between slices, with all groups of the collective active at once. The latency of the longest
+path is added. No algorithm is faster, and good ones come close.
 """
 
 import dataclasses
@@ -34,7 +38,7 @@ class Collective:
 
     @property
     def wire(self) -> float:
-        """Bytes that each device sends: over a ring for gathers and reductions, directly for the rest."""
+        """Bytes that each device sends: over a ring for gathers and reductions, directly for all others."""
         n = 2 if self.kind in ("collective-permute", "collective-broadcast") else len(self.groups[0])
         match self.kind:
             case "all-gather":

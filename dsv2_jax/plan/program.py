@@ -1,6 +1,6 @@
 """Compiles a program of a config for TPUs that are not attached: a training step, a forward pass or a decode step.
 
-`python -m dsv2_jax.plan.program FOLDER` runs in a process of its own. It reads FOLDER/request.json and writes
+`python -m dsv2_jax.plan.program FOLDER` runs in a separate process. It reads FOLDER/request.json and writes
 FOLDER/program.json and, if the program fits the HBM, FOLDER/hlo.txt.gz: the optimised, scheduled HLO of one device.
 """
 
@@ -45,11 +45,11 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompiledProgram:
-    """The compiler's figures for one device, in bytes of HBM. If the program does not fit, `used` is what it needs."""
+    """The compiler's figures for one device, in bytes of HBM. If the program does not fit, `used` is its demand."""
 
     fits: bool
     used: int  # the peak, arguments included
-    limit: int  # what the compiler lets a program use; 0 if it fits, for then the compiler does not say
+    limit: int  # bytes that a program may use; 0 if it fits, because the compiler then does not report them
     parameters: int
     optimizer: int
     batch: int
@@ -131,7 +131,7 @@ def lower(config: Config, mesh: jax.sharding.Mesh, work: Work) -> tuple[Any, Any
 
 
 def compile_program(config: Config, devices: list[Any], work: Work = "step") -> tuple[CompiledProgram, str]:
-    """Compiles a program for these devices, as many as `config.mesh` has: (its figures, its HLO; "" if it is too big).
+    """Compiles a program for these devices, as many as `config.mesh` has: (its figures, its HLO, "" if too big).
 
     work: "step" trains; "forward" is the forward pass of a batch without token dropping, as in evaluation or a prefill;
     "weights" converts the parameters to the engine's weights; a resolved capacity is a decode step. Raises ValueError

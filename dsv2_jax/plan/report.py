@@ -67,7 +67,7 @@ def _time(e: Estimate) -> list[str]:
         row("waiting for other devices", t.exposed),
         row("waiting for copies into VMEM", t.copies),
         row("XLA + kernels at the MXU's peak", t.at_peak, "for comparison with other estimates"),
-        f"  MFU counts {e.flops_per_token / 1e9:.2f} GFLOP a token: {products} per activated parameter, plus attention",
+        f"  MFU counts {e.flops_per_token / 1e9:.2f} GFLOP/token: {products} per activated parameter, plus attention",
         "",
         f"traffic of a device, {e.wire / _GIB:.2f} GiB on the wire"
         f"{'axes':>12}{'count':>9}{'GiB':>10}{'busy ms':>11}{'exposed ms':>12}",

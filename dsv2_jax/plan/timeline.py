@@ -70,7 +70,7 @@ class Loop:
     source: str
     iterations: int
     seconds: float  # of one iteration
-    executions: int  # how often the program runs the whole loop
+    executions: int  # how often the program runs the complete loop
     events: tuple[TimelineEvent, ...]  # of the second iteration, with one event for each inner loop
 
 

@@ -1,4 +1,4 @@
-"""Judges the Python program in a model's answer by tests, in the sandbox."""
+"""Tests the Python program in a model's answer, in the sandbox."""
 
 import re
 

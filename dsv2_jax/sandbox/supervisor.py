@@ -233,7 +233,7 @@ class _Child:
     def _answer(self, events: int) -> None:
         """Allows the child to create a file, folder or thread, or denies it when the limit is reached."""
         assert self._listener is not None
-        if not events & select.POLLIN:  # the child has ended; receiving would block for ever
+        if not events & select.POLLIN:  # the child has ended; receiving would block forever
             os.close(self._listener)
             self._listener = None
             return

@@ -16,7 +16,7 @@ from typing import Any
 from dsv2_jax.sandbox.supervisor import CHILD, check_system, own_user
 
 _START_SECONDS = 120.0
-_WAIT = 10  # seconds of wall time per second of CPU time, since cores are shared
+_WAIT = 10  # seconds of wall time per second of CPU time, because cores are shared
 _MEMORY = 1 << 30  # bytes of address space
 
 

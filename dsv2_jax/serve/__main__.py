@@ -21,11 +21,11 @@ class Serve:
     port: int = 8000  # 0: a free port, printed on the first line
     name: str = ""  # name of the model in the API; empty: the name of its folder
     api_key_file: Path | None = None  # file with the key that clients must send
-    most_requests: int = 256  # that wait or run; further ones get status 429
-    most_connections: int = 512  # that are open; further ones get status 503
-    body_bytes: int = 1 << 20  # most bytes of a request's body
-    idle_seconds: float = 60.0  # most time to receive a request, to send a part of a response, and between requests
-    drain_seconds: float = 30.0  # time for running requests after SIGTERM
+    most_requests: int = 256  # maximum number of requests that wait or run; further ones get status 429
+    most_connections: int = 512  # maximum number of open connections; further ones get status 503
+    body_bytes: int = 1 << 20  # maximum number of bytes of a request's body
+    idle_seconds: float = 60.0  # time limit for receiving a request, sending a part of a response, between requests
+    drain_seconds: float = 30.0  # time limit for running requests after SIGTERM
     capacity: Capacity = dataclasses.field(default_factory=Capacity)
     compute: Compute = dataclasses.field(default_factory=Compute)
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
@@ -34,7 +34,7 @@ class Serve:
         check(0 <= self.port < 65536, f"port must be from 0 to 65535, not {self.port}")
         for name in ("most_requests", "most_connections", "body_bytes", "idle_seconds"):
             check(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
-        check(self.drain_seconds >= 0, f"drain_seconds must not be negative, not {self.drain_seconds}")
+        check(self.drain_seconds >= 0, f"drain_seconds must be at least 0, not {self.drain_seconds}")
 
 
 def main() -> None:

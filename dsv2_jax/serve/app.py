@@ -28,9 +28,9 @@ _READERS = 4  # threads that tokenize; the tokenizer releases the GIL
 class Limits:
     """Limits on clients."""
 
-    requests: int = 256  # most requests that wait, run or are being tokenized
-    body_bytes: int = 1 << 20  # most bytes of a request's body
-    idle_seconds: float = 60.0  # most time to receive a body, or to send a part of a stream
+    requests: int = 256  # maximum number of requests that wait, run or are being tokenized
+    body_bytes: int = 1 << 20  # maximum number of bytes of a request's body
+    idle_seconds: float = 60.0  # time limit for receiving a body, and for sending a part of a stream
 
 
 class Server:

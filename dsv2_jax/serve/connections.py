@@ -33,8 +33,8 @@ async def listening(
 ) -> AsyncIterator[tuple[str, int]]:
     """Serves while the context is open; yields (host, port).
 
-    limit: most open connections; further ones get 503 and are closed. idle_seconds: a connection is closed after this
-    time without a complete request, counted from its opening or its last response.
+    limit: the maximum number of open connections; further ones get 503 and are closed. idle_seconds: a connection is
+    closed after this time without a complete request, counted from its opening or its last response.
     """
     # Cancels a handler, and so the sequences of its request, when the client disconnects.
     runner = web.AppRunner(

@@ -53,7 +53,10 @@ class Worker:
     """Runs an engine in a thread. The public methods are called from the event loop."""
 
     def __init__(self, engine: Engine, limit: int, observe: Callable[[Sequence[RequestEvent]], None]):
-        """limit: most requests that wait or run. observe: called in the event loop with the events of every step."""
+        """limit: the maximum number of requests that wait or run.
+
+        observe: called in the event loop with the events of every step.
+        """
         self.engine, self.limit = engine, limit
         self.failure: Exception | None = None
         self._observe = observe

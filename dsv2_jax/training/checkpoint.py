@@ -1,7 +1,7 @@
 """Checkpoints of a run: saved in the background, verified by checksums when they are read.
 
-Orbax writes a checkpoint under a temporary name and renames it when every byte is written, so a checkpoint is complete
-or absent whenever the process is killed.
+Orbax writes a checkpoint under a temporary name and renames it when every byte is written. If the process is killed, a
+checkpoint is therefore complete or absent.
 """
 
 import contextlib
@@ -57,7 +57,7 @@ class Checkpoints:
         self._manager.close()
 
     def save(self, state: State, batches: grain.DatasetIterator, progress: Progress) -> None:
-        """Saves in the background; returns when the state's buffers may be donated. Does nothing for a saved step."""
+        """Saves in the background and returns when the state's buffers may be donated. Skips a saved step."""
         if progress.step in self._manager.all_steps():
             return
         written = {"data": batches.get_state(), "progress": dataclasses.asdict(progress)}
@@ -81,8 +81,8 @@ class Checkpoints:
         """Restores the newest checkpoint and the position of `batches`; without a checkpoint, compiles `initial()`.
 
         With `start`, a new run's state takes the parameters that `start()` returns. The state is laid out by
-        `shardings`, whatever the layout of the run that saved it. Raises ValueError for a damaged checkpoint and for
-        one that holds parameters only.
+        `shardings`, also if the run that saved it had another layout. Raises ValueError for a damaged checkpoint and
+        for one that holds parameters only.
         """
         steps = complete_steps(self._run)
         if not steps:
@@ -128,7 +128,8 @@ def restore_params(run: Path, step: int | None = None, mesh: jax.sharding.Mesh |
     if not folder.is_dir():
         raise FileNotFoundError(f"no parameters of step {step} in {run}: {folder} is missing")
     expected = parameters.tree(config.model)
-    reader = ocp.StandardCheckpointHandler()  # a Checkpointer around it would warn that one item is not a checkpoint
+    # Used without a Checkpointer, which would warn that `params`, one item of a checkpoint, is not a checkpoint.
+    reader = ocp.StandardCheckpointHandler()
     with reading(run, step):
         stored = jax.tree.map(lambda array: tuple(array.shape), reader.metadata(folder).tree)
     check_shapes(expected, stored, run)
@@ -166,9 +167,9 @@ def save_params(run: Path, config: Config, params: dict, step: int = 0) -> None:
 
 @contextlib.contextmanager
 def reading(run: Path, step: int) -> Iterator[None]:
-    """A context for reading a checkpoint: converts what a library raises about its files to a one-line ValueError.
+    """A context for reading a checkpoint: converts a library's errors about its files to a one-line ValueError.
 
-    RuntimeError, which devices and other processes raise, is not changed.
+    It does not change RuntimeError, which devices and other processes raise.
     """
     try:
         yield
@@ -221,7 +222,7 @@ def check_shapes(expected: dict, found: dict, run: Path) -> None:
     want, have = flat(expected), flat(found)
     for name in sorted(set(want) | set(have)):
         check(name in have, f"the checkpoint in {run} lacks the parameter {name} of the config")
-        check(name in want, f"the checkpoint in {run} holds a parameter {name} that the config does not know")
+        check(name in want, f"the checkpoint in {run} holds a parameter {name} that the config does not have")
         check(
             tuple(want[name]) == tuple(have[name]),
             f"the parameter {name} in {run} has the shape {tuple(have[name])}, the config says {tuple(want[name])}",
@@ -229,7 +230,7 @@ def check_shapes(expected: dict, found: dict, run: Path) -> None:
 
 
 def _in_slices(params: dict) -> ocp.args.StandardSave:
-    """Stores large stacked weights in chunks of one layer, or one expert, so that a slice is read without the rest."""
+    """Stores large stacked weights in chunks of one layer or one expert, so that a slice can be read alone."""
 
     def leaf(path: tuple, array: jax.Array) -> ocp.SaveArgs:
         part, name = (key.key for key in path)

@@ -19,9 +19,9 @@ def cross_entropy(
     """Sum over n of weights[n] * -log softmax(h[n] @ w_head)[targets[n]], a float32 scalar.
 
     h and w_head have the compute dtype; targets are int32; weights are float32 and not differentiated. Logits are
-    float32, for `chunk` tokens at a time. Under differentiation one pass computes the loss and both gradients, with one
-    computation of the logits. On the tensor axis w_head is this device's part of the vocabulary, and the result its
-    part of the sum.
+    float32, for `chunk` tokens at a time. Under differentiation one pass computes the loss and both gradients, so the
+    logits are computed once. With tensor parallelism w_head is this device's part of the vocabulary, and the result is
+    its part of the sum.
     """
 
     def add(nll: Array, part: tuple[Array, Array, Array]) -> tuple[Array, None]:

@@ -3,8 +3,8 @@
 A checksum is the sum modulo 2^32, over the elements of an array, of a hash of the element's bits and index. It does not
 depend on the array's layout over devices or files: each device computes its own part, and a reader of slices adds up
 the sums of its slices. Checksums are computed from arrays in memory, before a checkpoint is written and after it is
-read, so they cover the copy to the host, compression, network and disk. A change of one element is always detected; any
-other change with probability 1 - 2^-32.
+read, so they cover the copy to the host, compression, network and disk. They always detect a change of one element, and
+any other change with probability 1 - 2^-32.
 """
 
 import hashlib

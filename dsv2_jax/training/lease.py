@@ -3,8 +3,8 @@
 On one host a POSIX lock on the file decides. The kernel releases it whenever the process ends, and children do not
 inherit it. Other hosts may not see the lock, for example on a mounted bucket, so the holder also rewrites the file
 every `beat` seconds. A process on another host that finds a holder watches the file for `patience` seconds. If the
-file changes, the holder is alive; if not, it is gone; a holder that ends in this time releases the file. No clocks are
-compared.
+file changes, the holder is alive; otherwise it is gone. A holder that ends in this time releases the file. The hosts'
+clocks are never compared.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from dsv2_jax.parallel import processes
 
 P = ParamSpec("P")
 T = TypeVar("T")
-LOST = 2  # exit code when another run has taken over the folder, where a restart would not help
+LOST = 2  # exit code when another run has taken over the folder: launchers do not restart after 2
 _BYTES = 512  # size of the file, constant so that a reader never sees the end of an older text
 
 
@@ -57,8 +57,8 @@ def leased(train: Callable[Concatenate[Config, P], T]) -> Callable[Concatenate[C
 def hold(run: Path, beat: float = 10.0, patience: float = 90.0) -> Iterator[None]:
     """A context that holds the folder. Raises ValueError, after watching if needed, if another process holds it.
 
-    beat: seconds between writes. patience: seconds to watch a holder on another host; a mounted bucket may show a
-    file's state of 60 seconds ago.
+    beat: seconds between writes. patience: seconds to watch a holder on another host. It exceeds 60, because a mounted
+    bucket may show a file's state of 60 seconds ago.
     """
     run.mkdir(parents=True, exist_ok=True)
     path = run / "lease"
@@ -143,7 +143,10 @@ def _write(file: int, beat: int) -> None:
 
 @functools.cache
 def _host() -> str:
-    """Host name, boot and process namespace. Processes with the same ones share locks and process ids."""
+    """Identifies the host, its boot and its process namespace.
+
+    Processes for which this is equal see each other's locks and process ids.
+    """
     boot = Path("/proc/sys/kernel/random/boot_id")
     if not boot.is_file():
         return socket.gethostname()

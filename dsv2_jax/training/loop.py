@@ -1,4 +1,4 @@
-"""The training loop: next batch, step, log, evaluate, save. Each helper keeps to its own part.
+"""The training loop: next batch, step, log, evaluate, save.
 
 A restarted run continues from its newest checkpoint, bit for bit as if it had never stopped: the checkpoint holds the
 parameters, the optimizer state and the input pipeline's state, and every random number comes from the seed and the
@@ -34,7 +34,7 @@ def train(config: Config, stage: Stage) -> Ended:
     """Trains the model of the config in this stage until `config.tokens` tokens or SIGTERM, in `config.workdir`.
 
     Runs on all devices of all processes, laid out by `config.mesh`. Raises ValueError for a mesh that does not fit, a
-    folder whose run had other settings or that another run holds, and whatever the stage's data checks raise.
+    folder whose run has other settings or that another run holds, and for data that the stage refuses.
     """
     run, config = config.workdir, resolve(config)
     mesh = device_mesh.make(config.mesh)
@@ -89,8 +89,10 @@ def train(config: Config, stage: Stage) -> Ended:
 
 
 def resolve(config: Config) -> Config:
-    """The config with its mesh sized for the available devices. Raises ValueError for a model or batch that cannot be
-    laid over it, and for a kernel that cannot run here."""
+    """The config with its mesh sized for the available devices.
+
+    Raises ValueError for a model or batch that does not fit the mesh, and for a kernel that cannot run here.
+    """
     switch.implementation(config.compute)  # for its checks
     mesh = config.mesh.resolve(jax.device_count())
     sharding.check_model(config.model, mesh)

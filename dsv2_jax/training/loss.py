@@ -21,7 +21,7 @@ def loss(
     share: Array | float,
     micro_batches: int = 1,
 ) -> tuple[Array, dict[str, Array]]:
-    """One device's part of a micro-batch's loss and metrics; summed over devices and micro-batches they are the step's.
+    """One device's part of a micro-batch's loss and metrics; their sums over devices and micro-batches are the step's.
 
     batch leaves are [B, T]. exempt_B bool: sequences without token dropping; None: no tokens are dropped. total_weight:
     the sum of the step's weights. share: 1 / (number of calls). micro_batches: the number of micro-batches in the rows,
@@ -65,7 +65,7 @@ def balanced(
 ) -> tuple[Array, dict[str, Array]]:
     """Adds the balance losses of `router.LOSSES` (eq. 23 to 31) to a stage's loss; them and `load_LE` to its metrics.
 
-    statistics: of the MoE layers; {} if there are none, which leaves both unchanged. share: as in `loss`.
+    statistics: of the MoE layers. {} (no MoE layers) leaves both unchanged. share: as in `loss`.
     """
     if not statistics:
         return value, metrics

@@ -29,7 +29,7 @@ _IN_FLIGHT = 2  # steps with metrics still on the device: enough to keep it busy
 
 
 def flops_per_token(model: Model, length: int) -> float:
-    """Model FLOPs of training on one token of a sequence of `length`; the basis of the printed MFU.
+    """Model FLOPs of training on one token of a sequence of `length`, from which MFU is computed.
 
     6 per activated parameter (forward 2, backward 4), plus attention's two matmuls over the causal half of the
     positions: 3 x layers x heads x (key width + value width) x length. Recomputation is not counted.
@@ -94,7 +94,10 @@ class Log:
     def __init__(
         self, config: Config, progress: Progress, stage: str, headline: str, *, throughput: bool = True
     ) -> None:
-        """stage: its name. headline: the held-out figure to print. throughput: off where steps are not all the work."""
+        """stage: its name. headline: the held-out figure to print.
+
+        throughput: False if training steps are only a part of the work, as in GRPO. Lines then have no throughput.
+        """
         self._config, self._headline, self._throughput = config, headline, throughput
         self._first = processes.is_first()
         self._in_flight: collections.deque = collections.deque()
@@ -126,7 +129,7 @@ class Log:
             self._write_oldest()
 
     def flush(self) -> None:
-        """Writes all recorded metrics. Called before a checkpoint, so that a resumed run has every line up to it."""
+        """Writes all recorded metrics. Called before a save, so that a resumed run has every line up to it."""
         while self._in_flight:
             self._write_oldest()
 
@@ -200,7 +203,7 @@ class Log:
 
 
 class Display:
-    """A progress bar on a terminal, one plain line per log elsewhere."""
+    """Shows progress: a bar on a terminal, elsewhere one plain line per logged step."""
 
     def __init__(self, stage: str, headline: str, total_tokens: int, done_tokens: int) -> None:
         """stage: its name. headline: the figure to show next to the loss, if a line of metrics has it."""

@@ -1,4 +1,4 @@
-"""AdamW from optax's parts, and the paper's schedules of learning rate and batch size (section 3.1.2).
+"""AdamW from optax's transformations, and the paper's schedules of learning rate and batch size (section 3.1.2).
 
 The schedules run in Python on the host, because token counts of real runs (8.1e12) exceed int32.
 """
@@ -13,7 +13,7 @@ from dsv2_jax import parameters
 from dsv2_jax.config import Config
 from dsv2_jax.config import Optimizer as OptimizerConfig
 
-_RAMP_SIZES = 8  # the most batch sizes before the full one; each compiles a program
+_RAMP_SIZES = 8  # maximum number of batch sizes before the full one; each needs its own compiled program
 
 
 def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -52,9 +52,9 @@ def learning_rate(config: Config, step: int, tokens: int) -> float:
 def batch_size(config: Config, tokens: int) -> int:
     """Sequences of the step that starts after `tokens` tokens.
 
-    The ramp is a staircase below the line from `ramp_from` to `size`, and ends at `ramp_tokens`. Its stairs have equal
-    length in tokens; there is one for each micro-batch to add, but at most 8, so that a run compiles at most 9
-    programs. Sizes are rounded down to full micro-batches.
+    The batch size grows from `ramp_from` in stairs of equal length in tokens, stays below the straight line to `size`,
+    and reaches `size` at `ramp_tokens`. There is one stair for each micro-batch to add, but at most 8, so that a run
+    compiles at most 9 programs. Sizes are rounded down to full micro-batches.
     """
     b = config.batch
     if not b.ramp_from or tokens >= b.ramp_tokens:

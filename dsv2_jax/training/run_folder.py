@@ -25,7 +25,7 @@ from dsv2_jax.config import Config, check, from_json, to_json
 from dsv2_jax.parallel import processes
 
 # Settings that may change when a run continues: none of them changes what one step computes from the same state and
-# batch. A larger `tokens` extends a finished run; it also moves the schedule's fractions.
+# batch. A larger `tokens` extends a finished run. It also moves the points of the schedule that are fractions of it.
 FREE = (
     "workdir",
     "resume",
@@ -92,11 +92,11 @@ def write_config(run: Path, config: Config) -> None:
 
 
 def open_run(config: Config) -> Config:
-    """Creates the run's folder and writes config.json; an existing run must be one that this config can continue.
+    """Creates the run's folder and writes config.json, or checks that this config can continue the existing run.
 
-    Returns the config with its `init` pinned to a step: a run's folder becomes its newest step when the new run begins,
-    and stays that step. Raises ValueError if a field outside `FREE` differs from the saved config, if there is a run
-    and `config.resume` is off, and for a run whose checkpoints are lost.
+    Returns the config with its `init` pinned to a step: a run's folder is replaced by its newest step when the new run
+    begins, and later continuations keep that step. Raises ValueError if a field outside `FREE` differs from the saved
+    config, if there is a run and `config.resume` is off, and for a run whose checkpoints are lost.
     """
     run, steps = config.workdir, complete_steps(config.workdir)
     others = [path for path in (run / "checkpoints").glob("*") if path.name.isdigit() and int(path.name) not in steps]
@@ -120,9 +120,9 @@ def open_run(config: Config) -> Config:
 
 
 def keep_init_digest(run: Path, digest: str) -> None:
-    """Stores the digest of the parameters that the run starts from; a stored one must be equal.
+    """Stores the digest of the parameters that the run starts from, or compares it with the stored digest.
 
-    Raises ValueError if it is not: then the checkpoint that the run started from has been overwritten.
+    Raises ValueError if they differ, because then the checkpoint that the run started from has been overwritten.
     """
     path = run / _DIGEST
     if path.is_file():
@@ -136,9 +136,9 @@ def keep_init_digest(run: Path, digest: str) -> None:
 
 
 def keep_tokenizer(run: Path, save: Callable[[Path], object]) -> None:
-    """Writes the run's tokenizer/ by `save`, atomically; a run that continues must have the same tokenizer.
+    """Writes the run's tokenizer/ with `save`, atomically.
 
-    Raises ValueError if the run already has a different tokenizer.
+    Raises ValueError if the run continues and already has a different tokenizer.
     """
     kept, partial = run / "tokenizer", run / "tokenizer.tmp"
     shutil.rmtree(partial, ignore_errors=True)
@@ -147,7 +147,7 @@ def keep_tokenizer(run: Path, save: Callable[[Path], object]) -> None:
     if complete_steps(run) and kept.exists():
         same = _contents(kept) == _contents(partial)
         shutil.rmtree(partial)
-        check(same, f"the tokenizer in {kept} is not the one that the data now give: has data.source changed?")
+        check(same, f"the tokenizer in {kept} differs from that of the present data: has data.source changed?")
         return
     shutil.rmtree(kept, ignore_errors=True)
     os.replace(partial, kept)
@@ -173,7 +173,7 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _pinned(init: Path | None) -> Path | None:
-    """`checkpoints/<step>` of a run's newest step, as the first process finds it; any other path as it is."""
+    """For a run's folder, `checkpoints/<step>` of the newest step that the first process finds; else the path."""
     if init is None or not (init / "checkpoints").is_dir():
         return init
     return step_folder(init, int(processes.gathered(np.asarray(latest_step(init)))[0]))

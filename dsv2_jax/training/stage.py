@@ -21,7 +21,10 @@ Batches = Iterator[dict[str, np.ndarray]]
 
 
 class Evaluation(Protocol):
-    """Means of a stage's figures over held-out batches, `{headline: value, ...}`; `evaluation.perplexity.evaluate`."""
+    """Computes the means of a stage's figures over held-out batches, `{headline: value, ...}`.
+
+    `evaluation.perplexity.evaluate` is one.
+    """
 
     def __call__(
         self, params: Any, batches: Batches, *, config: Config, feed: Any, mesh: jax.sharding.Mesh | None
@@ -32,7 +35,7 @@ class Evaluation(Protocol):
 class StageData:
     """What a stage trains on and is evaluated on; leaves of batches are the rows of this process, [B, T]."""
 
-    train: grain.DatasetIterator  # micro-batches without end; a checkpoint stores their state
+    train: grain.DatasetIterator  # an endless iterator of micro-batches; a checkpoint stores its state
     held_out: Callable[[int | None], Batches]  # the held-out split, or at most this number of its batches
     epoch_tokens: int  # rows x length of one pass over the training split
     notes: tuple[str, ...] = ()  # lines for the log, such as the number of dropped conversations
@@ -42,10 +45,10 @@ class StageData:
 class Stage:
     """One stage of training, for `loop.train`.
 
-    data(config, mine): opens the data and keeps the tokenizer in the run's folder. The config has its mesh resolved;
+    data(config, mine): opens the data and writes the tokenizer to the run's folder. The config's mesh is resolved;
     mine are the rows of a batch that this process reads, None for all.
     parameters(config, mesh): the float32 parameters of `config.init`, laid out on the mesh. Without `config.init` the
-    loop draws them from the seed.
+    loop initialises them from the seed.
     """
 
     name: str
@@ -59,11 +62,11 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ended:
-    """How a call of `train` ended. files: those in the run's folder to list besides the usual ones."""
+    """How a call of `train` ended. files: additional files of the run's folder to list at the end."""
 
     run: Path
     progress: Progress
-    finished: bool  # False: stopped by SIGTERM, and saved
+    finished: bool  # False: SIGTERM stopped the run after a checkpoint
     held_out: dict[str, Any]  # figures of the full held-out split, such as `held_out_bits_per_byte`; {} if stopped
     headline: str
     files: tuple[str, ...] = ()

@@ -1,6 +1,6 @@
-"""One training step: gradients accumulated over micro-batches, then one AdamW update unless a number is not finite.
+"""One training step: gradients accumulated over micro-batches, then one AdamW update if all values are finite.
 
-On a mesh the step is one shard_map, so every collective is explicit in this project's code.
+On a mesh the step is one shard_map, so every collective is explicit in the code.
 
     A micro-batches    B sequences of a micro-batch    T time
 """
@@ -69,9 +69,9 @@ def train_step(
     """One update of the parameters; donates the state.
 
     Takes batch leaves [A, B, T] and the learning rate. Returns the next state and the step's metrics: those of `loss`,
-    and `loss` (the minimised value), `grad_norm` (before clipping) and `skipped` float32, which is 1 if loss, gradient
-    norm or the norm of the update is not finite; then parameters and optimizer state do not change. With a `mesh` of
-    the sizes `config.mesh`, state and batch are laid out by `state_specs` and `sharding.batch_spec`.
+    `loss` (the minimised value), `grad_norm` (before clipping) and `skipped` float32. `skipped` is 1 if the loss, the
+    norm of the gradient or the norm of the update is not finite. Parameters and optimizer state then do not change.
+    With a `mesh` of the sizes `config.mesh`, state and batch are laid out by `state_specs` and `sharding.batch_spec`.
     """
     if mesh is None:
         return _step(state, batch, lr, config=dataclasses.replace(config, mesh=SINGLE), loss=loss)
@@ -109,9 +109,9 @@ def _step(
 
 
 def exempt_sequences(config: Config, step: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """The sequences of a step without token dropping (section 2.2.4), bool [A, B], drawn anew each step.
+    """The sequences of a step without token dropping (section 2.2.4), bool [A, B], drawn at random in each step.
 
-    Of the sequences that share a budget, `exempt_fraction` are exempt; the number is rounded up or down at random, so
+    `exempt_fraction` of the sequences that share a budget are exempt. The number is rounded up or down at random, so
     buffers for the rounded-up number are always large enough.
     """
     moe = config.model.moe

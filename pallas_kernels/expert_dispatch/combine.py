@@ -1,8 +1,8 @@
 """Adds up each token's rows, by one gather into token order and one grouped product.
 
-A gather for each of a token's K choices would read and write K rows a token, though a device computes only a few of
-them. This gathers the kept rows alone. The rows of a group of tokens are then adjacent, and a product with a 0/1 matrix
-adds them up on the MXU, in float32.
+A gather for each of a token's K choices would read and write K rows per token, but a device computes only a few of
+them. This module gathers only the kept rows. The rows of a group of tokens are then adjacent, and a product with a 0/1
+matrix adds them up on the MXU, in float32.
 """
 
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ RUN = 256  # tokens of a group; each core of a v5p computes half of them
 def combine(y_PD: Array, row_NK: Array, kept_NK: Array) -> Array:
     """y[n] = sum over the kept k of y_PD[row_NK[n, k]]: [N, D] in y's dtype, sums in float32, 0 where none is kept.
 
-    row_NK int32, below P; no two kept pairs share a row. Rows that no pair keeps may hold anything.
+    row_NK int32, below P; no two kept pairs share a row. Rows of no kept pair may have any values, even NaN.
     """
     n, k = row_NK.shape
     runs = -(-n // RUN)

@@ -65,8 +65,8 @@ def gmm_sum(
 def dot(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
     """Matrix product over dimensions `contract` of a and b, in float32; float32 operands are not rounded.
 
-    A b in 8 bits is not rounded either: the MXU widens float8 itself, int8 becomes a's dtype here. Float32 operands are
-    multiplied LANES deep at a time, since one long chain of float32 sums rounds twice as much.
+    A b in 8 bits is not rounded either: the MXU widens float8 itself, and this function converts int8 to a's dtype.
+    Float32 operands are multiplied LANES deep at a time, because one long chain of float32 sums rounds twice as much.
     """
     dims = (((contract[0],), (contract[1],)), ((), ()))
     if a.dtype == jnp.float32 or b.dtype == jnp.int8:

@@ -1,9 +1,9 @@
 """The experts' SwiGLU over (token, expert) pairs, forward and backward (section 2.2.1).
 
-Pairs are sorted by expert once. Both passes gather token rows into that order and gather results back, since a scatter
-of rows costs more. A balanced router sends a device its share of pairs; the worst case is several times that, and
-without dropping no pair may be lost. So buffers hold `buffer_size` pairs: a loop computes the others in further
-chunks, and mostly has none.
+Pairs are sorted by expert once. Both passes gather token rows into that order and gather results back, because a
+scatter of rows costs more. A device can receive several times the pairs that a balanced router sends, and without
+dropping no pair may be lost. Buffers nevertheless hold only `buffer_size` pairs: a loop computes further pairs in
+further chunks, and usually there are none.
 
 Letters: N tokens, K active experts, A sorted pairs with padding, P pairs of a chunk, E experts, D model, F expert
 width.
@@ -26,7 +26,7 @@ ExpertWeights = tuple[Weight, Weight, Weight]  # w_gate [E, D, F], w_up [E, D, F
 
 
 class PairLimits(NamedTuple):
-    """Static sizes: pairs that are kept at most, and pairs of a chunk, a multiple of ALIGN."""
+    """Static sizes: the maximum number of kept pairs, and the pairs of a chunk, a multiple of ALIGN."""
 
     max_pairs: int
     buffer_size: int
@@ -87,14 +87,14 @@ def grouped_swiglu(
 
     x and the weights are in the compute dtype, experts int32, gates float32; the result is in x's dtype, sums are in
     float32. An expert id of E drops its pair: no cost, no contribution, a zero gradient for its gate. max_pairs: a
-    static bound on the kept pairs, where it is known to be below N K; pairs beyond it, those of the last experts, are
-    dropped. buffer_size: pairs computed at a time, by default all. Memory grows with it; each further chunk reads the
-    weights again and rounds the sums once more. The kernels need widths that are multiples of 128; other widths are
-    padded, which copies the weights.
+    static bound on the kept pairs, if one below N K is known. Pairs beyond it, those of the last experts, are dropped.
+    buffer_size: pairs computed at a time, by default all. Memory grows with it; each further chunk reads the weights
+    again and rounds the sums once more. The kernels need widths that are multiples of 128. Other widths are padded,
+    which copies the weights.
 
     All three weights may be `Quantized`, with scales [E, 1, F], [E, 1, F] and [E, 1, D] (section 3.2.3). The kernels
-    then read 8 bits a weight and multiply the float32 sums by the scales. Raises ValueError for the gradient with
-    quantized weights: there is none.
+    then read 8 bits per weight and multiply the float32 sums by the scales. Quantized weights have no gradient:
+    differentiating raises ValueError.
     """
     depth, kept = x_ND.shape[1], experts_NK.size if max_pairs is None else min(max_pairs, experts_NK.size)
     limits = PairLimits(kept, -(-min(buffer_size or kept, kept) // ALIGN) * ALIGN)
@@ -168,7 +168,7 @@ _swiglu.defvjp(_forward, _backward)
 
 
 def _add_chunks(first: Any, chunk: Callable[[Array], Any], order: PairOrder, limits: PairLimits) -> Any:
-    """The sum of all chunks: `first`, the result of chunk 0, itself where the buffer holds all pairs."""
+    """The sum of all chunks. first: the result of chunk 0, which is the sum if the buffer holds all pairs."""
     kept, size = limits
     if kept <= size:
         return first
@@ -177,5 +177,5 @@ def _add_chunks(first: Any, chunk: Callable[[Array], Any], order: PairOrder, lim
 
 
 def _take(x: Array, at: Array) -> Array:
-    """x[at] along the first dimension. All indices are in bounds, which saves XLA the checks."""
+    """x[at] along the first dimension. All indices are in bounds, so XLA needs no checks."""
     return x.at[at].get(mode="promise_in_bounds")

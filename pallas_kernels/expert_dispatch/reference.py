@@ -85,7 +85,7 @@ def hidden_gradient(
 
 
 def combine(y_PD: Array, row_NK: Array, kept_NK: Array) -> Array:
-    """See combine.combine. K gathers of [N, D], added up: one [N, K, D] would cost more."""
+    """See combine.combine. Adds up K gathers of [N, D], which cost less than one of [N, K, D]."""
     y_ND = jnp.zeros((row_NK.shape[0], y_PD.shape[1]), jnp.float32)
     for k in range(row_NK.shape[1]):
         rows_ND = y_PD.at[row_NK[:, k]].get(mode="promise_in_bounds").astype(jnp.float32)

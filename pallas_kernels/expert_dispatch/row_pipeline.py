@@ -1,9 +1,9 @@
 """Runs a body on the tiles of uneven groups, while rows, results and each group's weights stream through VMEM.
 
 The kernel starts all DMAs itself. Pallas's automatic pipeline looks one step ahead, but a group's weights take longer
-to arrive than a tile takes to compute. Here they arrive in pieces, spread over all tiles of the group before; the rows
-of the next tile, which are needed sooner, come first. Only rows of filled groups are copied. Letters as in tiles.py; C
-column blocks.
+to arrive than a tile takes to compute. Here they arrive in pieces, spread over all tiles of the group before. The rows
+of the next tile come first, because they are needed sooner. Rows after the last group are not copied. Letters as in
+tiles.py; C column blocks.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,14 +42,17 @@ def wait(copy: Any) -> None:
 
 
 class RowStream(NamedTuple):
-    """An operand or result with one row a pair, in HBM and in two VMEM buffers that alternate."""
+    """An operand or result with one row per pair, in HBM and in two VMEM buffers that alternate."""
 
     hbm: Ref
     vmem: Ref  # [2, tile rows, columns]
     semaphores: Ref  # [2]
 
     def copy(self, act: Act, slot: Array, row: Array, count: Array, block: Array, out: bool = False) -> None:
-        """Starts or waits for the DMAs of `count` rows, a multiple of ALIGN: one a bit, as DMA sizes are static."""
+        """Starts or waits for the DMAs of `count` rows, a multiple of ALIGN.
+
+        There is one DMA for each set bit of `count`, because DMA sizes are static.
+        """
         width = self.vmem.shape[2]
         column = offset(block, self.hbm.shape[1], width)
         size = 1 << (min(self.vmem.shape[1], self.hbm.shape[0]).bit_length() - 1)
@@ -76,7 +79,7 @@ class WeightStream(NamedTuple):
 
     @property
     def align(self) -> int:
-        """DMAs start and end at multiples of so many rows. A packed register of 8 bits is 32 high."""
+        """DMAs start and end at multiples of this number of rows. A packed register of 8 bits has 32 rows."""
         return max(ALIGN, 32 // self.hbm.dtype.itemsize)
 
     def copy(self, act: Act, slot: Array, group: Array, block: Array, low: Array | int, size: int) -> None:
@@ -90,8 +93,10 @@ class WeightStream(NamedTuple):
 
 
 def offset(block: Array, columns: int, width: int) -> Array | int:
-    """First column of a column block. The last block ends at the last column, so it may overlap the one before: both
-    write the same numbers there."""
+    """First column of a column block.
+
+    The last block ends at the last column, so it may overlap the one before. Both write the same numbers there.
+    """
     return 0 if width == columns else pl.multiple_of(jnp.minimum(block * width, columns - width), LANES)
 
 
@@ -158,8 +163,8 @@ def over_rows(
 ) -> list[Array]:
     """Runs the body on every tile and returns the results [P, width].
 
-    weights: [E, *, *]; all of them may be quantized, with scales [E, 1, *], and weight_axis is then 2. A result of
-    LANES columns has as many for every column block. Rows after the sum of sizes_E are neither read nor written; those
+    weights: [E, *, *]. All or none are quantized, with scales [E, 1, *], and weight_axis is then 2. A result of LANES
+    columns gets LANES columns from each column block. Rows after the sum of sizes_E are neither read nor written; those
     of the results are undefined.
     """
     scales = [w.scale for w in weights if isinstance(w, Quantized)]
@@ -227,8 +232,8 @@ def _fit(
     uncut = sum(r.array.shape[1] * r.array.dtype.itemsize for r in rows if not r.cut)
     cut = sum(r.array.dtype.itemsize for r in rows if r.cut) + sum(jnp.dtype(r.dtype).itemsize for r in results)
     size = sum(w.size // (w.shape[0] * columns) * w.dtype.itemsize for w in weights)
-    # Weights in 8 bits are for generation, with small groups. Half the bytes no longer hide the time that the MXU
-    # spends on rows that only fill a tile, so tiles are rounded up less.
+    # Weights in 8 bits are for generation, with small groups. Their DMAs are half as long and no longer hide the MXU's
+    # time for the rows that pad a tile, so tiles are rounded up less.
     step = 32 if weights[0].dtype.itemsize == 1 else 64
     return fit(pairs, columns, product.depth, uncut=uncut, cut=cut, weights=size, step=step)
 
@@ -249,7 +254,10 @@ def _pipeline(body: Body, s: TilePlan, streams: Streams, tiles: Tiles, columns: 
             stream.copy(act, i % 2, s.row_I[i], written, block, out=True)
 
     def fetch(number: Array, low: Array, high: Array) -> None:
-        """Starts the DMAs of pieces low to high of a group's weights. number: among the groups with tiles."""
+        """Starts the DMAs of pieces low to high of a group's weights.
+
+        number: the index of the group among those with tiles.
+        """
 
         def piece(p: Array, _: None) -> None:
             for stream in streams.weights:
@@ -300,7 +308,7 @@ def _pipeline(body: Body, s: TilePlan, streams: Streams, tiles: Tiles, columns: 
 
 
 def _multiply(body: Body, s: TilePlan, i: Array, block: Array, streams: Streams, tiles: Tiles, columns: int) -> None:
-    """Runs the body on tile i. Each height has its own compiled body; the lowest that holds the tile runs."""
+    """Runs the body on tile i. Each height has its own compiled body; the lowest one that is enough runs."""
     slot, buffer = i % 2, s.number_I[i] % 2
     width = tiles.width(columns)
     repeated = block * width - offset(block, columns, width)

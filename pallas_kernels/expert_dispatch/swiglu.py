@@ -107,7 +107,7 @@ def hidden_gradient(
 
 
 def _as_columns(gates_P: Array) -> Array:
-    """Each row's number as LANES equal columns: registers then hold it with the row's other columns."""
+    """Each row's number as LANES equal columns, so that it is in the same register row as the row's other columns."""
     return jnp.broadcast_to(gates_P.astype(jnp.float32)[:, None], (gates_P.shape[0], LANES))
 
 

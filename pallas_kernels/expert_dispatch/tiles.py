@@ -1,6 +1,6 @@
 """Splits the rows of uneven groups into tiles: lists of integers that a kernel computes in scalar memory.
 
-XLA needs about twenty small operations for the same lists, and each of them costs more than the kernel's lists.
+XLA needs about twenty small operations for the same lists, and each of them costs more than all lists in the kernel.
 
 Groups follow each other from row 0. A tile holds rows of one group; it starts at a multiple of ALIGN, so its first rows
 may belong to the group before. Letters: P rows, E groups, I tiles, J groups that have rows.
@@ -25,10 +25,10 @@ MIB = 2**20
 class Tiles:
     """The sizes of a kernel's tiles. Results do not depend on them, except by the order of sums."""
 
-    rows: int  # of a tile at most; a power of two
+    rows: int  # maximum height of a tile; a power of two
     step: int  # tile heights are multiples of it, each with its own compiled body; a power of two
     chunk: int  # columns multiplied at a time
-    blocks: int = 1  # column blocks: each reads all rows; the cores of a chip split the blocks
+    blocks: int = 1  # number of column blocks, each of which reads all rows; the cores of a chip split them
 
     def __post_init__(self):
         if not ALIGN <= self.step <= self.rows or any(n & (n - 1) for n in (self.step, self.rows)):
@@ -42,18 +42,25 @@ class Tiles:
 
 
 def chip() -> pltpu.TpuInfo:
-    """The target chip: of the mesh in use, or of JAX's default device; a v5p where there is no TPU."""
+    """The target chip: that of the mesh in use, else of JAX's default device; a v5p if there is no TPU."""
     if pltpu.is_tpu_device():
         return pltpu.get_tpu_info()
     return pltpu.get_tpu_info_for_chip(pltpu.ChipVersion.TPU_V5P, 2)
 
 
 def fit(pairs: int, columns: int, depth: int, *, uncut: int, cut: int, weights: int, step: int) -> Tiles:
-    """Tiles that fit the chip's VMEM, with the fewest column blocks, since each block reads the `uncut` bytes again.
+    """Tiles that fit the chip's VMEM, with the fewest column blocks, because each block reads the `uncut` bytes again.
 
-    pairs: number of rows. depth: the contracted size of a product. Bytes: `uncut` of a row's operands that every column
-    block reads; `cut` of a row for each column; `weights` of a column of the weights. step: see Tiles. Raises
-    ValueError if nothing fits.
+    Raises ValueError if nothing fits.
+
+    Args:
+      pairs: Number of rows.
+      columns: Columns of the weights.
+      depth: The contracted size of a product.
+      uncut: Bytes per row of the operands that every column block reads.
+      cut: Bytes per row and column of the operands and results that are split by column.
+      weights: Bytes per column of the weights.
+      step: See Tiles.
     """
     info = chip()
     cores = min(info.num_cores, columns // LANES)
@@ -63,13 +70,13 @@ def fit(pairs: int, columns: int, depth: int, *, uncut: int, cut: int, weights: 
             width = tiles.width(columns)
             if 2 * rows * (uncut + cut * width) + 2 * weights * width <= info.vmem_capacity_bytes - 10 * MIB:
                 return replace(tiles, chunk=_chunk(width, depth, info))
-    raise ValueError(f"weights of {weights} bytes a column do not fit {info.vmem_capacity_bytes} bytes of VMEM")
+    raise ValueError(f"weights of {weights} bytes per column do not fit {info.vmem_capacity_bytes} bytes of VMEM")
 
 
 def _chunk(width: int, depth: int, info: pltpu.TpuInfo) -> int:
-    """Columns to multiply at a time: many, since the MXU drains after each product, but its code is unrolled."""
+    """Columns to multiply at a time: many, as the MXU drains after each product, but not all, as code is unrolled."""
     unit = info.mxu_column_size
-    unrolled = 512 * 5120 if info.generation < 6 else 768 * 5120  # estimates gain nothing above
+    unrolled = 512 * 5120 if info.generation < 6 else 768 * 5120  # larger values do not lower the estimates
     limit = max(unrolled // depth & -unit, unit)
     even = max((n for n in range(unit, min(limit, width) + 1, unit) if width % n == 0), default=0)
     return even if 2 * even >= min(limit, width) else min(limit, width)
@@ -98,8 +105,8 @@ class TilePlan(NamedTuple):
 def lay_out(plan: TilePlan, sizes_E: Ref, rows: int, tiles: Tiles, *, empty: bool = False) -> None:
     """Plans the tiles of groups of the given sizes, up to row `rows`. Runs inside a kernel.
 
-    A group's tiles have about equal heights, so that each gives the next DMAs time; full tiles and a small rest would
-    not. The height is rounded up to `step` once a group. empty: give an empty group a tile without rows.
+    A group's tiles have about equal heights, so that each takes long enough to hide the next DMAs. A small last tile
+    would not. The height is rounded up to `step` once per group. empty: gives an empty group a tile without rows.
     """
 
     def group(e: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:

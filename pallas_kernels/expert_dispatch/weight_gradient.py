@@ -1,7 +1,7 @@
 """The weight gradient of a grouped matrix product: each group's rows of one operand times those of the other.
 
-VMEM sums a group's tiles. Results leave it in pieces, while the group's last tile and the next group run. Letters: P
-rows, E groups, D and F the columns of the two operands.
+The kernel sums a group's tiles in VMEM. It copies the result to HBM in pieces, while the group's last tile and the next
+group run. Letters: P rows, E groups, D and F the columns of the two operands.
 """
 
 from collections.abc import Sequence
@@ -204,7 +204,7 @@ class _GradientKernel(NamedTuple):
 
 
 def _blank(tile: Ref, skip: Array, count: Array, height: int) -> None:
-    """Sets the tile's rows before `skip` and from `count` to `height` to 0: other groups' rows, or never written."""
+    """Sets the tile's rows before `skip` and from `count` to `height` to 0: they are other groups' or unwritten."""
     width = tile.shape[1]
     row = lax.broadcasted_iota(jnp.int32, (ALIGN, width), 0)
 
@@ -220,7 +220,7 @@ def _blank(tile: Ref, skip: Array, count: Array, height: int) -> None:
 
 
 def _fit(pairs: int, depth: int, width: int, dtype: jnp.dtype) -> Tiles:
-    """Tiles that fit the chip's VMEM, with the fewest column blocks of lhs, since each block reads rhs again."""
+    """Tiles that fit the chip's VMEM, with the fewest column blocks of lhs, because each block reads rhs again."""
     info, size = chip(), jnp.dtype(dtype).itemsize
     step = info.mxu_column_size  # rows that an MXU contracts at a time
     for rows in (n for n in (1024, 512, 256) if n == 256 or n < 2 * pairs):

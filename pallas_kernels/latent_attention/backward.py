@@ -1,8 +1,8 @@
 """The backward kernel: computes the scores once for all gradients.
 
-It computes the weights again from the logarithm of the softmax's sum, as [keys, queries]. VMEM sums the gradients of a
-chunk's keys and values over all queries of all heads that share them, so each is written once; those of the rope key
-are summed over all heads. Letters as in forward.py; G query heads a KV head.
+It recomputes the softmax weights from the logarithm of the softmax's sum, as [keys, queries]. It sums the gradients of
+a chunk's keys and values in VMEM over all queries of all heads that share them, so each is written once. Those of the
+rope key are summed over all heads. Letters as in forward.py; G query heads per KV head.
 """
 
 import functools
@@ -105,8 +105,8 @@ def _kernel(
 
     walk(here, blocks, add, triangle)
 
-    # Blocks of queries before the first that sees the chunk share that block's dq: write it once at the start, then at
-    # its own step.
+    # Blocks of queries before the first that sees the chunk share that block's dq. It is written once at the start, and
+    # again at its own step.
     @pl.when((i == _nearest(i, scalars, blocks, steps)) | (i == 0))
     def _():
         for name, rows in (("q_nope", slice(0, n)), ("q_rope", slice(n, None))):
@@ -126,7 +126,7 @@ def _kernel(
 
 
 def _load_queries(x: Operands, own: _BackwardScratch, queries: SegmentBounds) -> None:
-    """Copies queries and cotangents, with 0 for padding: it may hold NaN, which must not reach a real key."""
+    """Copies queries and cotangents, with 0 for padding, which may be NaN and must not reach a real key."""
 
     @pl.when(queries.only > 0)
     def _():
@@ -157,7 +157,10 @@ def _collect(own: _BackwardScratch, p: Array, ds: Array, rows: slice | pl.Slice,
 
 
 def _nearest(i: Array, scalars: Scalars, blocks: FlashBlocks, steps: int | Array) -> Array:
-    """i, at least the first block of queries that sees the chunk: a repeated block is not copied again."""
+    """i, raised to the first block of queries that sees the chunk.
+
+    For the skipped blocks the index then repeats, and Pallas copies nothing.
+    """
     chunk, offset = scalars.chunk[0], scalars.offset[0]
     unseeing = jnp.maximum(chunk * blocks.chunk - offset, 0) // blocks.queries
     return jnp.minimum(jnp.maximum(i, unseeing), steps - 1)
@@ -170,8 +173,8 @@ def backward(
 
     x: q_nope [B, H, T, N], q_rope [B, H, T, R], k_nope [B, J, S, N], k_rope [B, S, R], v [B, J, S, V], g [B, H, T, V],
     lse and mean (the sum of g o over V) [B, H, 1, T] float32, segments_queries [B, 1, T], segments_keys [B, S, LANES],
-    padding [B, 1, S]. scalars: as for `forward`. parts: into how many sums the rope key's gradient is split, one for
-    each core; divides J.
+    padding [B, 1, S]. scalars: as for `forward`. parts: the number of partial sums of the rope key's gradient, one
+    per core; divides J.
     """
     sweep = functools.partial(_sweep, x, scalars, scale=scale, blocks=blocks, parts=parts, interpret=interpret)
     chunks = x.v.shape[2] // blocks.chunk

@@ -24,7 +24,7 @@ def latent_decode(
 
     queries: (q_c [T, H, C], the queries times the key's up-projection; q_r [T, H, R], their rope part). A query sees
     the slots of its sequence up to its own. Tokens of padding give zero. Without `sequences.starts_N1` the kernel for
-    prefill chunks is not called at all.
+    prefill chunks is not called.
 
     blocks: how the kernel splits the work; by default those of decode_tuning.py. Raises ValueError for shapes or dtypes
     that do not fit, on a device other than the TPUs in `chips.CHIPS`, for pages whose slots are not a multiple of 128,

@@ -11,7 +11,7 @@ from jax import Array
 
 from pallas_kernels.latent_attention.pages import Sequences, token_slots
 
-_SMEM = 2**20 - 2**14  # bytes of scalar memory: every chip has 1 MiB, the compiler keeps the rest
+_SMEM = 2**20 - 2**14  # bytes of scalar memory: every chip has 1 MiB, and the compiler reserves a part
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,9 +51,10 @@ class Jobs(NamedTuple):
 
 
 def make_jobs(sequences: Sequences, t: int, slots: int, grid: DecodeGrid) -> Jobs:
-    """The jobs of one kernel call with chunks of so many slots.
+    """The jobs of one kernel call of t tokens, with chunks of `slots` slots.
 
-    With grid.tokens 1 these are the sequences with one query, and padding; else blocks of all other queries.
+    With grid.tokens 1 these are the sequences with one query, and padding. Otherwise they are blocks of the other
+    queries.
     """
     lengths_N, starts_N1, tokens = sequences.lengths_N, sequences.each_start(), grid.tokens
     rows = token_slots(sequences, t)
@@ -77,7 +78,7 @@ def make_jobs(sequences: Sequences, t: int, slots: int, grid: DecodeGrid) -> Job
 
 
 def check_scalars(table_NP: Array, tokens: int) -> None:
-    """Raises ValueError if the page table and the jobs of so many tokens do not fit the scalar memory."""
+    """Raises ValueError if the page table and the jobs of `tokens` tokens do not fit the scalar memory."""
     rows, pages = table_NP.shape
     if _scalars(tokens, rows, pages) > _SMEM:
         raise ValueError(
@@ -87,7 +88,7 @@ def check_scalars(table_NP: Array, tokens: int) -> None:
 
 
 def max_sequences(pages: int, tokens: int) -> int:
-    """How many sequences of so many pages, with a token each, the kernel takes in a call with `tokens` other tokens."""
+    """The maximum number of sequences of `pages` pages, with one token each, in a call with `tokens` other tokens."""
     return max(0, (_SMEM - _scalars(tokens, 0, 0)) // _scalars(1, 1, pages))
 
 

@@ -1,13 +1,12 @@
 """The kernel of decode.py.
 
-It computes a list of (job, chunk). A job is one token, or a block of consecutive tokens of one sequence; a chunk is a
-run of cache slots. Several lists, the streams, advance together, so that the matrix unit works on one while the softmax
-of another is computed. The pages of the next chunk are copied meanwhile, also across jobs. Quantized pages are copied
-as they are stored, and become integers in the queries' dtype in VMEM; the scales, one for each slot, multiply the
-scores and the weights.
+It computes a list of (job, chunk) pairs. A job is one token, or a block of consecutive tokens of one sequence. A chunk
+is a run of cache slots. Several lists, the streams, advance together, so that the matrix unit works on one while the
+softmax of another is computed. Meanwhile the pages of the next chunk are copied, also those of the next job. Quantized
+pages are copied as they are stored, and converted to integers in the queries' dtype in VMEM. The scales, one for each
+slot, multiply the scores and the weights.
 
-Letters as in pages.py and decode_jobs.py; T query tokens of all sequences, H heads, M = tokens H
-rows of a job.
+Letters as in pages.py and decode_jobs.py; T query tokens of all sequences, H heads, M = tokens H rows of a job.
 """
 
 import functools
@@ -65,7 +64,7 @@ def decode(
     cores: int = 1,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> Array:
-    """As `latent_decode`, which names the errors that are raised here. The jobs are spread over `cores`."""
+    """As `latent_decode`, which documents the errors. The jobs are spread over `cores` cores."""
     (q_THC, q_THR), (latent_LKC, rope_LRK, scales_L1K) = queries, pages
     t, k = q_THC.shape[0], latent_LKC.shape[1]
     check_scalars(sequences.table_NP, t)
@@ -98,7 +97,7 @@ def _call(
     scale: float,
     interpret: bool | pltpu.InterpretParams,
 ) -> Array:
-    """Runs the jobs. Tokens of no job keep their rows of o_THC; without o_THC these stay unwritten."""
+    """Runs the jobs. Tokens without a job keep their rows of o_THC; without o_THC their rows are undefined."""
     tokens = grid.tokens
     _, h, c = arrays.q_THC.shape
     r, s, dtype, stored = arrays.q_THR.shape[2], grid.streams, arrays.q_THC.dtype, arrays.latent_LKC.dtype
@@ -165,7 +164,8 @@ def _kernel(*refs: Ref, pages_of_sequence: int, scale: float) -> None:
             pl.when(at[0] < stream.end)(functools.partial(stream.fetch, *at, (i + 1) % 2))
         for stream, at in zip(streams, now, strict=True):
             pl.when(at[0] < stream.end)(functools.partial(stream.await_pages, *at, i % 2))
-        # A stream without jobs left computes on, without effect: branches around it would cost the others more.
+        # A stream that has run out of jobs keeps computing without effect, because branches to skip it would cost the
+        # other streams more.
         plain = functools.reduce(
             jnp.logical_and, (stream.sees_all(*at) for stream, at in zip(streams, now, strict=True))
         )
@@ -225,7 +225,7 @@ class _Stream:
             self._each_query(job, lambda copy: copy.start())
 
     def await_pages(self, job: Array, chunk: Array, half: Array) -> None:
-        """Waits for the copies that `fetch` started. Sets latents of unwritten slots to 0, since they may be NaN."""
+        """Waits for the copies that `fetch` started. Sets latents of unwritten slots to 0, because they may be NaN."""
         v = self.vmem
         filled = self._filled_pages(job, chunk)
 
@@ -307,7 +307,7 @@ class _Stream:
             slot_1S = lax.broadcasted_iota(jnp.int32, (1, self.slots), 1)
             seen_MS = slot_1S < visible - (self.jobs.count_J[job] - 1 - token_M1)
             scores_MS = jnp.where(seen_MS, scores_MS, MASKED)
-            if scale_1S is not None:  # rows of padding see nothing, which gives all slots the same weight
+            if scale_1S is not None:  # rows of padding see no slot, so all slots have the same weight
                 scale_1S = jnp.where(slot_1S < visible, scale_1S, 0.0)
 
         top_ML = v.top[...]
@@ -336,7 +336,7 @@ class _Stream:
         for p in range(self.pages):
             c_1K, r_1K = packing.scales(v.scales[half, p], v.latent.dtype)
             here = slice(p * self.k, (p + 1) * self.k)
-            # Through memory, since a conversion leaves rows in another order in registers than the matrix unit needs.
+            # Through memory, because a conversion leaves rows in registers in an order that the matrix unit cannot use.
             for i, quarter in enumerate(_quarters(v.latent[half, p], 1)):
                 v.integers[i, here] = quarter.astype(v.integers.dtype)
             latent_KC = jnp.concatenate([v.integers[i, here] for i in range(4)], axis=1)
@@ -360,7 +360,7 @@ class _Stream:
         self._each_result(job, lambda copy: copy.wait())
 
     def reset(self) -> None:
-        """Starts the running softmax anew."""
+        """Resets the running softmax."""
         v = self.vmem
         v.top[...] = jnp.full(v.top.shape, MASKED, jnp.float32)
         v.total[...] = jnp.zeros(v.total.shape, jnp.float32)

@@ -31,10 +31,11 @@ TUNED: dict[tuple[str, tuple[int, int, int]], DecodeBlocks] = {
 
 
 def blocks(chip: str, heads: int, page: int, bits: int) -> DecodeBlocks:
-    """Blocks for pages of so many slots, with numbers of so many bits.
+    """Blocks for pages of `page` slots, with numbers of `bits` bits.
 
-    Shapes that are not listed get chunks of 2048 slots in two streams; below 16 bits 4096 slots in one stream, since
-    unpacking overlaps with the matrix unit as a second stream would. Prefill jobs have about 512 rows.
+    Shapes that are not listed get chunks of 2048 slots in two streams. Below 16 bits they get 4096 slots in one stream,
+    because there the unpacking overlaps with the matrix unit, as a second stream would. Prefill jobs have about 512
+    rows.
     """
     listed = TUNED.get((chip, (heads, page, bits)))
     slots, streams = (2048, 2) if bits >= 16 else (4096, 1)

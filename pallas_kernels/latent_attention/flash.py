@@ -28,14 +28,14 @@ class FlashTuning(NamedTuple):
 
 
 def tuning(queries: int, keys: int, kv_heads: int, shared_key: bool, dtype: jnp.dtype, chip: str | None) -> FlashTuning:
-    """Block sizes for so many queries and keys of a sequence; chip as in `chips.CHIPS`, None for any other.
+    """Block sizes for a sequence of `queries` queries and `keys` keys; chip as in `chips.CHIPS`, None for any other.
 
-    Large blocks are faster on all chips, since a block has a constant cost besides its matmuls. The 256-wide MXUs of
-    v6e and tpu7x want larger masked parts and have spare rows for the sum of the weights; those of v5 have none.
+    Large blocks are faster on all chips, because a block has a constant cost besides its matmuls. The 256-wide MXUs of
+    v6e and tpu7x need larger masked parts, and have spare rows for the sum of the weights; those of v5 have none.
     """
     wide = chip not in ("v5e", "v5p")
     step, span = _block(queries), _block(keys)
-    max_keys = 4096 if dtype.itemsize == 2 else 2048  # VMEM holds so many keys, values and their gradients
+    max_keys = 4096 if dtype.itemsize == 2 else 2048  # keys, with their values and gradients, in VMEM
     chunks = -(-keys // max_keys)
     chunk = _round(-(-keys // chunks), span)
     part = min(512 if wide else 256, step, span)
@@ -100,7 +100,7 @@ def _attention(inputs: AttentionInputs, scale: float, how: FlashTuning, interpre
 def _attention_forward(inputs: AttentionInputs, scale: float, how: FlashTuning, interpret: bool) -> tuple[Array, tuple]:
     blocks = how.forward
     o, lse = forward(inputs, _scalars(inputs, blocks), scale=scale, blocks=blocks, interpret=interpret)
-    # Named, so that a remat policy that keeps them need not run the forward pass again.
+    # Named, so that a remat policy can keep them instead of running the forward pass again.
     o, lse = checkpoint_name(o, "attention"), checkpoint_name(lse, "attention")
     return o, (inputs, o, lse)
 
@@ -111,7 +111,8 @@ def _attention_backward(
     inputs, o, lse = kept
     segments_BT, segments_BS = inputs.segments_BT, inputs.segments_BS
     blocks = how.backward
-    # XLA would fuse this sum into the matmul that makes g; on TPU it then takes three times as long as the matmul.
+    # XLA would fuse this sum into the matmul that computes g. On TPU the fusion takes three times as long as that
+    # matmul alone.
     g = jax.lax.optimization_barrier(g)
     mean = jnp.sum(g.astype(jnp.float32) * o.astype(jnp.float32), axis=-1)[:, :, None]
     operands = backward_kernel.Operands(

@@ -1,8 +1,8 @@
-"""The forward kernel: a block of queries against a chunk of keys that stays in VMEM, an inner loop over its blocks.
+"""The forward kernel: attention of a block of queries to a chunk of keys, in a loop over blocks of the chunk.
 
-Scores are held as [keys, queries]: the statistics of the softmax are then rows, cheap to make and to spread, and the
-values, turned once per chunk, carry a row of ones that adds up the weights on the MXU. Letters: B batch, T queries,
-S keys, H heads, J KV heads, N nope, R rope, V value, P = N + R.
+The chunk stays in VMEM. Scores have the layout [keys, queries]: the statistics of the softmax are then rows, which are
+cheap to compute and to broadcast. The values are transposed once per chunk and get rows of ones, so that the MXU also
+sums the weights. Letters: B batch, T queries, S keys, H heads, J KV heads, N nope, R rope, V value, P = N + R.
 """
 
 import functools
@@ -89,7 +89,7 @@ def _kernel(*refs, scale: float, blocks: FlashBlocks, chunks: int):
         norms = jnp.where(real, squared_norms(ref.k()), 0)
         ref.max_norm[...] = jnp.broadcast_to(jnp.max(norms, axis=1, keepdims=True), ref.max_norm.shape)
 
-    # A query's scores are at most the product of its norm and the longest key's.
+    # A query's scores are at most its norm times the norm of the longest key.
     bound = 1.01 * scale * jnp.sqrt(squared_norms(ref.q()) * ref.max_norm[:, :1])
     ref.sums[...], ref.total[...] = jnp.zeros_like(ref.sums), jnp.zeros_like(ref.total)
     ref.top[...] = jnp.maximum(bound - WINDOW, 0)
@@ -110,7 +110,7 @@ def _kernel(*refs, scale: float, blocks: FlashBlocks, chunks: int):
 
     walk(here, blocks, add, triangle)
 
-    # If the bound exceeds the window, the largest score may be so far below it that its weight underflowed.
+    # If the bound exceeds the window, the largest score may be so far below the bound that its weight underflows.
     lost = (bound > WINDOW) & (ref.total[...] < 2.0**-WINDOW) & (ref.segments_queries[...] > 0)
     pl.when(jnp.any(lost))(lambda: _online(ref, here, blocks, scale))
     if chunks > 1:
@@ -231,7 +231,10 @@ def _specs(x: AttentionInputs, blocks: FlashBlocks) -> tuple[list, list]:
         return pl.BlockSpec(shape, lambda *at: index(ForwardPosition(*at)))
 
     def chunk(at: ForwardPosition) -> Array:
-        """The grid's chunk, at most the last that the queries see: a repeated chunk is not copied again."""
+        """The grid's chunk, lowered to the last one that the queries see.
+
+        For the skipped chunks the index then repeats, and Pallas copies nothing.
+        """
         return jnp.minimum(at.chunk, (at.scalars.offset[0] + (at.i + 1) * blocks.queries - 1) // blocks.chunk)
 
     def of_queries(width: int) -> pl.BlockSpec:

@@ -1,4 +1,4 @@
-"""The operands of latent attention, as the op and its kernels pass them on.
+"""The operands of latent attention, shared by the op and its kernels.
 
 Letters: B batch, T queries, S keys, H heads, J KV heads, N nope, R rope, V value.
 """

@@ -24,9 +24,9 @@ def latent_attention(
     the rope key. Both rope parts are None for MHA, GQA and MQA. J divides H: each KV head serves H / J heads. All
     arrays have one dtype, bfloat16 or float32, and so has the result; sums and the softmax are in float32.
 
-    segments: (of the queries [B, T], of the keys [B, S]), int32, 0 is padding. The query at t sits at slot offset + t,
-    with offset >= 0. It sees slot s if s <= offset + t and the segments are equal. A query that sees nothing gives
-    finite values without meaning. Padding may hold anything, even NaN: it does not reach a real token.
+    segments: (of the queries [B, T], of the keys [B, S]), int32, 0 is padding. The query at t is at slot offset + t,
+    with offset >= 0. It sees slot s if s <= offset + t and the segments are equal. A query that sees no slot gives
+    finite values without meaning. Padding may have any values, even NaN, without effect on real tokens.
 
     Differentiable in queries, keys and values. The backward pass keeps the result and the logarithm of the softmax's
     sum, both under the checkpoint name "attention". Raises ValueError for shapes or dtypes that do not fit, and on a

@@ -2,8 +2,8 @@
 
 Four 6-bit integers fill three bytes. Three of them take the upper six bits of a byte each; the fourth is split into the
 three remaining pairs of bits. The four are a quarter of the row apart, so packing moves contiguous quarters and
-interleaves nothing. A byte whose lower two bits are 0 is, as an int8, four times its integer: unpacking gives these
-bytes, and the scales include the factor.
+interleaves nothing. Unpacking sets the lower two bits of each byte to 0. As an int8 such a byte is four times its
+integer, and the scales include this factor.
 """
 
 from typing import Any
@@ -61,7 +61,7 @@ def pair(first: Array, second: Array) -> Array:
 def scales(words: Array, stored: Any) -> tuple[Array, Array]:
     """The two scales of each word in float32, for bytes: for 6-bit integers (uint8) a quarter of the stored scale.
 
-    Any word gives finite scales, since unwritten slots may hold anything.
+    Any word gives finite scales, because unwritten slots may have any values.
     """
     bias = jnp.uint32((110 if stored == jnp.uint8 else 112) << 23)
     low, high = (

@@ -1,6 +1,6 @@
 """Latent attention in plain jnp, the twins of both ops: on any device, with all scores in memory at once.
 
-Letters: B batch, T queries, S keys, H heads, J KV heads, G query heads a KV head, N nope, R rope, V value; for decode
+Letters: B batch, T queries, S keys, H heads, J KV heads, G query heads per KV head, N nope, R rope, V value; for decode
 as in pages.py.
 """
 

@@ -1,4 +1,4 @@
-"""Which keys a query sees, for both passes: keys of its own segment up to its own slot; segment 0 is padding.
+"""The keys that a query sees, for both passes: those of its own segment up to its own slot; segment 0 is padding.
 
 Scores are [keys, queries]. Letters: B batch, T queries, S keys.
 """
@@ -33,8 +33,8 @@ class FlashBlocks(NamedTuple):
 class SegmentBounds(NamedTuple):
     """Segments of each block, flat over (sequence, block), in scalar memory.
 
-    low, high: the least and the largest segment except padding. only: the block's segment if it has one and no padding,
-    else -1.
+    low, high: the smallest and the largest segment except padding. only: the block's segment if it has a single one and
+    no padding, else -1.
     """
 
     low: Any
@@ -67,17 +67,17 @@ def bounds(segments: Array, block: int) -> SegmentBounds:
 
 
 def meet(queries: SegmentBounds, keys: SegmentBounds) -> Array:
-    """Whether both blocks may hold the same segment: never false if they do."""
+    """Whether both blocks may have a segment in common; never false if they have."""
     return (queries.low <= keys.high) & (keys.low <= queries.high)
 
 
 def same(queries: SegmentBounds, keys: SegmentBounds) -> Array:
-    """Whether both blocks hold one segment, the same: they need no mask by segment."""
+    """Whether both blocks have only one segment, the same, and so need no mask by segment."""
     return (queries.only == keys.only) & (queries.only > 0)
 
 
 def mask(segments_keys: Array, segments_queries: Array, ahead: Array) -> Array:
-    """[keys, queries]: whether the query sees the key. ahead: slot of the first query less slot of the first key.
+    """[keys, queries]: whether the query sees the key. ahead: slot of the first query minus slot of the first key.
 
     segments_keys: [keys, LANES], equal columns. segments_queries: [1, queries], a multiple of LANES.
     """

@@ -1,1 +1,1 @@
-"""What the kernels cost, estimated without a TPU from the compiler's final bundles."""
+"""The cost of the kernels, estimated without a TPU from the compiler's final bundles."""

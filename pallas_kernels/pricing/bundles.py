@@ -47,7 +47,7 @@ class Schedule:
     starts: tuple[int, ...]  # cycle of each bundle
     cycles: int
     matmuls: int  # matmul instructions
-    mxu_cycles: float  # for which the MXUs are busy, on average
+    mxu_cycles: float  # cycles in which the MXUs are busy, on average
     spills: int  # vector registers spilled to memory
     fills: int  # and read back
 
@@ -65,7 +65,7 @@ def parse(text: str) -> KernelProgram:
 
 
 def _note(comment: re.Match) -> str:
-    """A comment's mark for the parser: of an instruction that reads the core's number, or a copy's direction."""
+    """A mark for the parser in place of a comment: the core's number is read, or the direction of a copy."""
     if "megacore core id" in comment[0]:
         return CORE_ID
     direction = _DIRECTION.fullmatch(comment[0])
@@ -125,7 +125,7 @@ def schedule(bundles: Sequence[Sequence[BundleInstruction]], chip: Chip) -> Sche
 
 
 class _Unit:
-    """A unit with a queue: the cycle at which it is free again, and at which each result is ready."""
+    """A unit with a queue: the cycle at which it is free again, and the cycle at which each result is ready."""
 
     def __init__(self) -> None:
         self.free = self.worked = 0.0
@@ -133,7 +133,7 @@ class _Unit:
         self.slots: dict[int, float] = {}
 
     def start(self, now: float, cycles: float) -> float:
-        """Queues work of so many cycles; returns the cycle at which it begins."""
+        """Queues work of `cycles` cycles; returns the cycle at which it begins."""
         begin = max(now, self.free)
         self.free = begin + cycles
         self.worked += cycles

@@ -115,7 +115,10 @@ def _kernels(folder: Path, calls: dict[str, list[dict[int, np.ndarray]]]) -> Ite
 
 
 def _calls(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[tuple[str, dict[int, np.ndarray]]]:
-    """Names of the Pallas calls in a jaxpr, and their integer operands that follow from arguments with values."""
+    """Names of the Pallas calls in a jaxpr, each with its integer operands that are known.
+
+    An operand is known if it can be computed from the arguments with known values.
+    """
     calls = []
 
     def run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:

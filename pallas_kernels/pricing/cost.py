@@ -1,7 +1,7 @@
 """The cost of a kernel, estimated without a TPU.
 
-The compiler (compiler.py) gives a kernel's final bundles. Their scalar half is executed (machine.py), their vector half
-is timed (bundles.py). Estimates are for comparing variants on one chip; differences below 10% mean nothing. The
+The compiler (compiler.py) gives a kernel's final bundles. machine.py executes their scalar half, and bundles.py times
+their vector half. Estimates serve to compare variants on one chip; differences below 10% mean nothing. The
 roofline is the longer of two times: the useful FLOPs at the peak, and the necessary bytes at the HBM's bandwidth. XLA's
 own operations around the kernels are not counted.
 """
@@ -25,8 +25,8 @@ class KernelCost:
     name: str
     us: float
     stalled_us: float  # part of it, waiting for copies
-    hbm_us: float  # for which copies keep the HBM busy
-    mxu: float  # share of the time for which the MXUs are busy
+    hbm_us: float  # microseconds in which copies use the HBM
+    mxu: float  # fraction of the time in which the MXUs are busy
     matmuls: int  # matmul instructions
     copied: dict[str, int]  # bytes, by direction: {"hbm_to_vmem": ...}
     copies: dict[str, int]

@@ -1,9 +1,9 @@
 """Executes the scalar half of a kernel's final bundles: branches, loops, copies and waits, with their time.
 
 Trip counts, skipped blocks and copied bytes are therefore exact for given values of the scalar operands. The time is
-the schedule of each straight run of bundles plus the waits for copies, which use the HBM one after another. Unknown
-values (results of vector work, operands without values) are None. A branch that depends on one is not taken, and a
-warning reports it.
+that of the schedule of each straight run of bundles plus the waits for copies, which use the HBM one after another.
+Unknown values (results of vector work, operands without values) are None. A branch that depends on an unknown value is
+not taken, and a warning reports it.
 """
 
 import collections
@@ -20,7 +20,7 @@ from pallas_kernels.pricing.bundles import CORE_ID, BundleInstruction, Schedule
 
 _MASK = 0xFFFFFFFF
 _GRANULE = 32  # bytes: the unit of a copy's size
-_HBM_LATENCY = 700  # cycles from a copy's last byte in HBM to its semaphore: a guess within the usual range
+_HBM_LATENCY = 700  # assumed cycles from a copy's last byte in HBM to its semaphore
 _LOCAL_LATENCY, _LOCAL_BYTES = 100, 512  # of copies within the core: cycles, and bytes per cycle
 _SKIPPED = object()
 _MAX_RUNS = 5_000_000  # straight runs to execute
@@ -44,7 +44,7 @@ class Trace:
 
     cycles: float
     stalled: float  # cycles spent waiting for copies
-    hbm_cycles: float  # for which the HBM was busy
+    hbm_cycles: float  # cycles in which the HBM is busy
     copies: Mapping[str, int]  # by direction, as in "hbm_to_vmem"
     copied: Mapping[str, int]  # bytes by direction
     runs: tuple[Run, ...]  # by total time, longest first
@@ -165,8 +165,10 @@ class _Machine:
         return None
 
     def _target(self, branch: BundleInstruction) -> int:
-        """The bundle of the branch's target. A region that no bundle begins is the program's end, where a core without
-        a part of the grid goes."""
+        """The bundle of the branch's target.
+
+        A region without bundles is the program's end, which a core without a part of the grid branches to.
+        """
         return self.program.regions.get(branch.text.rsplit("region", 1)[1], len(self.program.bundles))
 
     def _assignment(self, i: BundleInstruction) -> tuple[Read, Callable[[Any], None]] | None:
@@ -288,8 +290,8 @@ def _branches(bundle: Sequence[BundleInstruction]) -> bool:
 def smem_words(values: np.ndarray) -> list[int]:
     """Integers as the 32-bit words of the scalar memory.
 
-    Rows of a matrix are padded to 128 numbers. Narrow integers, n to a word, share words: n runs of 128 numbers of a
-    vector, or n rows of a matrix, in tiles of 8 rows.
+    Rows of a matrix are padded to 128 numbers. Narrow integers share words, n per word: one from each of n runs of 128
+    numbers of a vector, or of n rows of a matrix, in tiles of 8 rows.
     """
     per_word = 4 // min(4, values.dtype.itemsize)
     words = values.astype(np.int64) & 2 ** (32 // per_word) - 1

@@ -27,7 +27,7 @@ class Op:
     shapes: Mapping[str, Any]
     build: Callable[[Any, str, Any], tuple[Callable, tuple]]
     flops: Callable[[Any], float]  # useful FLOPs, of all cores
-    bytes: Callable[[Any], float]  # that have to move between HBM and the chip, each once
+    bytes: Callable[[Any], float]  # bytes that have to move between HBM and the chip, each counted once
     key: Callable[[Any], Any]  # the shape's key in the table of tuned blocks
     blocks: Callable[[str, Any], Any]  # tuned blocks of a chip and a shape
     candidates: Callable[[Any], Iterable[Any]]  # blocks to try, small ones first
@@ -92,7 +92,7 @@ def _latent_flash(shape: shapes.LatentAttention, chip: str, backward: bool) -> t
 
 
 def _latent_products(shape: shapes.LatentAttention, keys: int, values: int) -> float:
-    """FLOPs of so many products over the width of keys, and of values, for the causal half of the scores."""
+    """FLOPs of `keys` products over the keys' width and `values` over the values', for causal scores."""
     width = keys * (shape.nope + shape.rope) + values * shape.value
     return 2 * shape.heads * shape.tokens**2 / 2 * width
 
@@ -174,7 +174,7 @@ def _expert_candidates(_: shapes.ExpertDispatch) -> Iterable[Any]:
 
 
 def _generation_ops() -> dict[str, Op]:
-    """The two kernels of a forward pass, also for decode steps; those also with weights in 8 bits."""
+    """The two kernels of a forward pass, for decode steps too, there also with weights in 8 bits."""
     found = {}
     for suffix, stored in {"": jnp.bfloat16, "_int8": jnp.int8, "_float8": jnp.float8_e4m3fn}.items():
         gate_up = _experts(

@@ -5,7 +5,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LatentDecode:
-    """So many sequences decode one token each; each has `length` filled slots in the cache."""
+    """`sequences` sequences decode one token each; each has `length` filled slots in the cache."""
 
     heads: int
     latent: int

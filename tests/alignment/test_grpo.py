@@ -145,7 +145,7 @@ def test_arrays_by_hand():
     ],
 )
 def test_unfinished_responses_by_hand(unfinished, rewards, advantages, kept):
-    """Three of a group, of which max_new cut the second, with the best reward; centred over their own deviation."""
+    """A group of three; max_new truncates the second, which has the best reward. Normalised over the group."""
     settings = Grpo(
         group=3, prompts=1, rewards=("form", "brevity"), weights=(1.0, 0.25), unfinished=unfinished, penalty=0.5
     )
@@ -192,7 +192,7 @@ def test_a_reward_model_reads_every_response_at_an_end_of_sequence():
 
 
 def test_a_masked_response_has_no_loss():
-    """The loss of three responses, of which one is masked: as TRL's, two thirds of the other two's mean."""
+    """With one of three responses masked the loss is two thirds of the mean of the other two, as in TRL."""
     dense = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "moe": Moe(n_routed_experts=0)}
     model = dataclasses.replace(pretrain.tiny().model, **dense)  # without experts no balance losses
     config = dataclasses.replace(
@@ -230,7 +230,7 @@ def test_a_masked_response_has_no_loss():
 @pytest.mark.usefixtures("whole")
 @pytest.mark.parametrize("replay", [False, True])
 def test_eight_devices_make_the_update_of_one(base, replay):
-    """From the samples that the run drew first; replayed experts are made up, two whole groups for each token."""
+    """From the first samples of the run. Replayed experts are random: two complete groups for each token."""
     # As in the test of layouts: at 1e-8 AdamW makes steps of pure rounding where a gradient is zero but for it.
     adamw = dataclasses.replace(base.optimizer, epsilon=1e-4)
     replayed = dataclasses.replace(base.grpo, replay=replay)

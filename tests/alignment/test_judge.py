@@ -67,7 +67,7 @@ def test_a_model_that_scores_nothing_is_refused(tmp_path, words, config):
 
 
 def test_a_model_of_fewer_positions_than_a_conversation_has_tokens_is_refused(judged, words, config, tmp_path):
-    """It would read the last angle of its table for all that lies beyond."""
+    """Otherwise all positions beyond its table of angles would get the last angle."""
     _, params, ours = judged
     short = dataclasses.replace(ours, model=dataclasses.replace(ours.model, max_position_embeddings=LENGTH))
     run = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""Routing replay: the experts that the engine tells are the network's own, and an update can use them."""
+"""Routing replay: the engine returns the experts that the network chose, and an update can use them."""
 
 import dataclasses
 import functools
@@ -86,7 +86,7 @@ def test_the_samplers_experts_are_those_of_a_full_forward_pass(params, samples):
 
     for sample in samples:
         ids = (*sample.prompt, *sample.answer)[:-1]
-        padded_BT = np.array([(*ids, *[0] * (LENGTH - len(ids)))])  # behind the sequence, where it does not look
+        padded_BT = np.array([(*ids, *[0] * (LENGTH - len(ids)))])  # padding after the sequence, which it does not see
         found_TLK = np.moveaxis(np.asarray(chosen(padded_BT))[:, 0, : len(ids)], 0, 1)
         np.testing.assert_array_equal(np.sort(found_TLK, -1), np.sort(sample.experts, -1))
     _, figures = scored(params, samples, "float32", False)

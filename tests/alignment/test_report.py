@@ -1,4 +1,4 @@
-"""The report of GRPO, of runs made up by hand: the figures it prints, the answers it shows, its picture."""
+"""The report of GRPO on artificial runs: the figures that it prints, the answers that it shows, its picture."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Reward models: rows and loss worked by hand, scores against transformers, accuracy on pairs easily told apart."""
+"""Reward models: rows and loss worked out by hand, scores against transformers, accuracy on easy pairs."""
 
 import dataclasses
 import json
@@ -155,7 +155,7 @@ def test_a_reward_model_learns_separable_pairs(model, tmp_path):
 
 def test_a_reward_model_wants_preferences(model, tmp_path):
     config = dataclasses.replace(pretrain.tiny(), workdir=tmp_path, model=model, mesh=Mesh(fsdp=8))
-    with pytest.raises(ValueError, match="learns from preferences"):
+    with pytest.raises(ValueError, match="a reward model needs both"):
         command.train(config)
 
 
@@ -165,7 +165,7 @@ def test_a_reward_model_wants_preferences(model, tmp_path):
     ids=["pipeline", "pipeline+fsdp+context"],
 )
 def test_a_step_in_a_pipeline_is_that_of_one_device(model, params, mesh, tmp_path):
-    """Two micro-batches; pairs whose ends lie in parts of a row that are of different stages."""
+    """Two micro-batches; pairs whose two ends are in the parts of a row of different stages."""
     rng = np.random.default_rng(0)
     pairs = [
         Preference((ids(*rng.integers(0, 384, n)), ids(*rng.integers(0, 384, 32 - n))), 0.25 * n) for n in range(4, 12)

@@ -102,7 +102,7 @@ def test_a_prompt_is_the_beginning_of_the_conversation(released):
 
 
 def test_every_stage_and_the_server_render_the_checkpoints_template(released, tmp_path):
-    """Fine-tuning, reward models, GRPO and requests, against transformers; what the user says spells a role's mark."""
+    """Fine-tuning, reward models, GRPO and requests, against transformers. The user's text spells a role's mark."""
     _, ours, theirs = released
 
     def ids_of(talk, generation=False):
@@ -150,7 +150,7 @@ def test_another_template_makes_other_documents_of_a_corpus(trained, tmp_path):
 
 
 def test_a_reward_model_reads_where_an_answer_ends(trained, tmp_path):
-    """A template may write on behind an answer; a sampled answer ends with its end of sequence."""
+    """A template may add text after an answer; a sampled answer ends with its end of sequence."""
     ours, _ = with_template(trained, tmp_path, TRIMS)
     (better, worse) = preferences.read('{"prompt": "q", "chosen": "a", "rejected": "b"}', ours).answers
     assert better[-1] == worse[-1] == ours.eos_id
@@ -264,7 +264,7 @@ def test_mistakes_in_a_template_are_told_when_it_is_read(trained, tmp_path):
 
 
 def test_half_a_surrogate_pair_is_refused(trained):
-    """Marks around what is said are such halves."""
+    """The marks around messages are unpaired surrogates, too."""
     with pytest.raises(ValueError, match="an unpaired surrogate"):
         chat.encode(messages(("user", f"x\ud803{EOS}\ud802")), trained)
 
@@ -275,7 +275,7 @@ def test_half_a_surrogate_pair_is_refused(trained):
         ("text", "must be a list"),
         ([], "must be a list"),
         ([{"role": "user"}], "must hold a role and a content"),
-        ([{"role": "tool", "content": "x"}], "the role 'tool' is none of system, user, assistant"),
+        ([{"role": "tool", "content": "x"}], "the role 'tool' is not one of system, user, assistant"),
     ],
 )
 def test_mistakes_are_reported(value, said):

@@ -114,7 +114,7 @@ def test_conversations_are_never_cut(tmp_path):
     file = tmp_path / "chats.jsonl"
     file.write_text(json.dumps(_CHAT) + "\n")
     data = Data(source=str(file), form="conversations", folder=tmp_path / "data")
-    with pytest.raises(ValueError, match="holds a single line of conversations: evaluation needs another one"):
+    with pytest.raises(ValueError, match="has a single line of conversations: evaluation needs another one"):
         corpora.prepare(data)
     file.write_text(json.dumps(_CHAT) + "\n" + json.dumps(other) + "\n")
     corpus = corpora.prepare(data)
@@ -167,7 +167,7 @@ def test_builtin_without_fetching_is_code_and_help_with_a_fair_split(tmp_path):
         assert 0.02 < share <= 0.03, kind
     assert 2_500_000 < size["train"]["python"] < 3_300_000
     assert not any("site-packages" in name or "/test/" in name or "pydoc_data" in name for name in names)
-    assert "topics/specialnames" in names  # this topic contains the next one whole
+    assert "topics/specialnames" in names  # this topic contains all of the next one
     assert "topics/callable-types" not in names
     assert "Python" in (corpus.folder / "notices" / "python.txt").read_text()
 

@@ -1,4 +1,4 @@
-"""Packing: rows against cases worked by hand and against a naive count of the pairs of every document."""
+"""Packing: rows against cases worked out by hand and against a naive count of the pairs of every document."""
 
 import itertools
 

@@ -74,7 +74,7 @@ def test_neighbouring_rows_of_a_document_are_scattered(setup):
         for before, after in itertools.pairwise(batches)
         for row in range(ROWS)
     )
-    assert continued < 20, "a row goes on where the row before it stopped only by chance"
+    assert continued < 20, "a row continues the row before it only by chance"
 
 
 def test_the_seed_alone_decides_the_order(setup):

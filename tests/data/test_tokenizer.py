@@ -62,7 +62,7 @@ def trained(texts, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def held_out(corpus):
-    """Thousands of strings that the tokenizer has not seen: lines, whole documents and noise."""
+    """Thousands of strings that the tokenizer has not seen: lines, full documents and noise."""
     documents = [example["text"].decode() for example in corpus.held_out]
     lines = [line for text in documents for line in text.splitlines(keepends=True)]
     assert len(lines) > 2000
@@ -150,7 +150,7 @@ def test_more_kinds_of_characters_than_ids_fall_back_to_bytes(tmp_path):
 
 @pytest.fixture(scope="module")
 def byte_level(texts, tmp_path_factory):
-    """A byte-level tokenizer.json in DeepSeek's style: shorter splits, special tokens behind the vocabulary."""
+    """A byte-level tokenizer.json in DeepSeek's style: shorter splits, special tokens after the vocabulary."""
     folder = tmp_path_factory.mktemp("byte_level")
     backend = tokenizers.Tokenizer(models.BPE())
     parts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False, use_regex=True)]

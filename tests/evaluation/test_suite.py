@@ -121,8 +121,8 @@ def test_needles_are_at_their_depths(words):
         assert one.ids[0] == words.bos_id
         assert one.length - 40 < len(one.ids) <= one.length
         secret = " " + one.word + (".\n" if one.language == "english" else "。\n")
-        assert text.count(secret) == 1 and not text.endswith(one.word)  # nor does the question tell it
-        if number % 2 == 0:  # the first needle stands at the depth, up to the other one's room
+        assert text.count(secret) == 1 and not text.endswith(one.word)  # the question does not contain it either
+        if number % 2 == 0:  # the first needle is at the depth, up to the length of the other one
             assert abs(text.index(secret) / len(text) - one.depth) < 0.35
 
 

@@ -63,7 +63,7 @@ def test_both_styles_give_the_same_model(name):
 
 @pytest.mark.parametrize("preset", [models.v2, models.v2_lite, models.dense_67b, models.nano, models.tiny])
 def test_presets_come_back(preset):
-    """All that a config.json says; the rest are our defaults."""
+    """All settings that a config.json has; the others take our defaults."""
     model = preset()
     back = from_hf_config(json.loads(json.dumps(to_hf_config(model))))
     untold = {

@@ -1,4 +1,4 @@
-"""Export and import of whole folders: byte for byte, as transformers and mlx-lm read them, and within memory."""
+"""Export and import of folders: byte for byte, as transformers and mlx-lm read them, and within memory."""
 
 import dataclasses
 import json
@@ -231,7 +231,7 @@ print(imported - before, peak() - before)
 
 
 def test_memory_stays_near_the_largest_tensor(tmp_path):
-    """300 MB in float32 of which the largest leaf has 200 and the largest tensor 8."""
+    """300 MB in float32; the largest leaf has 200 MB and the largest tensor 8 MB."""
     model = dataclasses.replace(
         models.tiny(),
         vocab_size=8192,

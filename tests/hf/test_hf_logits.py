@@ -32,12 +32,12 @@ def exported(folder: Path, model: Model) -> tuple[dict, torch.nn.Module]:
 
 
 def grouped_query_logits(params: dict, model: Model, ids_T: np.ndarray) -> np.ndarray:
-    """Float64 logits [T, W] of a dense model with grouped queries whose RoPE turns neighbouring pairs (2i, 2i + 1)."""
+    """Float64 logits [T, W] of a dense model with grouped queries. Its RoPE rotates neighbouring pairs (2i, 2i + 1)."""
     a, rope, p = model.attention, model.rope, params["dense"]
     width, time = a.qk_rope_head_dim, np.arange(len(ids_T))
     plain = rope.theta ** -(np.arange(0, width, 2) / width)
 
-    def turns_at(turns: float) -> float:  # the dimension that turns so often over the original length
+    def turns_at(turns: float) -> float:  # the dimension with this number of rotations over the original length
         length = rope.original_max_position_embeddings
         return width * np.log(length / (turns * 2 * np.pi)) / (2 * np.log(rope.theta))
 
@@ -72,7 +72,7 @@ def grouped_query_logits(params: dict, model: Model, ids_T: np.ndarray) -> np.nd
 
 
 def test_a_grouped_query_export_is_the_llama_that_we_mean(tmp_path):
-    """Pairs against halves, YaRN, and the whole of mscale on queries and keys."""
+    """Rotation of pairs against rotation of halves, YaRN, and all of mscale on queries and keys."""
     attention = Attention(
         kind="gqa",
         num_attention_heads=4,
@@ -155,7 +155,7 @@ def lite_with_yarn() -> Model:
 
 @pytest.mark.parametrize("make", [lite_with_yarn, without_yarn])
 def test_loss_and_gradients_are_those_of_transformers(make, tmp_path):
-    """Without balance losses and dropping, of which transformers knows nothing."""
+    """Without balance losses and dropping, which transformers does not have."""
     _, judge = exported(tmp_path, make())
     model, params = load_params(tmp_path / "hf")
     moe = dataclasses.replace(model.moe, **dict.fromkeys(model.moe.balances(), 0.0), capacity_factor=0.0)

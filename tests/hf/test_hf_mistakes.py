@@ -1,4 +1,4 @@
-"""Damaged folders and wrong commands: one sentence says what is wrong, and no file is left over."""
+"""Damaged folders and wrong commands: one sentence names the mistake, and no file is left over."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ def golden(tmp_path):
 
 
 def refused(hf: Path, told: str) -> None:
-    """Import refuses the folder with this sentence and leaves nothing behind."""
+    """Import refuses the folder with this sentence and leaves no files."""
     with pytest.raises(ValueError, match=told) as error:
         import_(hf, hf.parent / "out")
     assert "\n" not in str(error.value)

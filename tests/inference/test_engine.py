@@ -117,7 +117,7 @@ def recorded_logprobs(golden, length: int) -> np.ndarray:
 
 
 def test_scores_are_log_probabilities_in_float64(engine, golden):
-    """Beyond the original context of 128; alone, beside others, and with the beginning found in the cache."""
+    """Beyond the original context of 128; alone, with other requests, and with a prefix found in the cache."""
     ids, expected = golden["ids_long"][0, :200].tolist(), recorded_logprobs(golden, 200)
     whole, part, _ = engine.score([ids, ids, [5]], [1, 150, 1])
     np.testing.assert_allclose([p for p, _ in whole.scores], expected, atol=2e-4)

@@ -1,4 +1,4 @@
-"""The bookkeeping of pages: a random life against a model of it, prefixes by content, and the order of giving up."""
+"""Page allocation: random operations compared with a simple model, prefixes found by content, order of eviction."""
 
 import random
 
@@ -10,7 +10,7 @@ def test_digests_tell_all_tokens_up_to_the_end_of_a_page():
     assert len(a) == 2
     assert a[0] == b[0]
     assert a[1] != b[1]
-    assert digests([9, *range(1, 8)], 4, [])[1] != a[1]  # the same second page behind another first one
+    assert digests([9, *range(1, 8)], 4, [])[1] != a[1]  # the same second page after a different first one
     assert digests(range(10), 4, a[:1]) == a
 
 

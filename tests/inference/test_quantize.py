@@ -63,7 +63,7 @@ def test_two_scales_fill_a_word():
 @pytest.mark.parametrize(("form", "most"), [("int6", 6.5), ("int8", 8.5), ("bfloat16", 16.0)])
 @pytest.mark.parametrize("name", ["v2", "nano"])
 def test_bits_of_a_cached_number(name, form, most):
-    """Everything included, in the shapes of V2 (576 numbers a token and layer) and of nano."""
+    """Everything included, in the shapes of V2 (576 numbers per token and layer) and of nano."""
     model = getattr(models, name)()
     made = jax.eval_shape(lambda: pages.empty(model, SINGLE, 10, 128, form, jnp.dtype(jnp.float32)))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(made))

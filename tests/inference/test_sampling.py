@@ -136,12 +136,12 @@ def test_a_seed_fixes_the_draw():
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"temperature": -0.1}, "temperature must not be negative, not -0.1"),
+        ({"temperature": -0.1}, "temperature must be finite and at least 0, not -0.1"),
         ({"top_p": 0.0}, "top_p must be above 0"),
         ({"top_p": 1.01}, "top_p must be above 0"),
         ({"top_k": -1}, "top_k must be from 0 to 16777215, not -1"),
         ({"min_p": 1.5}, "min_p must be from 0 to 1, not 1.5"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty must be positive, not 0.0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be finite and positive, not 0.0"),
         ({"logit_bias": ((3, float("inf")),)}, "logit_bias must be finite"),
     ],
 )

@@ -107,7 +107,7 @@ def test_loss_and_the_gradient_of_every_parameter(case, remat):
 
 
 def test_prefill_then_decode_through_the_latent_cache_is_the_full_pass(case):
-    """A prompt in two chunks, then a token at a time, over pages of 64 that lie in no order."""
+    """A prompt in two chunks, then a token at a time, over pages of 64 in random order."""
     _, model, params, golden = case
     ids, slots, table = golden["ids_long"][0, :300], 64, np.array([3, 1, 5, 2, 4])
     setup = programs.Setup(model=model, compute=COMPUTE, form="compute", weights="compute", devices=None)

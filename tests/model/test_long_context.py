@@ -64,7 +64,7 @@ def test_only_the_rope_settings_differ_from_what_is_extended():
 
 @pytest.mark.parametrize("begin", [0, 100_003])  # of the document that the queries belong to
 def test_the_last_queries_see_just_their_document(begin):
-    """Eight queries at positions up to the 163,840th against float64, keys before and behind them made to tempt."""
+    """Eight queries at positions up to the 163,840th against float64. Keys they may not see would score highest."""
     last, rng = 8, np.random.default_rng(1)
     offset = LONGEST - 2 * last
     q = rng.standard_normal((1, last, 1, 4), np.float32)

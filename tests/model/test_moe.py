@@ -1,4 +1,4 @@
-"""The MoE layer where tokens travel to their experts, beside the same layer on one device."""
+"""The MoE layer with tokens sent to other devices, compared with the same layer on one device."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ OTHERS = {"w_router_DE": (D, 16), "w_gate_DX": (D, F), "w_up_DX": (D, F), "w_dow
 
 @pytest.mark.parametrize("padded", [0, 3], ids=["whole rows", "padding that goes nowhere"])
 def test_unwritten_rows_are_never_read(padded):
-    """Few pairs an expert, so that blocks of rows reach into the memory behind what arrived, which is NaN on CPU."""
+    """Few pairs per expert, so that blocks of rows include memory after the received rows, which is NaN on CPU."""
     rng = np.random.default_rng(0)
     # By fan-in: gradients in the hundreds would round by more than the bound where they cancel.
     p = {name: jnp.asarray(rng.normal(size=s) / s[-2] ** 0.5, jnp.float32) for name, s in (EXPERTS | OTHERS).items()}

@@ -21,8 +21,10 @@ LONG = dataclasses.replace(models.v2(), rope=YARN, max_position_embeddings=163_8
 
 
 def yarn_by_counting(settings: Rope, width: int) -> np.ndarray:
-    """A pair is left alone up to the last one that turns beta_fast times over the original length, slowed by the whole
-    factor from the first that turns at most beta_slow times, and in equal steps between."""
+    """Pairs up to the last with beta_fast rotations over the original length keep their frequency.
+
+    From the first with at most beta_slow rotations on it is divided by the factor, with equal steps between.
+    """
     plain = [settings.theta ** (-2 * i / width) for i in range(width // 2)]
     turns = [settings.original_max_position_embeddings * f / (2 * math.pi) for f in plain]
     low = max((i for i, n in enumerate(turns) if n >= settings.beta_fast), default=0)
@@ -36,7 +38,7 @@ def test_frequencies_by_hand():
     np.testing.assert_allclose(mine, yarn_by_counting(YARN, 64), rtol=1e-12)
     assert mine[0] == 1.0
     assert mine[31] == pytest.approx(10_000 ** (-62 / 64) / 40)
-    # 4096 positions turn pair i 4096 / (2 pi 10000^(i/32)) times: 36.6 at i = 10, 27.5 at 11; 1.13 at 22, 0.87 at 23.
+    # 4096 positions rotate pair i 4096 / (2 pi 10000^(i/32)) times: 36.6 at i = 10, 27.5 at 11; 1.13 at 22, 0.87 at 23.
     np.testing.assert_allclose(mine[:11], 10_000 ** (-np.arange(11) / 32), rtol=1e-12)
     np.testing.assert_allclose(mine[23:], 10_000 ** (-np.arange(23, 32) / 32) / 40, rtol=1e-12)
     assert mine[16] == pytest.approx(0.01 * (7 / 13) + 0.01 / 40 * (6 / 13))

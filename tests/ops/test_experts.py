@@ -134,7 +134,7 @@ def test_remat_in_a_scan_changes_nothing():
 
 
 def test_cost_follows_pairs_not_experts():
-    """Dropped pairs and idle experts run no block: the compiled loop's own count of blocks says so."""
+    """Dropped pairs and idle experts run no block, by the compiled loop's own count of blocks."""
     pairs = cpu._sort(jnp.asarray(_dropping(300), jnp.int32), E, 0)
     kept = int((_dropping(300) < E).sum())
     assert int(pairs.counts_E.sum()) == kept and int(pairs.counts_E[0]) == int(pairs.counts_E[2]) == 0

@@ -119,7 +119,7 @@ def test_new_tokens_of_many_sequences_against_float64():
 
 
 def test_a_bfloat16_call_copies_neither_pages_nor_experts():
-    """On CPU XLA widens whole bfloat16 buffers unless they are moved as bits: the temporaries of a call show it."""
+    """On CPU XLA widens complete bfloat16 buffers unless they are copied as bits. A call's temporaries show it."""
     model, compute = dataclasses.replace(models.tiny(), num_hidden_layers=2), Compute(dtype="bfloat16")
     setup = programs.Setup(model=model, compute=compute, form="compute", weights="compute", devices=None)
 

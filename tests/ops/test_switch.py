@@ -22,7 +22,7 @@ def forget_warnings():
 
 
 def on(kind: str, platform: str = "tpu"):
-    """A context in which programs are traced for such devices."""
+    """A context in which programs are traced for devices of this kind."""
     device = AbstractDevice(platform=platform, device_kind=kind, num_cores=1)
     return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
 
@@ -84,9 +84,9 @@ def test_kernels_that_are_missing_raise():
     q_THC, pages = jnp.zeros((1, 2, 8)), jnp.zeros((2, 128, 8))
     one = jnp.ones(1, jnp.int32)
     with on("TPU v4"):
-        with pytest.raises(ValueError, match=r"the kernels need a TPU of v5e, v5p, v6e, tpu7x"):
+        with pytest.raises(ValueError, match=r"the kernels run on TPU v5e, v5p, v6e, tpu7x"):
             cache, sequences = CachePages(pages, pages.swapaxes(1, 2)), Sequences(one[:, None], one)
             latent_decode((q_THC, q_THC), cache, sequences, scale=1.0)
         x, segments = jnp.zeros((1, 2, 4, 8)), jnp.ones((1, 4), jnp.int32)
-        with pytest.raises(ValueError, match=r"the kernels need a TPU of v5e, v5p, v6e, tpu7x"):
+        with pytest.raises(ValueError, match=r"the kernels run on TPU v5e, v5p, v6e, tpu7x"):
             latent_attention((x, None), (x, None), x, (segments, segments), scale=1.0)

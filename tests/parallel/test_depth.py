@@ -20,7 +20,7 @@ ROWS, LENGTH = 8, 32
 
 
 def traced_step(layers: int, mesh: Mesh) -> jax.stages.Traced:
-    """The traced training step of the tiny preset's widths with so many layers."""
+    """The traced training step of the tiny preset's widths with `layers` layers."""
     tiny = models.tiny()
     moe = dataclasses.replace(tiny.moe, budget_sequences=ROWS // (mesh.size(*BATCH) // mesh.size(*EXPERT)))
     model = dataclasses.replace(tiny, num_hidden_layers=layers, moe=moe)

@@ -23,7 +23,7 @@ from dsv2_jax.training.step import train_step
 
 pytestmark = pytest.mark.tpu
 MESH = Mesh(fsdp=1, expert=8)
-MOE = dataclasses.replace(models.v2().moe, budget_sequences=8)  # 160 experts of which 6, in 8 groups of which 3
+MOE = dataclasses.replace(models.v2().moe, budget_sequences=8)  # 6 of 160 experts, in 3 of 8 groups
 # Programs that leave gathers and scatters to the SparseCore cannot be printed.
 READABLE = {
     "xla_tpu_offload_gather_to_sparsecore": False,
@@ -99,7 +99,7 @@ def test_a_token_is_sent_at_most_once_to_a_device(tpus):
 
 
 def test_shared_experts_run_while_tokens_travel(tpus):
-    """In the schedule, the shared experts' products stand between the start of a transfer and its end."""
+    """In the schedule, the shared experts' products are between the start of a transfer and its end."""
 
     def layer(x_BTD, *weights):
         names = ("w_router_DE", "w_gate_EDF", "w_up_EDF", "w_down_EFD", "w_gate_DX", "w_up_DX", "w_down_XD")
@@ -134,9 +134,9 @@ def test_shared_experts_run_while_tokens_travel(tpus):
 
 
 def test_a_training_step_compiles_for_a_pod(tpus):
-    """Forward and backward, layers scanned and recomputed: the compiler takes the schedule that is asked of it.
+    """Forward and backward, layers scanned and recomputed: the compiler accepts the scheduling groups.
 
-    Attention and experts run on the Pallas kernels; what the remat policy keeps of attention is not computed again.
+    Attention and experts run on the Pallas kernels. Arrays of attention that the remat policy keeps are not recomputed.
     """
     tiny = models.tiny()
     mesh = Mesh(fsdp=2, expert=4, tensor=1)

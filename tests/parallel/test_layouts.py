@@ -45,7 +45,7 @@ PIPELINES = {
 
 
 def config(mesh: Mesh, budget: int, dropping: bool = True, micro_batches: int = 1, moe_layers: int = 2) -> Config:
-    """A V2-like model, 8 groups of which 3 are kept, small and with dims that eight devices divide."""
+    """A small V2-like model, with 3 of 8 groups per token and dimensions that eight devices divide."""
     tiny = dataclasses.replace(models.tiny(), num_hidden_layers=1 + moe_layers)
     moe = dataclasses.replace(
         tiny.moe, budget_sequences=budget, capacity_factor=0.7 if dropping else 0.0, exempt_fraction=0.3
@@ -116,7 +116,7 @@ def test_pipeline_equals_one_device(name, dropping):
 
 
 def compare(ours, theirs, dropping):
-    """Figures of every step, parameters behind the last one, gradients of the first."""
+    """Compares the figures of every step, the parameters after the last one, and the gradients of the first."""
     for step, (a, b) in enumerate(zip(ours[0], theirs[0], strict=True)):
         assert (b["dropped"] > 0.05) == dropping
         for figure, value in b.items():

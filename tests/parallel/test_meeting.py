@@ -5,7 +5,7 @@ from test_processes import output, started
 
 from dsv2_jax.parallel import processes
 
-# What stands where a command does its work: `body` in each process, in `first_before_others`.
+# A command whose work is `body`, in each process, inside `first_before_others`.
 SCRIPT = """
 import sys, time
 sys.path.insert(0, {root!r})
@@ -40,7 +40,7 @@ def meet(folder, body, timeout):
 @pytest.mark.slow
 @pytest.mark.parametrize("slow", [0, 1])
 def test_a_process_may_prepare_for_longer_than_a_collective_waits(tmp_path, slow):
-    """Gloo's first meeting gives up after 30 seconds."""
+    """Gloo's first rendezvous times out after 30 seconds."""
     codes, said = meet(tmp_path, f"time.sleep(40 * (index == {slow}))", 120)
     assert codes == [0, 0], said
     assert all("met [0, 1]" in text for text in said)

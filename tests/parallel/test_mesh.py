@@ -18,7 +18,7 @@ KINDS = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What a mesh asks of a TPU's device."""
+    """The attributes of a TPU device that a mesh reads."""
 
     id: int
     coords: tuple[int, int, int]
@@ -91,7 +91,7 @@ def test_layouts(name, topology):
             check_layout(table[name, topology].mesh, topology)
 
 
-# Every mesh of the documentation's commands, and the topologies of the chips that stand beside it.
+# Every mesh of the documentation's commands, and the topologies that the documentation names with it.
 DOCUMENTED = {
     "--mesh.expert 4": ["v5e:2x4"],
     "--mesh.fsdp 4 --mesh.expert 2": ["v5e:2x4", "v6e:2x4"],

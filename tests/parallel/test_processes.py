@@ -43,14 +43,14 @@ def flags(tmp_path_factory):
 
 @contextlib.contextmanager
 def training(run, flags, processes, devices):
-    """train.py in so many processes of so many devices each."""
+    """Runs train.py in `processes` processes of `devices` devices each."""
     with started(run, ["train.py", "tiny", "--workdir", str(run), *flags], processes, devices) as those:
         yield those
 
 
 @contextlib.contextmanager
 def started(run, command, processes, devices):
-    """A script in so many processes of so many devices each, at work in the folder of `run`, where their logs lie."""
+    """Runs a script in `processes` processes of `devices` devices each, in the folder of `run`, which gets the logs."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -124,7 +124,7 @@ def test_processes_killed_stopped_and_resumed_are_one_process(tmp_path, flags, a
 
 @pytest.fixture(scope="module")
 def stays(tmp_path_factory, flags):
-    """A run on eight devices whose budgets lie within one: its folder, its flags but for the mesh, its metrics."""
+    """A run on eight devices with one sequence per budget: its folder, its flags except the mesh, its metrics."""
     flags = [*flags, "--model.moe.budget_sequences", "1", "--optimizer.peak_lr", "0.001"]
     run = tmp_path_factory.mktemp("stays") / "run"
     return run, flags, finish(run, [*flags, "--mesh.fsdp", "8"], 1, 8)

@@ -70,7 +70,7 @@ def test_chat_follows_the_template(words):
     expected = [bos, *first, eos, *encode("User: what is\n\nAssistant:")]
     (request,) = parse(words, "chat", messages=messages).requests
     assert list(request.prompt) == expected
-    assert request.max_new == 100 - len(expected)  # all the room there is
+    assert request.max_new == 100 - len(expected)  # all that the limit leaves
 
 
 def test_what_the_template_refuses_is_the_clients_mistake(words):
@@ -91,7 +91,7 @@ def test_what_the_template_refuses_is_the_clients_mistake(words):
         ("completion", {"prompt": "x", "max_tokens": 0}, "max_tokens must be positive"),
         ("completion", {"prompt": "x", "max_tokens": "3"}, "max_tokens must be an integer, not '3'"),
         ("completion", {"prompt": "x", "temperature": True}, "temperature must be a number, not True"),
-        ("completion", {"prompt": "x", "temperature": -1}, "temperature must not be negative"),
+        ("completion", {"prompt": "x", "temperature": -1}, "temperature must be finite and at least 0"),
         ("completion", {"prompt": "x", "stop": ["a", ""]}, "stop must be a string or a list"),
         ("completion", {"prompt": "x", "n": 1000}, "n times the number of prompts must be from 1 to 128"),
         ("completion", {"prompt": "x", "logprobs": 21}, "logprobs must be from 0 to 20"),

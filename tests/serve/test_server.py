@@ -1,4 +1,4 @@
-"""The server under OpenAI's own client: answers, streams, refusals, and a crowd of which a third leaves."""
+"""The server with OpenAI's own client: answers, streams, refused requests, many clients of whom a third disconnects."""
 
 import asyncio
 import contextlib
@@ -181,7 +181,7 @@ def refusal(address: str, path: str, body: bytes, key: str = "") -> tuple[int, s
         ("/v1/completions", b"\xff\xfe", 400, "the body is not JSON"),
         ("/v1/completions", b"[" * 15_000, 400, "the body is not JSON"),
         ("/v1/completions", b"[1]", 400, "the body must be a JSON object"),
-        ("/v1/completions", b'{"prompt": "x", "temperature": -1}', 400, "temperature must not be negative"),
+        ("/v1/completions", b'{"prompt": "x", "temperature": -1}', 400, "temperature must be finite and at least 0"),
         ("/v1/completions", b'{"prompt": [9999]}', 400, "prompt ids must be from 0 to 511"),
         ("/v1/completions", b'{"prompt": "x", "temperature": NaN}', 400, "the body is not JSON"),
         ("/v1/completions", b'{"prompt": "x", "temperature": 1e999}', 400, "temperature must be a number, not inf"),
@@ -268,7 +268,7 @@ def opened(address: str, *parts: bytes) -> socket.socket:
 
 
 def until_closed(connection: socket.socket) -> bytes:
-    """What the server still says. Fails by the socket's timeout if it does not close the connection."""
+    """The rest of the server's response. Fails by the socket's timeout if the server does not close the connection."""
     said = b""
     with connection, contextlib.suppress(ConnectionResetError):
         while part := connection.recv(65536):
@@ -304,7 +304,7 @@ def test_connections_are_counted(engine, words, served):
 
 
 def test_nan_is_an_error_and_valid_json(engine, served):
-    """A model that computes NaN: no text, no `NaN` in an answer, and the server goes on."""
+    """A model that computes NaN: no text, no `NaN` in an answer, and the server continues."""
 
     def strict(text):
         return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
@@ -330,7 +330,7 @@ PROMPTS = ["import os", "class Thing:", "for i in range(3):", "the quick brown",
 
 
 async def crowd(address: str, count: int) -> list[str | None]:
-    """Each client's answer; None of every third, which leaves behind some parts of its stream."""
+    """Each client's answer; None for every third, which disconnects after some parts of its stream."""
     many = openai.DefaultAsyncHttpxClient(limits=httpx.Limits(max_connections=None))
     async with openai.AsyncOpenAI(base_url=address + "/v1", api_key="x", max_retries=0, http_client=many) as asked:
 
@@ -350,7 +350,7 @@ async def crowd(address: str, count: int) -> list[str | None]:
 
 
 def settle(server: Server) -> None:
-    """Waits until what clients left behind is gone."""
+    """Waits until the requests of disconnected clients have ended."""
     for _ in range(400):
         if not server.worker.open and not server.engine.unfinished:
             return

@@ -1,4 +1,4 @@
-"""What is saved comes back to the bit, newest first; a run goes on only with the settings that it began with."""
+"""The newest checkpoint is restored bit for bit; a run continues only with its original settings."""
 
 import dataclasses
 import json
@@ -164,14 +164,14 @@ def test_a_tokenizer_cannot_change_under_a_run(config):
     assert (run / "tokenizer" / "words").read_text() == "b"
     checkpoint.save_params(run, config, random_params(config))
     run_folder.keep_tokenizer(run, lambda folder: (folder / "words").write_text("b"))
-    with pytest.raises(ValueError, match=r"the tokenizer in .* is not the one"):
+    with pytest.raises(ValueError, match=r"the tokenizer in .* differs from"):
         run_folder.keep_tokenizer(run, lambda folder: (folder / "words").write_text("c"))
     assert (run / "tokenizer" / "words").read_text() == "b"
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A run with whole checkpoints of steps 3 and 5, to be copied."""
+    """A run with complete checkpoints of steps 3 and 5, to be copied."""
     config = dataclasses.replace(PRESETS["tiny"](), workdir=tmp_path_factory.mktemp("saved") / "run")
     run_folder.open_run(config)
     state = create(random_params(config), config)

@@ -1,4 +1,4 @@
-"""Chunked cross-entropy against the whole softmax in float64, and its memory."""
+"""Chunked cross-entropy against the full softmax in float64, and its memory."""
 
 import jax
 import jax.numpy as jnp

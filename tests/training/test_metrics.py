@@ -1,4 +1,4 @@
-"""The lines of metrics.jsonl: exact at their step, none twice, none from a future that a kill took away."""
+"""metrics.jsonl: exact values of each step, no step twice, and no lines of steps that a killed run lost."""
 
 import dataclasses
 import json

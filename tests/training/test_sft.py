@@ -1,4 +1,4 @@
-"""Fine-tuning: a run starts from the parameters of another and trains on conversations for whole epochs."""
+"""Fine-tuning: a run starts from the parameters of another and trains on conversations for full epochs."""
 
 import dataclasses
 import json

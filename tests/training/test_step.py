@@ -1,4 +1,4 @@
-"""One step by hand, gradient accumulation against the batch in one, and updates that must be refused."""
+"""One step by hand, gradient accumulation against the full batch, and updates that must be skipped."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ def linear_loss(params, batch, *, config, exempt_B, total_weight, share):  # noq
 
 
 def batch_of(config, micro_batches, rows):
-    """Random tokens, of which about half have no weight."""
+    """Random tokens; about half have no weight."""
     made = batch(config.model, micro_batches * rows, config.batch.length, micro_batches)
     weights_BT = np.random.default_rng(1).integers(0, 2, made["weights_BT"].shape)
     return made | {"weights_BT": weights_BT.astype(np.float32)}
@@ -52,7 +52,9 @@ def test_four_micro_batches_are_one_batch():
     preset = PRESETS["tiny"]()
     moe = dataclasses.replace(preset.model.moe, capacity_factor=0.0)  # a budget is per micro-batch, not per step
     model = dataclasses.replace(preset.model, moe=moe, num_hidden_layers=2)
-    optimizer = dataclasses.replace(preset.optimizer, epsilon=1e-3)  # else rounding of tiny gradients turns their sign
+    optimizer = dataclasses.replace(
+        preset.optimizer, epsilon=1e-3
+    )  # otherwise rounding of tiny gradients flips their sign
     config = dataclasses.replace(preset, model=model, optimizer=optimizer, mesh=SINGLE)
     whole = batch_of(config, 1, 8)
     split = {name: value.reshape(4, 2, -1) for name, value in whole.items()}

@@ -1,4 +1,4 @@
 """Loops of XLA operations: exact on any device, and fast on CPUs.
 
-A device without Pallas kernels runs the same loops. Steps that only a CPU needs ask `switch.on_cpu`.
+A device without Pallas kernels runs the same loops. `switch.on_cpu` guards the steps that only a CPU needs.
 """

@@ -65,9 +65,9 @@ class _Group:
         return slice(start * self.width, stop * self.width)
 
     def sees(self, start: int, stop: int, queries: int) -> Array:
-        """Which query rows of tokens `start` to `stop` see which keys before `stop`; `queries` is the queries' axis.
+        """Whether each query row of tokens `start` to `stop` sees each key before `stop`; `queries`: the queries' axis.
 
-        The mask is made in the orientation of its use: a transposed one would keep XLA from vectorising it and the
+        The mask is built in the orientation of its use. A transposed mask would prevent XLA from vectorising it and the
         softmax that it is fused with.
         """
         shape = [stop, stop]
@@ -92,8 +92,8 @@ def _over_groups(
 ) -> list[Array]:
     """body(i, *vectors of i) for every group i, stacked: arrays [groups, *shape] for each (shape, dtype) of `results`.
 
-    vectors: (x, n) stands for x[i // n]. Each iteration prefetches those of the next into the loop's state. Sliced in
-    place, they would be sliced again for every number of the softmax, since XLA would fuse the slice with it.
+    vectors: (x, n) stands for x[i // n]. Each iteration prefetches those of the next into the loop's state. Without
+    that, XLA would fuse the slice into the softmax and repeat it for every element.
     """
 
     def fetch(i: Array | int) -> tuple[Array, ...]:
@@ -141,7 +141,7 @@ def _causal_fwd(
     rows = t * h // j
     vectors = (segments_BT, j), (segments_BS, j)
     o_GRV, lse_GR = _over_groups(body, vectors, b * j, [((rows, v_BTJV.shape[3]), dtype), ((rows,), jnp.float32)])
-    # Named, so that a remat policy can keep them and need not run the forward pass again.
+    # Named, so that a remat policy can keep them instead of running the forward pass again.
     o_BTHV = _ungroup(o_GRV, (b, t, h, v_BTJV.shape[3]))
     o_BTHV, lse_GR = checkpoint_name(o_BTHV, "attention"), checkpoint_name(lse_GR, "attention")
     return o_BTHV, (q_BTHK, k_BTJK, v_BTJV, segments_BT, segments_BS, o_BTHV, lse_GR)
@@ -178,8 +178,8 @@ def _causal_bwd(scale: float, kept: tuple, g_BTHV: Array) -> tuple:
 _causal.defvjp(_causal_fwd, _causal_bwd)
 
 
-# Queries at an offset that is known at run time only. Keys come in blocks too, blocks after the last query are never
-# read, and the softmax is online.
+# From here on: queries at an offset that is known only at run time. Keys are read in blocks, too, without the blocks
+# after the last query, and the softmax is online.
 
 
 def _keys(slots: int) -> int:

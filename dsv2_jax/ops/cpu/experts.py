@@ -1,8 +1,9 @@
-"""The experts' SwiGLU over sorted (token, expert) pairs: cost follows the pairs, not experts times tokens.
+"""The experts' SwiGLU over sorted (token, expert) pairs: cost is proportional to pairs, not to experts times tokens.
 
 Pairs are sorted by expert. A loop over the experts that have pairs runs an inner loop over as many blocks of rows as
-each expert needs. On CPU, without a backward pass and with rows for most experts, the first rows of all experts are one
-batched product. Letters: N tokens, K active experts, P = N K pairs, S rows of a block; the rest as in parameters.py.
+each expert needs. On CPU without a backward pass, if most experts have rows, one batched product computes the first
+rows of all experts. Letters: N tokens, K active experts, P = N K pairs, S rows of a block; the rest as in
+parameters.py.
 """
 
 import functools
@@ -27,10 +28,10 @@ _BLOCKS = (512, 128)  # rows of a block in training: large blocks first, then sm
 class _SortedPairs(NamedTuple):
     """Pairs in expert order. Dropped pairs come last and belong to no expert."""
 
-    order_P: Array  # the pair of each sorted row, padded by a block so that slices stay in bounds
+    order_P: Array  # the pair of each sorted row; one block of padding keeps slices in bounds
     starts_E: Array  # first sorted row of each expert
     counts_E: Array
-    busy_E: Array  # experts that have rows, before those that have none
+    busy_E: Array  # ids of the experts: first those that have rows, then those that have none
 
 
 Weights = tuple[Weight, Weight, Weight]  # w_gate_EDF, w_up_EDF, w_down_EFD
@@ -46,7 +47,7 @@ def grouped_swiglu(x_ND: Array, experts_NK: Array, gates_NK: Array, weights: Wei
     """
     experts = weights[0].shape[0]
     average = experts_NK.size / experts
-    quantized = any(isinstance(w, Quantized) for w in weights)  # one product over all experts would dequantise them all
+    quantized = any(isinstance(w, Quantized) for w in weights)  # a product over all experts would dequantise all
     sizes, slots = _blocks(average), 0 if quantized else _slots(average, x_ND.dtype)
     pairs = _sort(experts_NK, experts, max(*sizes, slots))
     if not slots:
@@ -76,8 +77,8 @@ def _blocks(average: float) -> tuple[int, ...]:
 def _slots(average: float, dtype: jnp.dtype) -> int:
     """Rows of each expert in one batched product without a backward pass; the loop takes further rows. 0 for none.
 
-    Only on CPU, where a product takes whole arrays. With few rows many experts have none, with many the padding costs
-    more than the loop.
+    Only on CPU, where slicing a weight copies it. With few rows many experts have none, and with many rows the padding
+    costs more than the loop.
     """
     most = 128 if dtype == jnp.bfloat16 else 32
     return 4 * round((average + math.sqrt(average)) / 4) if on_cpu() and 2 <= average <= most else 0
@@ -115,7 +116,7 @@ def _expert(w: Weight, e: Array, dtype: jnp.dtype) -> Array:
     if isinstance(w, Quantized):
         return dequantize(Quantized(w.values[e], w.scale[e]), dtype)
     if w.dtype == jnp.bfloat16 and on_cpu():
-        w, e = lax.optimization_barrier((w, e))  # else XLA converts all experts at once, a copy
+        w, e = lax.optimization_barrier((w, e))  # otherwise XLA converts all experts, which is a copy
     return _rows(w, e)  # pyright: ignore[reportArgumentType]
 
 
@@ -125,7 +126,7 @@ def _rows(x: Array, at: Array) -> Array:
 
 
 def _over_blocks(pairs: _SortedPairs, sizes: Sequence[int], e: Array, body: Callable, carry: tuple) -> tuple:
-    """Runs body(size, row, left, carry) over the blocks of expert e; `left` rows from `row` on belong to it."""
+    """Runs body(size, row, left, carry) over the blocks of expert e. `left` rows, starting at `row`, belong to it."""
     start, count, done = pairs.starts_E[e], pairs.counts_E[e], jnp.int32(0)
     for i, size in enumerate(sizes):
         last = i == len(sizes) - 1
@@ -169,7 +170,7 @@ def _run(
     empty = (jnp.zeros(x_ND.shape, jnp.float32), *kept)
     busy = jnp.cumsum(pairs.counts_E > 0, dtype=jnp.int32)
     stops = [stop for _, stop in streams.ranges(experts)]
-    # The backward pass reads them by the stream that an expert's number falls in.
+    # With `keep`, each part holds a fixed range of experts, so that the backward pass finds an expert's rows by its id.
     edges = [0, *(busy[stop - 1] if keep else busy[-1] * stop // experts for stop in stops)]
     parts = [lax.fori_loop(start, stop, expert, empty) for start, stop in itertools.pairwise(edges)]
     y_ND = functools.reduce(jnp.add, [y_ND for y_ND, *_ in parts])
@@ -223,7 +224,7 @@ def _backward(kept: tuple, g_ND: Array) -> tuple:
 
     parts = []
     for (start, stop), (a_PF, u_PF) in zip(streams.ranges(experts), hidden, strict=True):
-        # Weight gradients stay float32 here: rounding them in the loop would take another pass over them.
+        # Weight gradients stay float32 here, because rounding them in the loop would take another pass.
         empty = [jnp.zeros((stop - start, *w.shape[1:]), jnp.float32) for w in weights]
         empty = (jnp.zeros(x_ND.shape, jnp.float32), jnp.zeros(gates_P.shape, jnp.float32), *empty)
         one = functools.partial(expert, first=start, a_PF=a_PF, u_PF=u_PF)

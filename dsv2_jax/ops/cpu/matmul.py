@@ -1,4 +1,4 @@
-"""Matrix products for CPUs: operands in the layout that XLA's CPU library multiplies fast, bfloat16 moved as bits.
+"""Matrix products for CPUs: operands in the layout that XLA's CPU library multiplies fast, bfloat16 copied as bits.
 
 On other devices each function is the plain operation.
 """
@@ -18,7 +18,7 @@ _TRANSPOSED_ROWS = 1024  # rows that weight_gradient transposes at a time
 def dot(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
     """Matrix product over dimension contract[0] of a and contract[1] of b: float32 sums, a float32 result."""
     if a.dtype == jnp.bfloat16 and a.shape[1 - contract[0]] == 1 and on_cpu():
-        a = jnp.concatenate([a, jnp.zeros_like(a)], axis=1 - contract[0])  # for one row, XLA would widen all of b
+        a = jnp.concatenate([a, jnp.zeros_like(a)], axis=1 - contract[0])  # with one row XLA would widen all of b
         return lax.slice_in_dim(dot(a, b, contract), 0, 1)
     return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), preferred_element_type=jnp.float32)
 
@@ -26,8 +26,8 @@ def dot(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
 def to_bits(x: Array) -> Array:
     """On CPU a bfloat16 array as its uint16 bits, to be gathered, sliced or updated; any other array unchanged.
 
-    XLA's CPU backend widens a whole bfloat16 buffer to move some rows of it, but moves integers as they are. On TPU the
-    cast would be a copy.
+    To copy some rows of a bfloat16 buffer, XLA's CPU backend first converts all of it to float32. It copies integers as
+    they are. On TPU the cast would itself be a copy.
     """
     return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 and on_cpu() else x
 
@@ -40,8 +40,8 @@ def from_bits(x: Array) -> Array:
 def weight_gradient(x_ND: Array, g_NF: Array) -> Array:
     """x^T g in float32, [D, F].
 
-    XLA's CPU library multiplies bfloat16 at full speed only when both operands are row-major, so x is transposed first.
-    That is done for some rows at a time: columns of many rows do not fit in the cache.
+    XLA's CPU library multiplies bfloat16 at full speed only if both operands are row-major, so x is transposed first.
+    This is done for some rows at a time, because columns of many rows do not fit in the CPU's cache.
     """
     if x_ND.dtype != jnp.bfloat16 or not on_cpu():
         return dot(x_ND, g_NF, (0, 0))
@@ -50,7 +50,7 @@ def weight_gradient(x_ND: Array, g_NF: Array) -> Array:
 
 
 def transpose(x_ND: Array) -> Array:
-    """x^T; on CPU row-major in memory, with a barrier that keeps XLA from folding it into the product that reads it."""
+    """x^T. On CPU it is row-major, and a barrier prevents XLA from folding it into the product that reads it."""
     n, d = x_ND.shape
     if not on_cpu() or (x_ND.dtype == jnp.bfloat16 and d % 2):
         return x_ND.T

@@ -1,6 +1,6 @@
 """Attention over a paged cache in loops over pages: each call's cost follows the length of its sequences.
 
-T tokens   J KV heads   G query heads a KV head   X sequences or blocks at a time   A = tokens of a block x G
+T tokens   J KV heads   G query heads per KV head   X sequences or blocks at a time   A = tokens of a block x G
 N sequences   P pages of a sequence   M blocks   K slots of a page
 """
 
@@ -53,9 +53,9 @@ def _over_blocks(
 ) -> Array:
     """`some` for all blocks of tokens, [T, J G, width] in float32; rows after the used blocks hold anything.
 
-    On CPU this is a loop, cut into parts that threads run at the same time: a block of a chunk costs what its own
-    sequence is long, and some single tokens cost what the longest of their sequences is. Iterations are dealt to the
-    parts one by one, so that a few of them keep all threads busy. Elsewhere all blocks run at once.
+    On CPU this is a loop, cut into parts that threads run at the same time. The cost of a chunk's block grows with the
+    length of its own sequence, that of single tokens in one iteration with the longest of their sequences. Iterations
+    go to the parts in turn, so that even a few of them keep all threads busy. Elsewhere all blocks run at once.
     """
     tokens, j, g = q_TJG[0].shape[:3]
     m = len(sequences_M)

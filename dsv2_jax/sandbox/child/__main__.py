@@ -61,7 +61,7 @@ def _restrict(settings: dict[str, Any]) -> None:
     control = _socket.socket(fileno=settings["control"])
     control.sendmsg([b"."], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack("i", listener))])
     control.close()
-    os.close(listener)  # only the supervisor may hold it, since the holder grants requests
+    os.close(listener)  # only the supervisor may hold it, because the holder grants requests
     seccomp.load(seccomp.allowed_calls(os.getpid(), create=True))
 
 

@@ -2,7 +2,7 @@
 
 Plain values (None, numbers, strings, bytes, and lists, tuples, sets and dicts of them) are copied. Other objects stay
 in the process of the program, and the tests get a proxy, `Held`, which forwards attributes, calls and iteration. The
-tests compare values in their own process: a proxy never equals a plain value, whatever the program defines.
+tests compare values in their own process: a proxy never equals a plain value, even if the program defines `__eq__`.
 """
 
 import builtins
@@ -222,5 +222,5 @@ def serve(lines: Lines, namespace: dict[str, Any]) -> None:
             return
         try:
             lines.send(answer(request))
-        except BaseException as error:  # also SystemExit: the tests decide what it means
+        except BaseException as error:  # also SystemExit, which the tests may expect
             lines.send({"error": [type(error).__name__, str(error)]})
