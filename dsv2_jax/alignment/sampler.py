@@ -1,7 +1,7 @@
 """Sampling in GRPO: the engine draws responses with the policy's weights, and rewards score them."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from dsv2_jax.alignment import verifiers
 from dsv2_jax.alignment.judge import Judge
 from dsv2_jax.alignment.pool import RewardPool
 from dsv2_jax.alignment.samples import Prompts, Question, Sample, mixed
+from dsv2_jax.alignment.verifiers import Item
 from dsv2_jax.config import Config
 from dsv2_jax.data.tokenizer import Tokenizer
 from dsv2_jax.inference.engine import Capacity, Engine
@@ -64,7 +65,7 @@ class Sampler:
         seeds = np.random.default_rng([self._config.seed, step]).integers(0, 2**31, len(questions))
         answers = self._sample(params, questions, 1.0, seeds)
         sampled = time.perf_counter()
-        samples = self._rewarded(questions, answers)
+        samples = rewarded(questions, answers, self._tokenizer, self._rewards, self._judges, self._config.grpo.rewards)
         tokens = sum(len(s.answer) for s in samples)
         return samples, {
             "sampled_tokens_per_second": tokens / (sampled - begin),
@@ -80,7 +81,7 @@ class Sampler:
         """
         questions = prompts.held_out(self._config.grpo.evaluate_prompts)
         answers = self._sample(params, questions, 0.0, np.zeros(len(questions), int))
-        samples = self._rewarded(questions, answers)
+        samples = rewarded(questions, answers, self._tokenizer, self._rewards, self._judges, self._config.grpo.rewards)
         first = self._config.grpo.rewards[0]
         figures = {"held_out_reward": float(np.mean([mixed(s, self._config.grpo) for s in samples]))}
         if first in self._judges:
@@ -111,31 +112,43 @@ class Sampler:
         self._engine.release()  # frees the memory for the update
         return answers
 
-    def _rewarded(self, questions: Sequence[Question], answers: Sequence[Result]) -> list[Sample]:
-        texts = [self._tokenizer.decode(t for t in answer.tokens if t != self._tokenizer.eos_id) for answer in answers]
-        rewards = self._rewards([item for item, _ in questions], texts)
-        judged = [(*ids, *self._ended(answer)) for (_, ids), answer in zip(questions, answers, strict=True)]
-        rewards |= {name: judge(judged) for name, judge in self._judges.items()}
-        return [
-            Sample(
-                item=item,
-                prompt=ids,
-                answer=answer.tokens,
-                logprobs=answer.logprobs,
-                text=text,
-                rewards={name: float(rewards[name][row]) for name in self._config.grpo.rewards},
-                finished=answer.reason == "stop",
-                experts=answer.experts,
-            )
-            for row, ((item, ids), answer, text) in enumerate(zip(questions, answers, texts, strict=True))
-        ]
 
-    def _ended(self, answer: Result) -> tuple[int, ...]:
-        """The answer's ids up to an end of sequence, where a reward model scores.
+Judged = Callable[[Sequence[tuple[int, ...]]], np.ndarray]  # sequences of ids -> a reward model's scores
 
-        In an unfinished answer it replaces the last token, so that the length does not change.
-        """
-        return answer.tokens if answer.reason == "stop" else (*answer.tokens[:-1], self._tokenizer.eos_id)
+
+def rewarded(
+    questions: Sequence[Question],
+    answers: Sequence[Result],
+    tokenizer: Tokenizer,
+    verify: Callable[[list[Item], list[str]], dict[str, np.ndarray]],
+    judges: Mapping[str, Judged],
+    names: Sequence[str],
+) -> list[Sample]:
+    """The responses with their rewards, in the order of `names`.
+
+    verify: Rewards of verifiers, such as a `RewardPool`, from items and texts. judges: Reward models, which score ids.
+    A reward model scores at an end of sequence. In an unfinished response it replaces the last token, so that the
+    length does not change.
+    """
+    eos = tokenizer.eos_id
+    texts = [tokenizer.decode(t for t in answer.tokens if t != eos) for answer in answers]
+    rewards = verify([item for item, _ in questions], texts)
+    ended = [answer.tokens if answer.reason == "stop" else (*answer.tokens[:-1], eos) for answer in answers]
+    judged = [(*ids, *answer) for (_, ids), answer in zip(questions, ended, strict=True)]
+    rewards |= {name: judge(judged) for name, judge in judges.items()}
+    return [
+        Sample(
+            item=item,
+            prompt=ids,
+            answer=answer.tokens,
+            logprobs=answer.logprobs,
+            text=text,
+            rewards={name: float(rewards[name][row]) for name in names},
+            finished=answer.reason == "stop",
+            experts=answer.experts,
+        )
+        for row, ((item, ids), answer, text) in enumerate(zip(questions, answers, texts, strict=True))
+    ]
 
 
 def _solved(samples: Sequence[Sample], reward: str) -> float:

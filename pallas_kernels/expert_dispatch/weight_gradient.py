@@ -45,7 +45,7 @@ def tgmm_each(
     experts, dtype, many = group_sizes_E.shape[0], lhs_PD.dtype, len(rhs)
     if pairs != given:
         lhs_PD, *rhs = (jnp.pad(a, ((0, pairs - given), (0, 0))) for a in (lhs_PD, *rhs))
-    tiles = tiles or _fit(pairs, depth, width * many, dtype)
+    tiles = tiles or fit(pairs, depth, width * many, dtype)
     block = tiles.width(depth)
 
     def kernel(sizes_E: Ref, *refs: Ref) -> None:
@@ -219,7 +219,7 @@ def _blank(tile: Ref, skip: Array, count: Array, height: int) -> None:
     lax.fori_loop(lax.shift_right_logical(count, 4), height // ALIGN, rows, None)
 
 
-def _fit(pairs: int, depth: int, width: int, dtype: jnp.dtype) -> Tiles:
+def fit(pairs: int, depth: int, width: int, dtype: jnp.dtype) -> Tiles:
     """Tiles that fit the chip's VMEM, with the fewest column blocks of lhs, because each block reads rhs again."""
     info, size = chip(), jnp.dtype(dtype).itemsize
     step = info.mxu_column_size  # rows that an MXU contracts at a time

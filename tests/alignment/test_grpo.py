@@ -12,7 +12,7 @@ import pytest
 from configs import pretrain
 from dsv2_jax import loading, train
 from dsv2_jax.alignment import grpo, policy
-from dsv2_jax.alignment.sampler import Sampler
+from dsv2_jax.alignment.sampler import rewarded
 from dsv2_jax.alignment.samples import Sample, arrays, mixed
 from dsv2_jax.config import Batch, Cadence, Compute, Data, Grpo, Mesh, Moe, Optimizer
 from dsv2_jax.data import chat, corpora
@@ -122,8 +122,8 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(base, whole, tmp_path):
 
 
 def test_arrays_by_hand():
-    rewarded = Grpo(group=2, prompts=2, rewards=("form", "brevity"), weights=(1.0, 0.1))
-    config = dataclasses.replace(pretrain.tiny(), grpo=rewarded)
+    grpo = Grpo(group=2, prompts=2, rewards=("form", "brevity"), weights=(1.0, 0.1))
+    config = dataclasses.replace(pretrain.tiny(), grpo=grpo)
     rewards = {"form": 1.0, "brevity": 0.5}
     good = Sample(item={}, prompt=(5, 6), answer=(7, 8, 1), logprobs=(-1.0, -2.0, -3.0), text="", rewards=rewards)
     bad = dataclasses.replace(good, answer=(9,), logprobs=(-4.0,), rewards={"form": 0.0, "brevity": 0.5})
@@ -179,13 +179,10 @@ def test_a_reward_model_reads_every_response_at_an_end_of_sequence():
         texts.extend(found)
         return {"form": np.full(len(found), 0.5)}
 
-    sampler = Sampler.__new__(Sampler)  # without an engine
-    sampler._config = dataclasses.replace(pretrain.tiny(), grpo=Grpo(rewards=("judge", "form"), weights=(1.0, 1.0)))
-    sampler._tokenizer = types.SimpleNamespace(eos_id=1, decode=lambda ids: "".join(map(str, ids)))
-    sampler._judges, sampler._rewards = {"judge": judge}, pool
+    tokenizer = types.SimpleNamespace(eos_id=1, decode=lambda ids: "".join(map(str, ids)))
     ended = Result(tokens=(7, 1), logprobs=(-1.0,) * 2, top=(), text="", reason="stop", scores=(), reused=0)
     cut = dataclasses.replace(ended, tokens=(7, 8, 9), logprobs=(-1.0,) * 3, reason="length")
-    first, second = sampler._rewarded([({}, (5, 6)), ({}, (5, 6))], [ended, cut])
+    first, second = rewarded([({}, (5, 6))] * 2, [ended, cut], tokenizer, pool, {"judge": judge}, ("judge", "form"))
     assert read == [(5, 6, 7, 1), (5, 6, 7, 8, 1)] and texts == ["7", "789"]
     assert (first.finished, second.finished, second.answer) == (True, False, (7, 8, 9))
     assert second.rewards == {"judge": 1.0, "form": 0.5}
