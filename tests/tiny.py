@@ -17,7 +17,7 @@ from dsv2_jax.config import AXES, Attention, Batch, Config, Model, Moe
 from dsv2_jax.data import tokenizer
 from dsv2_jax.parallel import mesh as device_mesh
 from dsv2_jax.parallel import sharding
-from dsv2_jax.parallel.feed import Feed
+from dsv2_jax.parallel.batches import BatchPlacement
 from dsv2_jax.training import checkpoint
 from dsv2_jax.training.loss import loss as language_loss
 from dsv2_jax.training.step import create, state_specs, train_step
@@ -145,11 +145,11 @@ def train(
     as AdamW's first moments, that is clipped and times 0.1.
     """
     mesh = device_mesh.make(config.mesh, jax.devices()[: config.mesh.size(*AXES)])
-    fed = Feed(mesh, config.mesh, data["weights_BT"].shape[1])(data)
+    placed = BatchPlacement(mesh, config.mesh, data["weights_BT"].shape[1])(data)
     state = jax.device_put(create(params, config), sharding.on(mesh, state_specs(config)))
     history, first = [], None
     for _ in range(steps):
-        state, metrics = train_step(state, fed, lr, config=config, loss=loss, mesh=mesh)
+        state, metrics = train_step(state, placed, lr, config=config, loss=loss, mesh=mesh)
         history.append(jax.device_get(metrics))
         first = first or jax.device_get(state.optimizer[0].mu)
     assert first is not None

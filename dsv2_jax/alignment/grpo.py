@@ -24,7 +24,7 @@ from dsv2_jax.data.packing import Batch
 from dsv2_jax.model import transformer
 from dsv2_jax.parallel import mesh as device_mesh
 from dsv2_jax.parallel import processes, sharding
-from dsv2_jax.parallel.feed import Feed
+from dsv2_jax.parallel.batches import BatchPlacement
 from dsv2_jax.parallel.processes import Stop
 from dsv2_jax.training import loop, metrics, optimizer, plots, run_folder
 from dsv2_jax.training.checkpoint import Checkpoints, Progress
@@ -149,16 +149,16 @@ def update(
     g = config.grpo
     rows, figures = arrays(samples, config)
     micro = config.batch.micro_size or config.batch.size
-    feed = Feed(mesh, config.mesh, micro)
+    place = BatchPlacement(mesh, config.mesh, micro)
 
     def batches(order: np.ndarray) -> list[Batch]:
         parts = order.reshape(-1, config.batch.size // micro, micro)
-        parts = parts if feed.mine is None else parts[:, :, feed.mine]
+        parts = parts if place.mine is None else parts[:, :, place.mine]
         return [{name: leaf[part] for name, leaf in rows.items()} for part in parts]
 
     def scored(params: Any) -> tuple[np.ndarray, Any]:
         found = [
-            processes.everywhere(policy.log_probabilities(params, feed(b), config=config, mesh=mesh))
+            processes.everywhere(policy.log_probabilities(params, place(b), config=config, mesh=mesh))
             for b in batches(np.arange(len(samples)))
         ]
         return jax.tree.map(lambda *parts: np.concatenate(parts).reshape(-1, *parts[0].shape[2:]), *found)
@@ -171,7 +171,7 @@ def update(
         order = np.random.default_rng([config.seed, progress.step, epoch]).permutation(len(samples))
         for batch in batches(order):
             lr = optimizer.learning_rate(config, progress.step, progress.tokens)
-            state, on_device = train_step(state, feed(batch), lr, config=config, loss=policy.loss, mesh=mesh)
+            state, on_device = train_step(state, place(batch), lr, config=config, loss=policy.loss, mesh=mesh)
             step = config.batch.size * config.batch.length
             progress = Progress(step=progress.step + 1, tokens=progress.tokens + step)
             log.record(progress, lr, on_device | figures)

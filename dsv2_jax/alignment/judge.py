@@ -16,7 +16,7 @@ from dsv2_jax.config import Config, check
 from dsv2_jax.data.packing import blank_batch
 from dsv2_jax.data.tokenizer import Tokenizer
 from dsv2_jax.parallel import processes, sharding
-from dsv2_jax.parallel.feed import Feed
+from dsv2_jax.parallel.batches import BatchPlacement
 
 
 class Judge:
@@ -44,7 +44,7 @@ class Judge:
         )
         self._config, self._params, self._mesh = dataclasses.replace(config, model=loaded.model), loaded.params, mesh
         self._rows = config.batch.micro_size or config.batch.size
-        self._feed = Feed(mesh, config.mesh, self._rows)
+        self._place = BatchPlacement(mesh, config.mesh, self._rows)
 
     def __call__(self, sequences: Sequence[Sequence[int]]) -> np.ndarray:
         """The score at the last id of each sequence of at most `batch.length` ids, float32 [N]."""
@@ -57,8 +57,8 @@ class Judge:
         names = ("tokens_BT", "positions_BT", "segments_BT")
         found = []
         for start in range(0, count, self._rows):
-            mine = np.arange(self._rows) if self._feed.mine is None else self._feed.mine
-            batch = self._feed({name: rows[name][None, start + mine] for name in names})
+            mine = np.arange(self._rows) if self._place.mine is None else self._place.mine
+            batch = self._place({name: rows[name][None, start + mine] for name in names})
             found.append(processes.everywhere(_scores(self._params, batch, config=self._config, mesh=self._mesh))[0])
         last = [len(ids) - 1 for ids in sequences]
         return np.concatenate(found)[np.arange(count), last]

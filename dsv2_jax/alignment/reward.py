@@ -20,7 +20,7 @@ from dsv2_jax.config import Config
 from dsv2_jax.evaluation import perplexity
 from dsv2_jax.model import transformer
 from dsv2_jax.parallel import collectives, pipeline
-from dsv2_jax.parallel.feed import Feed
+from dsv2_jax.parallel.batches import BatchPlacement
 from dsv2_jax.parallel.mesh import CONTEXT, PIPELINE, SAME_BATCH
 from dsv2_jax.training.loss import balanced
 from dsv2_jax.training.stage import Stage
@@ -97,11 +97,11 @@ def evaluate(
     batches: Iterable[dict[str, np.ndarray]],
     *,
     config: Config,
-    feed: Feed | None = None,
+    place: BatchPlacement | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, Any]:
     """Means of the metrics of `loss` over all preferences, their number, and with experts `load_LE` as in the loss."""
-    sums = perplexity.sums(params, batches, config=config, feed=feed, mesh=mesh, loss=loss)
+    sums = perplexity.sums(params, batches, config=config, place=place, mesh=mesh, loss=loss)
     count = sums.pop("tokens")
     means = {name: float(sums[name]) / count for name in ("preference_loss", "accuracy", "lead")}
     loads = {"load_LE": np.asarray(sums["load_LE"]) / count} if "load_LE" in sums else {}

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from dsv2_jax.config import AXES, SINGLE, Config
 from dsv2_jax.parallel import collectives, sharding
-from dsv2_jax.parallel.feed import Feed
+from dsv2_jax.parallel.batches import BatchPlacement
 from dsv2_jax.training.loss import loss as pretraining_loss
 from dsv2_jax.training.step import Loss
 
@@ -22,17 +22,17 @@ def evaluate(
     batches: Iterable[dict[str, np.ndarray]],
     *,
     config: Config,
-    feed: Feed | None = None,
+    place: BatchPlacement | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, Any]:
     """Means over all weighted targets of the batches, without token dropping and balance losses.
 
-    Batches [B, T] are this process's rows; `feed` places them on the mesh. Returns `nll` (nats per token),
+    Batches [B, T] are this process's rows; `place` places them on the mesh. Returns `nll` (nats per token),
     `perplexity`, `bits_per_byte`, `tokens`, `bytes`, and with experts `load_LE`, each expert's share of the choices
     times E. Bits per byte are the bits of all targets, ends of documents included, divided by their UTF-8 bytes, so
     they are comparable across tokenizers. Raises ValueError if the batches hold no target.
     """
-    found = sums(params, batches, config=config, feed=feed, mesh=mesh, loss=pretraining_loss)
+    found = sums(params, batches, config=config, place=place, mesh=mesh, loss=pretraining_loss)
     nll, tokens, text_bytes = (float(found[name]) for name in ("nll", "tokens", "bytes"))
     mean = nll / tokens
     result = {
@@ -50,7 +50,7 @@ def sums(
     batches: Iterable[dict[str, np.ndarray]],
     *,
     config: Config,
-    feed: Feed | None,
+    place: BatchPlacement | None,
     mesh: jax.sharding.Mesh | None,
     loss: Loss,
 ) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def sums(
     total: dict[str, Any] = {}
     for batch in batches:
         one = {name: leaf[None] for name, leaf in batch.items()}
-        one = feed(one) if feed else one
+        one = place(one) if place else one
         figures = jax.device_get(sums_of_batch(params, one, config=config, mesh=mesh, loss=loss))
         figures = {name: np.asarray(x, np.float64) for name, x in figures.items()}
         if "load_LE" in figures:

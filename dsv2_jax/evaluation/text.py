@@ -16,7 +16,7 @@ from dsv2_jax.data import corpora, pipeline
 from dsv2_jax.evaluation import perplexity
 from dsv2_jax.loading import Loaded
 from dsv2_jax.parallel import processes, sharding
-from dsv2_jax.parallel.feed import Feed
+from dsv2_jax.parallel.batches import BatchPlacement
 from dsv2_jax.parallel.mesh import BATCH
 
 
@@ -40,9 +40,9 @@ def evaluate(
     texts = _texts(config, text)
     rows = math.lcm(8, config.mesh.size(*BATCH))
     sharding.check_batch(rows, length, loaded.model, config.mesh, dropping=False)
-    feed = Feed(mesh, config.mesh, rows)
-    batches = pipeline.batches_of_text(texts, tokenizer, rows=rows, length=length, mine=feed.mine)
-    figures = perplexity.evaluate(loaded.params, _progress(batches), config=config, feed=feed, mesh=mesh)
+    place = BatchPlacement(mesh, config.mesh, rows)
+    batches = pipeline.batches_of_text(texts, tokenizer, rows=rows, length=length, mine=place.mine)
+    figures = perplexity.evaluate(loaded.params, _progress(batches), config=config, place=place, mesh=mesh)
     check(math.isfinite(figures["nll"]), f"the loss of {name} on this text is {figures['nll']}, not a finite number")
     load_LE = figures.pop("load_LE", None)
     content = "".join(texts).encode()

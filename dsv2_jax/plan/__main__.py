@@ -23,7 +23,7 @@ from dsv2_jax.plan.program import Work
 from dsv2_jax.presets import PRESETS, layouts
 
 _CALLED = cli.called("python -m dsv2_jax.plan")
-_USAGE = f"""usage: {_CALLED} PRESET --topology CHIP:XxYxZ [--forward | --decode [--largest] | --search]
+_USAGE = f"""usage: {_CALLED} PRESET --topology CHIP:XxYxZ [--forward | --decode [--max-rows] | --search]
        [--json FILE] [--hlo FILE.gz] [--html FILE] [--section.field VALUE ...]
        {_CALLED} claims [--topology CHIP:XxYxZ] [--serving CHIP:XxYxZ] [--json FILE]
 Compiles a preset's training step for TPUs that are not attached, and estimates its memory and time. --forward plans the
@@ -43,7 +43,7 @@ class PlanOptions(Config):
     forward: bool = False  # plan the forward pass of a batch, as in evaluation or a prefill, instead of a step
     decode: bool = False  # plan a decode step of the engine with all rows in use, each `capacity.length` tokens long
     capacity: Capacity = dataclasses.field(default_factory=Capacity)  # of the engine, for --decode
-    largest: bool = False  # with --decode: find the maximum number of rows that fit, by compiling
+    max_rows: bool = False  # with --decode: find the maximum number of rows that fit, by compiling
     search: bool = False  # rank meshes and remat policies: compile those that arithmetic estimates to be fastest
 
 
@@ -84,8 +84,8 @@ def main() -> int:
         print(report.ranking(results))
         _write(options.json, [dataclasses.asdict(result) for result in results])
         return 0
-    if options.largest:
-        check(isinstance(work, Capacity), "--largest is for a decode step: add --decode")
+    if options.max_rows:
+        check(isinstance(work, Capacity), "--max-rows is for a decode step: add --decode")
         assert isinstance(work, Capacity)
         work, _ = fit.max_rows(config, topology, work, plan)
     if config.grpo.group and work == "step":

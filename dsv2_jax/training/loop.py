@@ -18,7 +18,7 @@ from dsv2_jax.model import transformer
 from dsv2_jax.ops import switch
 from dsv2_jax.parallel import mesh as device_mesh
 from dsv2_jax.parallel import processes, sharding
-from dsv2_jax.parallel.feed import Feed
+from dsv2_jax.parallel.batches import BatchPlacement
 from dsv2_jax.parallel.processes import Stop
 from dsv2_jax.training import metrics, optimizer, plots, run_folder
 from dsv2_jax.training.checkpoint import Checkpoints, Progress
@@ -40,15 +40,15 @@ def train(config: Config, stage: Stage) -> Ended:
     mesh = device_mesh.make(config.mesh)
     config = run_folder.open_run(config)
     micro_rows = config.batch.micro_size or config.batch.size
-    feed = Feed(mesh, config.mesh, micro_rows)
+    place = BatchPlacement(mesh, config.mesh, micro_rows)
     with processes.first_before_others("data"):
-        data = stage.data(config, feed.mine)
+        data = stage.data(config, place.mine)
     if config.epochs:
         tokens = max(config.epochs * data.epoch_tokens, config.batch.size * config.batch.length)
         config = dataclasses.replace(config, tokens=tokens)
 
     def evaluate(limit: int | None) -> dict[str, Any]:
-        return stage.evaluate(state.params, data.held_out(limit), config=config, feed=feed, mesh=mesh)
+        return stage.evaluate(state.params, data.held_out(limit), config=config, place=place, mesh=mesh)
 
     def initial_state() -> State:
         return create(transformer.init(config.model, jax.random.key(config.seed)), config)
@@ -65,7 +65,7 @@ def train(config: Config, stage: Stage) -> Ended:
             while progress.tokens < config.tokens and not stop.asked():
                 rows = optimizer.batch_size(config, progress.tokens)
                 lr = optimizer.learning_rate(config, progress.step, progress.tokens)
-                batch = feed(step_batch(data.train, rows // micro_rows))
+                batch = place(step_batch(data.train, rows // micro_rows))
                 state, figures = train_step(state, batch, lr, config=config, loss=stage.loss, mesh=mesh)
                 progress = Progress(step=progress.step + 1, tokens=progress.tokens + rows * config.batch.length)
                 log.record(progress, lr, figures)

@@ -27,7 +27,7 @@ class Evaluation(Protocol):
     """
 
     def __call__(
-        self, params: Any, batches: Batches, *, config: Config, feed: Any, mesh: jax.sharding.Mesh | None
+        self, params: Any, batches: Batches, *, config: Config, place: Any, mesh: jax.sharding.Mesh | None
     ) -> dict[str, Any]: ...
 
 

@@ -189,7 +189,7 @@ def test_sparsecore_calls_become_plain_calls():
             ["tiny", "--topology", "v5p:2x2x1", "--forward", "--decode"],
             "--forward and --decode plan different programs",
         ),
-        (["tiny", "--topology", "v5p:2x2x1", "--largest"], "--largest is for a decode step: add --decode"),
+        (["tiny", "--topology", "v5p:2x2x1", "--max-rows"], "--max-rows is for a decode step: add --decode"),
         (["tiny", "--topology", "v5p:2x2x1", "--decode", "--mesh.context", "4", "--mesh.fsdp", "1"], "generation runs"),
         (["tiny", "--topology", "v5p:2x2x1", "--toplogy", "x"], "unknown flag --toplogy; did you mean --topology?"),
     ],

@@ -11,7 +11,7 @@ from dsv2_jax.parallel import context, sharding
 from dsv2_jax.parallel.mesh import BATCH
 
 
-class Feed:
+class BatchPlacement:
     """Makes arrays over all devices from this process's rows of batches of `rows` sequences.
 
     mine: The rows of a batch that this process reads, in rising order; None for all, on a single device.
