@@ -155,7 +155,7 @@ def test_a_reward_model_learns_separable_pairs(model, tmp_path):
 
 def test_a_reward_model_wants_preferences(model, tmp_path):
     config = dataclasses.replace(pretrain.tiny(), workdir=tmp_path, model=model, mesh=Mesh(fsdp=8))
-    with pytest.raises(ValueError, match="a reward model .* learns from preferences"):
+    with pytest.raises(ValueError, match=r"a reward model .* learns from preferences"):
         command.train(config)
 
 
