@@ -37,6 +37,19 @@ def lite() -> Model:
     )
 
 
+# Two KV heads; keys and values differ in width.
+GQA = Attention(
+    kind="gqa",
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    q_lora_rank=0,
+    kv_lora_rank=0,
+    qk_nope_head_dim=0,
+    qk_rope_head_dim=16,
+    v_head_dim=12,
+)
+
+
 def dense() -> Model:
     """Latent attention and no experts."""
     return dataclasses.replace(models.tiny(), first_k_dense_replace=0, moe=Moe(n_routed_experts=0))

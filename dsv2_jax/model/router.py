@@ -15,12 +15,8 @@ from dsv2_jax.parallel.mesh import CONTEXT, EXPERT
 
 
 class Routing(NamedTuple):
-    """logits_BTE and scores_BTE float32: the router's product, and the affinities s_i, which sum to one.
+    """scores_BTE float32: affinities s_i, which sum to one. experts_BTK int32 and gates_BTK float32: the choice."""
 
-    experts_BTK int32 and gates_BTK float32: the choice.
-    """
-
-    logits_BTE: Array
     scores_BTE: Array
     experts_BTK: Array
     gates_BTK: Array
@@ -55,19 +51,12 @@ class SequenceMeans(NamedTuple):
     p_BG: of a group's experts, the mean and the sum. f_sent_BG: tokens sent to a group. tokens_B1: number of tokens.
     """
 
-    routing: Routing
-    valid_BT1: Array
-    mesh: Mesh
     tokens_B1: Array
     f_BE: Array
     p_BE: Array
     f_device_BG: Array
     p_BG: Array
     f_sent_BG: Array
-
-    def mean(self, x_BT: Array) -> Array:
-        """The mean of any x float32 [B, T] over each sequence's valid tokens: [B]."""
-        return (_over_time(x_BT[..., None] * self.valid_BT1, self.mesh) / jnp.maximum(self.tokens_B1, 1))[:, 0]
 
 
 # The balance losses of each sequence [B], without their factors, under the names of the factors in the config. The
@@ -103,7 +92,7 @@ def route(x_BTD: Array, p: dict[str, Array], moe: Moe, experts_BTK: Array | None
         chosen_BTK = jnp.take_along_axis(scores_BTE, experts_BTK, axis=-1)
     if kind.normalised:
         chosen_BTK = chosen_BTK / chosen_BTK.sum(axis=-1, keepdims=True)
-    return Routing(logits_BTE, scores_BTE, experts_BTK, chosen_BTK * moe.routed_scaling_factor)  # eq. 21
+    return Routing(scores_BTE, experts_BTK, chosen_BTK * moe.routed_scaling_factor)  # eq. 21
 
 
 def _top_experts(scores_BTE: Array, moe: Moe, kind: RouterKind) -> tuple[Array, Array]:
@@ -147,14 +136,11 @@ def sequence_means(routing: Routing, chosen_BTE: Array, valid_BT1: Array, moe: M
         counted_BTE, per_token = jax.nn.one_hot(routing.experts_BTK[..., 0], e) * valid_BT1, 1
 
     over_time = (valid_BT1, counted_BTE, routing.scores_BTE * valid_BT1, sent_BTG)
-    tokens_B1, counted_BE, scores_BE, sent_BG = (_over_time(x_BT, mesh) for x_BT in over_time)
+    tokens_B1, counted_BE, scores_BE, sent_BG = (collectives.add(x.sum(axis=1), CONTEXT, mesh) for x in over_time)
     at_least_B1 = jnp.maximum(tokens_B1, 1)
     f_BE = counted_BE * e / (per_token * at_least_B1)  # eq. 24
     p_BE = scores_BE / at_least_B1  # eq. 25
     return SequenceMeans(
-        routing=routing,
-        valid_BT1=valid_BT1,
-        mesh=mesh,
         tokens_B1=tokens_B1,
         f_BE=f_BE,
         p_BE=p_BE,
@@ -162,11 +148,6 @@ def sequence_means(routing: Routing, chosen_BTE: Array, valid_BT1: Array, moe: M
         p_BG=p_BE.reshape(-1, g, e // g).sum(axis=-1),  # eq. 28 and 31
         f_sent_BG=sent_BG * g / (moe.topk_group * at_least_B1),  # eq. 30
     )
-
-
-def _over_time(x_BT: Array, mesh: Mesh) -> Array:
-    """The sum of x [B, T, ...] over time, over all devices that hold a part of a sequence."""
-    return collectives.add(x_BT.sum(axis=1), CONTEXT, mesh)
 
 
 def kept(routing: Routing, valid_BT: Array, exempt_B: Array, moe: Moe, mesh: Mesh = SINGLE) -> Array:

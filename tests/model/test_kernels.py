@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
-from tiny import batch, train
+from tiny import GQA, batch, train
 
 from configs import models
 from dsv2_jax import parameters
@@ -25,16 +25,6 @@ from pallas_kernels.expert_dispatch.tiles import Tiles
 from pallas_kernels.latent_attention import flash
 
 ROWS, LENGTH = 4, 32
-GQA = Attention(
-    kind="gqa",
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    q_lora_rank=0,
-    kv_lora_rank=0,
-    qk_nope_head_dim=0,
-    qk_rope_head_dim=16,
-    v_head_dim=12,
-)
 
 
 @pytest.fixture(autouse=True)

@@ -65,7 +65,7 @@ def choose_all(x: np.ndarray, w: np.ndarray, moe: Moe) -> tuple[np.ndarray, np.n
 
 def routed(scores_BTE, experts_BTK) -> router.Routing:
     """A routing of these affinities and choices, with gates of one."""
-    return router.Routing(jnp.log(scores_BTE), jnp.asarray(scores_BTE), experts_BTK, jnp.ones(experts_BTK.shape))
+    return router.Routing(jnp.asarray(scores_BTE), experts_BTK, jnp.ones(experts_BTK.shape))
 
 
 @pytest.mark.parametrize("moe", [MOE, GSHARD, dataclasses.replace(MOE, n_group=1, topk_group=1)])

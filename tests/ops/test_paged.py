@@ -5,9 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tiny import GQA
 
 from configs import models
-from dsv2_jax.config import SINGLE, Attention, Compute
+from dsv2_jax.config import SINGLE, Compute
 from dsv2_jax.inference import programs
 from dsv2_jax.model import attention, rope
 from dsv2_jax.ops import attention as ops
@@ -20,16 +21,6 @@ from pallas_kernels.latent_attention import decode_kernel
 from pallas_kernels.latent_attention.decode_jobs import DecodeBlocks
 
 SLOTS = 128
-GQA = Attention(
-    kind="gqa",
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    q_lora_rank=0,
-    kv_lora_rank=0,
-    qk_nope_head_dim=0,
-    qk_rope_head_dim=16,
-    v_head_dim=12,
-)
 TABLE = np.array([[3, 1], [4, 0], [2, 5]])  # sequences of 130, 7 and 140 tokens
 
 
